@@ -1,0 +1,117 @@
+"""State that rides the backward pass: its gradient is its next value.
+
+A ``jax.custom_vjp`` that learns from cotangents takes its state as an argument
+and returns the next state as that argument's gradient. Flax calls this
+overwrite-with-gradient and keeps such variables in a collection of that name,
+which ``flax.training.train_state.TrainState`` overwrites instead of optimising.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+OVERWRITE_WITH_GRADIENT = '_overwrite_with_gradient'
+"""The name of Flax's collection for variables that their gradient replaces."""
+
+
+def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
+  """The next states, from the gradients with respect to the states.
+
+  A state is any node with a field ``calls``, the number of backward passes
+  whose next states were added up in its gradient. Where that is 0, because no
+  gradient reached the state in this step, the state stays as it was, where
+  taking the gradient itself would clear it.
+
+  Args:
+    states: pytree of states that rode the backward pass.
+    gradients: their gradients, the same structure.
+
+  Returns:
+    The states to use in the next step.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> def loss(params, harmony):
+    ...   logits = optax_ghm.harmonize(params * jnp.arange(3.0), harmony)
+    ...   return jnp.mean(jnp.square(logits - 1))
+    >>> harmony = optax_ghm.DEFAULT_DENSITY.init()
+    >>> grads, harmony_grad = jax.grad(loss, argnums=(0, 1))(2.0, harmony)
+    >>> harmony = optax_ghm.overwrite_with_gradient(harmony, harmony_grad)
+    >>> float(harmony.histogram.sum())
+    3.0
+  """
+
+  def overwrite(state, gradient):
+    reached = gradient.calls > 0
+    return jax.tree.map(
+      lambda old, new: jnp.where(reached, new, old), state, gradient
+    )
+
+  return jax.tree.map(
+    overwrite, states, gradients, is_leaf=lambda x: hasattr(x, 'calls')
+  )
+
+
+def apply_gradients(
+  tx: optax.GradientTransformation,
+  variables: dict[str, Any],
+  gradients: dict[str, Any],
+  opt_state: optax.OptState,
+  **extra_args: Any,
+) -> tuple[dict[str, Any], optax.OptState]:
+  """One step of a plain Optax loop over Linen variables.
+
+  What ``TrainState.apply_gradients`` does, for loops without one: the
+  collection ``'params'`` is updated by ``tx``, the collection
+  :data:`OVERWRITE_WITH_GRADIENT` is replaced by its gradient.
+
+  Args:
+    tx: optimizer, its state initialised on ``variables['params']``.
+    variables: with a collection ``'params'`` and, if any state rides the
+      backward pass, :data:`OVERWRITE_WITH_GRADIENT`.
+    gradients: with respect to ``variables``, the same structure.
+    opt_state: state of ``tx``.
+    **extra_args: passed to ``tx.update``.
+
+  Returns:
+    The next variables and the next state of ``tx``.
+
+  Raises:
+    ValueError: if ``variables`` and ``gradients`` hold other collections.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm
+    >>> tx = optax.sgd(0.5)
+    >>> variables = {'params': jnp.array(1.0)}
+    >>> variables, _ = optax_ghm.apply_gradients(
+    ...   tx,
+    ...   variables,
+    ...   {'params': jnp.array(2.0)},
+    ...   tx.init(variables['params']),
+    ... )
+    >>> float(variables['params'])
+    0.0
+  """
+  known = {'params', OVERWRITE_WITH_GRADIENT}
+  for name, tree in (('variables', variables), ('gradients', gradients)):
+    if not {'params'} <= set(tree) <= known:
+      raise ValueError(
+        f"{name} must hold 'params' and at most {OVERWRITE_WITH_GRADIENT!r}"
+        f' beside it, got {sorted(tree)}.'
+      )
+  updates, opt_state = optax.with_extra_args_support(tx).update(
+    gradients['params'], opt_state, variables['params'], **extra_args
+  )
+  following = dict(variables)
+  following['params'] = optax.apply_updates(variables['params'], updates)
+  if OVERWRITE_WITH_GRADIENT in variables:
+    following[OVERWRITE_WITH_GRADIENT] = overwrite_with_gradient(
+      variables[OVERWRITE_WITH_GRADIENT], gradients[OVERWRITE_WITH_GRADIENT]
+    )
+  return following, opt_state

@@ -1,0 +1,263 @@
+"""Harmonising any gradients: those of activations, and those per example."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_ghm import density as _density, norms as _norms
+
+PARAMETER_DENSITY = _density.WindowedDensity(
+  low=1e-8, high=1e8, log=True, width=0.5
+)
+"""Windows of half a decade over sixteen decades: norms of unknown scale."""
+
+
+def harmonize(
+  x: jax.Array,
+  state: _density.DensityState | None = None,
+  *,
+  density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
+  axis: int | tuple[int, ...] | None = None,
+  scale: float | jax.Array | None = None,
+  mask: jax.Array | None = None,
+  axis_name: _density.AxisName = None,
+  enabled: bool = True,
+) -> jax.Array:
+  r"""Identity forward; backward, every example's cotangent times its harmony.
+
+  .. math::
+    \bar x_i \leftarrow \beta(g_i)\, \bar x_i, \qquad
+    g_i = s\, \lVert \bar x_i \rVert_2
+
+  where :math:`\bar x_i` is the cotangent of example i, β the harmony weight
+  (:func:`harmony_weights`) and s the scale that undoes the loss's own
+  averaging. Put at the logits of any loss, or at a hidden layer, it makes that
+  loss a gradient-harmonised one: its law is that the gradient equals that of
+  the GHM loss whose g is this norm.
+
+  The next state of ``density`` is the gradient with respect to ``state``: take
+  it with ``jax.grad(..., argnums=(0, 1))`` and pass it on through
+  :func:`overwrite_with_gradient`. Evaluation runs no backward pass and so never
+  touches it. Where one state serves several calls in a step, or micro-batches
+  whose gradients are summed, their statistics are averaged.
+
+  The rule is not linear in the cotangent, so forward mode (``jax.jvp``,
+  ``jax.hessian``) raises: switch it off there with ``enabled``.
+
+  Args:
+    x: activations, examples along the leading axes.
+    state: of ``density``; None starts afresh (of no consequence with momentum
+      0, where a batch is weighed by itself alone).
+    density: estimator of the density of g. The default expects g in [0, 1], as
+      cross-entropy at the logits has it; for norms without a bound take one
+      with ``log=True``, such as :data:`PARAMETER_DENSITY`.
+    axis: axes of ``x`` that make up one example, over which the norm is taken.
+      None is all but the first, ``()`` makes every element its own example.
+    scale: what the cotangent is multiplied by before its norm is taken. None,
+      for a loss that is the mean over the examples, is the number of examples
+      that the mask leaves (over all of ``axis_name``); for a sum, 1. Divide by
+      the loss scale of mixed precision, if any. With softmax cross-entropy,
+      a further :math:`1/\sqrt 2` brings the norm to [0, 1].
+    mask: broadcastable to the examples' shape: which count; the cotangents of
+      others become 0.
+    axis_name: mapped axis, or axes, over which the batch is split; under
+      ``shard_map`` or ``vmap``, not needed under ``jit`` of sharded arrays.
+    enabled: False is the plain identity.
+
+  Returns:
+    ``x``.
+
+  Raises:
+    TypeError: if ``x`` is neither floating nor complex.
+    ValueError: if ``axis``, ``mask`` or ``state`` do not fit.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm
+    >>> labels = jnp.array([0.0, 0.0, 0.0, 1.0])
+    >>> def loss(logits):
+    ...   logits = optax_ghm.harmonize(logits)
+    ...   return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+    >>> grads = jax.grad(loss)(jnp.array([-3.0, -3.0, -3.0, -1.0]))
+    >>> [round(float(g), 3) for g in grads]  # the rare one counts as much
+    [0.008, 0.008, 0.008, -0.366]
+
+  References:
+    Li et al., `Gradient Harmonized Single-stage Detector
+    <https://arxiv.org/abs/1811.05181>`_, 2019
+  """
+  x = jnp.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.inexact):
+    raise TypeError(f'x must be floating or complex, got dtype {x.dtype}.')
+  if not enabled:
+    return x
+  axes = _example_axes(x, axis)
+  if state is None:
+    state = density.init()
+  if mask is not None:
+    examples = tuple(n for i, n in enumerate(x.shape) if i not in axes)
+    mask = _density.broadcast_mask(mask, examples)
+  return _harmonize(density, axes, axis_name, x, state, scale, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _harmonize(density, axes, axis_name, x, state, scale, mask):
+  del density, axes, axis_name, state, scale, mask
+  return x
+
+
+def _harmonize_fwd(density, axes, axis_name, x, state, scale, mask):
+  # Calling the primitive again keeps its rule in a gradient of a gradient.
+  y = _harmonize(density, axes, axis_name, x, state, scale, mask)
+  return y, (state, scale, mask)
+
+
+def _harmonize_bwd(density, axes, axis_name, residuals, cotangent):
+  state, scale, mask = residuals
+  norms = _norms.norm(cotangent, axes)
+  if scale is None:
+    count = (
+      jnp.ones(norms.shape, bool) if mask is None else _density.counts(mask)
+    )
+    scale = jnp.sum(count, dtype=jnp.float32)
+    if axis_name is not None:
+      scale = jax.lax.psum(scale, axis_name)
+  weights, next_state = _density.harmony_weights(
+    norms * jnp.asarray(scale, norms.dtype),
+    state,
+    density=density,
+    mask=mask,
+    axis_name=axis_name,
+  )
+  weights = jnp.expand_dims(weights, axes)
+  dtype = _norms.at_least_float32(cotangent.dtype)
+  weighed = weights.astype(dtype) * cotangent.astype(dtype)
+  if mask is not None:
+    counts = jnp.expand_dims(_density.counts(mask), axes)
+    weighed = jnp.where(counts, weighed, jnp.zeros_like(weighed))
+  return weighed.astype(cotangent.dtype), next_state, None, None
+
+
+_harmonize.defvjp(_harmonize_fwd, _harmonize_bwd)
+
+
+class HarmonizedAggregateState(NamedTuple):
+  """State of :func:`harmonized_aggregate`: that of its density estimator."""
+
+  density: _density.DensityState
+
+
+def harmonized_aggregate(
+  density: _density.DensityEstimator = PARAMETER_DENSITY,
+  *,
+  axis_name: _density.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Averages per-example gradients by the harmony of their global norms.
+
+  .. math::
+    \bar g = \frac{\sum_i m_i \beta_i g_i}{\sum_i m_i}, \qquad
+    \beta_i = \frac{N}{GD(\lVert g_i \rVert_2)}
+
+  The first link of a chain, before any moments. It takes updates with the
+  examples along the leading axis of every leaf, as ``jax.vmap(jax.grad(...))``
+  makes them and ``optax.contrib.differentially_private_aggregate`` takes them,
+  and gives updates shaped as the parameters. Put ``optax.MultiSteps`` behind
+  it, not around it.
+
+  Args:
+    density: estimator of the density of the global norms; the default has
+      logarithmic windows, for norms of any scale.
+    axis_name: mapped axis, or axes, over which the batch is split; the result
+      is then the average over all of it.
+
+  Returns:
+    A ``GradientTransformationExtraArgs``. Its ``update`` takes the extra
+    argument ``mask``, shape (batch,): which examples count (bool), or with what
+    weight (float). An example whose gradient holds NaN or inf is left out and
+    counted in ``state.density.non_finite``; if none is left, the update is 0.
+    Leaves that are not floating or complex pass unchanged.
+
+  Raises:
+    ValueError: on update, if leaves differ in their leading axis or have none.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm
+    >>> tx = optax.chain(optax_ghm.harmonized_aggregate(), optax.sgd(0.1))
+    >>> params = {'w': jnp.ones(2)}
+    >>> loss = lambda params, x: jnp.sum(params['w'] * x)
+    >>> grads = jax.vmap(jax.grad(loss), (None, 0))(params, jnp.eye(3, 2))
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> updates['w'].shape
+    (2,)
+
+  References:
+    Li et al., `Gradient Harmonized Single-stage Detector
+    <https://arxiv.org/abs/1811.05181>`_, 2019
+  """
+
+  def init_fn(params):
+    del params
+    return HarmonizedAggregateState(density=density.init())
+
+  def update_fn(updates, state, params=None, *, mask=None, **extra_args):
+    del params, extra_args
+    examples = [u for u in jax.tree.leaves(updates) if _is_inexact(u)]
+    if not examples:
+      return updates, state
+    sizes = {u.shape[0] if u.ndim else None for u in examples}
+    if len(sizes) > 1 or None in sizes:
+      raise ValueError(
+        'updates must be per-example gradients with one leading batch axis,'
+        f' got shapes {[u.shape for u in examples]}.'
+      )
+    (size,) = sizes
+    per_leaf = [_norms.norm(u, tuple(range(1, u.ndim))) for u in examples]
+    norms = _norms.norm(jnp.stack(per_leaf, -1), axis=-1)
+    weights, density_state = _density.harmony_weights(
+      norms, state.density, density=density, mask=mask, axis_name=axis_name
+    )
+    amount = jnp.ones((size,), bool) if mask is None else mask
+    amount = jnp.where(
+      weights > 0, jnp.asarray(amount).astype(jnp.float32), 0.0
+    )
+    total = jnp.sum(amount)
+    if axis_name is not None:
+      total = jax.lax.psum(total, axis_name)
+    share = weights * amount / jnp.where(total > 0, total, 1.0)
+
+    def average(update):
+      if not _is_inexact(update):
+        return update
+      dtype = _norms.at_least_float32(update.dtype)
+      each = jnp.expand_dims(share, range(1, update.ndim)).astype(dtype)
+      each = jnp.where(each != 0, each * update.astype(dtype), 0)
+      mean = jnp.sum(each, axis=0)
+      if axis_name is not None:
+        mean = jax.lax.psum(mean, axis_name)
+      return mean.astype(update.dtype)
+
+    return jax.tree.map(average, updates), HarmonizedAggregateState(
+      density_state
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _example_axes(x, axis):
+  """The axes of one example, non-negative."""
+  if axis is None:
+    return tuple(range(1, x.ndim))
+  return np.lib.array_utils.normalize_axis_tuple(axis, x.ndim, 'axis')
+
+
+def _is_inexact(x: Any) -> bool:
+  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)

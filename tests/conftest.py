@@ -1,0 +1,26 @@
+"""Strict JAX for every test: eight devices, no implicit promotion."""
+
+import os
+
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+hypothesis.settings.register_profile(
+  'default', max_examples=40, deadline=None, derandomize=True
+)
+hypothesis.settings.load_profile('default')
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)

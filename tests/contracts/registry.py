@@ -1,0 +1,73 @@
+"""The transformations under contract: an entry here runs every test of it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_ghm
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+  """A transformation under contract.
+
+  Attributes:
+    name: of the test's parameter.
+    factory: makes the transformation from ``keywords`` alone.
+    per_example: whether its updates have a batch axis before those of the
+      params' leaves; ``update`` then takes the extra argument ``mask``.
+    keywords: those arguments of ``factory`` that ``inject_hyperparams`` traces,
+      each with a value to test it with.
+    own: whether it is of this library, whose states hold float32 and have field
+      names of their own; Optax's need not.
+  """
+
+  name: str
+  factory: Callable[..., optax.GradientTransformationExtraArgs]
+  per_example: bool = False
+  keywords: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  own: bool = True
+
+  @functools.cached_property
+  def tx(self) -> optax.GradientTransformationExtraArgs:
+    """One and the same in all tests, so that they share what is compiled."""
+    return self.factory(**self.keywords)
+
+
+def _guarded_trace(decay=0.9):
+  """Optax's momentum, with what else the contract asks for, all from Optax."""
+  return optax.masked(
+    optax.apply_if_finite(optax.trace(decay), max_consecutive_errors=9),
+    lambda tree: jax.tree.map(
+      lambda x: jnp.issubdtype(x.dtype, jnp.floating), tree
+    ),
+  )
+
+
+ENTRIES = (
+  Entry(
+    'reference_trace',
+    _guarded_trace,
+    keywords={'decay': 0.8},
+    own=False,
+  ),
+  Entry(
+    'harmonized_aggregate',
+    optax_ghm.harmonized_aggregate,
+    per_example=True,
+  ),
+  Entry(
+    'harmonized_aggregate_with_momentum',
+    functools.partial(
+      optax_ghm.harmonized_aggregate,
+      density=optax_ghm.BinnedDensity(
+        bins=16, low=1e-8, high=1e8, log=True, momentum=0.9
+      ),
+    ),
+    per_example=True,
+  ),
+)

@@ -1,0 +1,97 @@
+"""What the contract tests share: parameters, gradients, and the plain run.
+
+Most of the time goes into compiling: what is compared with the plain run on
+``make_params()`` and ``make_steps(entry)`` finds that compiled already.
+"""
+
+import operator
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.contracts.registry import ENTRIES
+
+BATCH = 6
+STEPS = 3
+
+
+def _parametrize(entries):
+  return pytest.mark.parametrize(
+    'entry', entries, ids=operator.attrgetter('name')
+  )
+
+
+every = _parametrize(ENTRIES)
+own = _parametrize([e for e in ENTRIES if e.own])
+per_example = _parametrize([e for e in ENTRIES if e.per_example])
+whole = _parametrize([e for e in ENTRIES if not e.per_example])
+scheduled = _parametrize([e for e in ENTRIES if e.keywords])
+bad_number = pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+
+
+def ones(shape, dtype=jnp.float32):
+  """As ``jnp.ones``, with nothing to compile for every new shape."""
+  return jnp.asarray(np.ones(shape, dtype))
+
+
+def make_params(dtype=jnp.float32):
+  """Those of a dense layer, in Linen and in nnx."""
+  return {'bias': ones((2,), dtype), 'kernel': ones((3, 2), dtype)}
+
+
+def make_gradients(entry, step=0, params=None):
+  """Gradients for one step, with the dtypes of ``params``."""
+  params = make_params() if params is None else params
+  rng = np.random.default_rng(step)
+  batch = (BATCH,) if entry.per_example else ()
+  sizes = 10 ** rng.uniform(-1, 1, batch)
+
+  def gradient(param):
+    values = rng.normal(size=batch + param.shape)
+    values *= sizes.reshape(batch + (1,) * param.ndim)
+    return jnp.asarray(values.astype(param.dtype))
+
+  return jax.tree.map(gradient, params)
+
+
+def make_steps(entry, params=None):
+  return [make_gradients(entry, step, params) for step in range(STEPS)]
+
+
+def run(tx, gradients, params=None, **extra_args):
+  """The updates of every step, and the state at the end."""
+  params = make_params() if params is None else params
+  update = jax.jit(tx.update)
+  state, every_update = tx.init(params), []
+  for gradient in gradients:
+    updates, state = update(gradient, state, params, **extra_args)
+    every_update.append(updates)
+  return every_update, state
+
+
+def stack(trees):
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def scale(tree, factor):
+  return jax.tree.map(lambda x: factor * x, tree)
+
+
+def types(tree):
+  """Structure, shapes, dtypes and weak types, to compare with ``==``."""
+  return jax.tree.map(jax.typeof, tree)
+
+
+def assert_same(actual, expected):
+  """Bit for bit, but for the sign of zero and the payload of NaN."""
+  chex.assert_trees_all_equal(actual, expected, strict=True)
+
+
+def assert_close(actual, expected, rtol=1e-5):
+  """To rounding."""
+  chex.assert_trees_all_close(
+    actual, expected, rtol=rtol, atol=rtol / 10, strict=True
+  )

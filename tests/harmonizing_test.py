@@ -1,0 +1,363 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ghm
+from tests import golden
+
+BINNED = optax_ghm.BinnedDensity(bins=10)
+RUNNING = optax_ghm.WindowedDensity(width=0.1, momentum=0.9)
+CLASSIFICATION = [case for case in golden.CASES if case.startswith('ghmc')]
+
+
+@pytest.mark.parametrize('case', CLASSIFICATION)
+def test_golden_numbers_before_a_plain_cross_entropy(case):
+  data = golden.load(case)
+  density = golden.density(data)
+  state = density.init()
+
+  @jax.jit
+  def grads(x, state, y, weight):
+    valid = weight > 0
+
+    def loss(x, state):
+      x = optax_ghm.harmonize(x, state, density=density, axis=(), mask=valid)
+      losses = optax.sigmoid_binary_cross_entropy(x, y)
+      return jnp.where(valid, losses, 0.0).sum() / jnp.maximum(
+        valid.sum(dtype=jnp.float32), 1
+      )
+
+    return jax.grad(loss, argnums=(0, 1))(x, state)
+
+  for step in range(len(data['loss'])):
+    grad, gradient_of_state = grads(
+      data['pred'][step],
+      state,
+      data['target'][step],
+      data['label_weight'][step],
+    )
+    state = optax_ghm.overwrite_with_gradient(state, gradient_of_state)
+    np.testing.assert_allclose(
+      grad * float(data['loss_weight']),
+      data['grad'][step],
+      rtol=1e-5,
+      # optax's own p - y, by log_sigmoid, is off by this much near 0 and 1
+      atol=3e-7,
+    )
+    np.testing.assert_allclose(
+      state.histogram, data['acc_sum'][step], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_law_gradient_equals_that_of_the_loss(reduction, rng):
+  x = jnp.asarray(rng.normal(size=(50, 4)) * 2, jnp.float32)
+  y = jnp.asarray(rng.integers(0, 4, size=50))
+  reduce = getattr(jnp, reduction)
+  scale = (50 if reduction == 'mean' else 1) / np.sqrt(2)
+
+  def harmonized(x):
+    x = optax_ghm.harmonize(x, density=BINNED, scale=scale)
+    return reduce(optax.softmax_cross_entropy_with_integer_labels(x, y))
+
+  def ghm(x):
+    return reduce(
+      optax_ghm.softmax_ghm_loss_with_integer_labels(x, y, density=BINNED)[0]
+    )
+
+  np.testing.assert_allclose(
+    jax.grad(harmonized)(x), jax.grad(ghm)(x), rtol=1e-4, atol=1e-7
+  )
+
+
+def test_mean_and_sum_reduced_losses_agree(rng):
+  x = jnp.asarray(rng.normal(size=(30,)), jnp.float32)
+  y = jnp.zeros(30)
+  mask = jnp.arange(30) < 20
+
+  def grad(reduce, scale):
+    def loss(x):
+      x = optax_ghm.harmonize(x, mask=mask, scale=scale)
+      return reduce(
+        jnp.where(mask, optax.sigmoid_binary_cross_entropy(x, y), 0.0)
+      )
+
+    return jax.grad(loss)(x)
+
+  mean = grad(lambda v: jnp.sum(v) / 20, None)
+  np.testing.assert_allclose(20 * mean, grad(jnp.sum, 1.0), rtol=1e-5)
+
+
+def test_norms_beyond_one_at_a_hidden_layer(rng):
+  hidden = jnp.asarray(rng.normal(size=(40, 3, 2)) * 100, jnp.float32)
+
+  def cotangent(harmonized):
+    def loss(h):
+      h = optax_ghm.harmonize(
+        h, density=optax_ghm.PARAMETER_DENSITY, enabled=harmonized
+      )
+      return jnp.mean(jnp.sum(h**2, axis=(1, 2)))
+
+    return jax.grad(loss)(hidden)
+
+  weights, _ = optax_ghm.harmony_weights(
+    40 * jnp.linalg.norm(cotangent(False).reshape(40, -1), axis=-1),
+    density=optax_ghm.PARAMETER_DENSITY,
+  )
+  np.testing.assert_allclose(
+    cotangent(True), weights[:, None, None] * cotangent(False), rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_forward_is_bit_for_bit_the_input(dtype):
+  x = jnp.array([-0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-7, 3.0], dtype)
+  y = jax.jit(optax_ghm.harmonize)(x)
+  assert y.dtype == dtype
+  assert np.asarray(y).tobytes() == np.asarray(x).tobytes()
+  grad = jax.grad(lambda x: optax_ghm.harmonize(x, scale=1.0).sum())(x)
+  assert grad.dtype == dtype
+
+
+def step(x, state, y, *, axis_name=None):
+  def loss(x, state):
+    x = optax_ghm.harmonize(
+      x, state, density=RUNNING, axis=(), axis_name=axis_name
+    )
+    return jnp.sum(optax.sigmoid_binary_cross_entropy(x, y)) / 24
+
+  return jax.grad(loss, argnums=(0, 1))(x, state)
+
+
+def test_works_under_jit_remat_scan_and_vmap(rng):
+  x = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
+  y = jnp.asarray(rng.uniform(size=(3, 24)) < 0.3, jnp.float32)
+  state = RUNNING.init()
+  one_by_one = [step(x[0], state, y[0])]
+  for i in (1, 2):
+    one_by_one.append(step(x[i], one_by_one[-1][1], y[i]))
+
+  jitted = jax.jit(step)(x[0], state, y[0])
+  chex.assert_trees_all_close(jitted, one_by_one[0], rtol=1e-5, atol=1e-7)
+
+  def scanned(state, batch):
+    grad, state = step(batch[0], state, batch[1])
+    return state, grad
+
+  last, grads = jax.lax.scan(scanned, state, (x, y))
+  chex.assert_trees_all_close(last, one_by_one[-1][1], rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(grads[2], one_by_one[2][0], rtol=1e-4, atol=1e-7)
+
+  mapped = jax.vmap(step, (0, None, 0))(x, state, y)
+  np.testing.assert_allclose(
+    mapped[0][0], one_by_one[0][0], rtol=1e-4, atol=1e-7
+  )
+
+  def rematted(x, state):
+    layer = jax.checkpoint(
+      lambda x, s: optax_ghm.harmonize(x, s, density=RUNNING, axis=())
+    )
+    losses = optax.sigmoid_binary_cross_entropy(layer(x, state), y[0])
+    return jnp.mean(losses)
+
+  chex.assert_trees_all_close(
+    jax.grad(rematted, (0, 1))(x[0], state),
+    one_by_one[0],
+    rtol=1e-5,
+    atol=1e-7,
+  )
+
+
+def test_a_named_vmap_is_one_batch(rng):
+  x = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+  y = jnp.zeros((3, 8))
+  whole, state = step(x.reshape(-1), RUNNING.init(), y.reshape(-1))
+  parts, states = jax.vmap(
+    lambda x, y: step(x, RUNNING.init(), y, axis_name='i'), axis_name='i'
+  )(x, y)
+  np.testing.assert_allclose(parts.reshape(-1), whole, rtol=1e-5)
+  chex.assert_trees_all_close(
+    jax.tree.map(lambda s: s[0], states), state, rtol=1e-5
+  )
+
+
+def test_a_gradient_of_a_gradient_keeps_the_rule():
+  x = jnp.array([0.3, 0.3, 0.3, -2.0])
+
+  def inner(x):
+    return jnp.sum(optax_ghm.harmonize(x, axis=(), scale=1.0) ** 2 / 4)
+
+  def outer(x):
+    return jnp.sum(jax.grad(inner)(x) ** 2)
+
+  assert not np.allclose(
+    jax.grad(outer)(x), jax.grad(lambda x: jnp.sum((x / 2) ** 2))(x)
+  )
+
+
+def test_forward_mode_needs_it_disabled():
+  x = jnp.ones(3)
+  with pytest.raises(TypeError, match='forward-mode'):
+    jax.jvp(optax_ghm.harmonize, (x,), (x,))
+  jax.jvp(lambda x: optax_ghm.harmonize(x, enabled=False), (x,), (x,))
+
+
+def test_a_state_used_twice_averages_and_one_unused_stays(rng):
+  density = optax_ghm.BinnedDensity(bins=4, momentum=0.5)
+  state = density.init()
+  a, b = jnp.array([0.1, 0.1, 0.6]), jnp.array([0.9, 0.9, 0.9])
+
+  def gradient(state, *cotangents):
+    def loss(state):
+      return sum(
+        jnp.sum(
+          c
+          * optax_ghm.harmonize(
+            jnp.ones(3), state, density=density, axis=(), scale=1.0
+          )
+        )
+        for c in cotangents
+      ) + 0.0 * jnp.sum(state.calls)
+
+    return jax.grad(loss)(state)
+
+  both = gradient(state, a, b)
+  assert both.calls == 2
+  next_state = optax_ghm.overwrite_with_gradient(state, both)
+  _, read = density.update(jnp.zeros(0), next_state)
+  np.testing.assert_allclose(read.histogram / read.evidence, [1, 0, 0.5, 1.5])
+
+  unused = gradient(next_state)
+  assert unused.calls == 0
+  chex.assert_trees_all_equal(
+    optax_ghm.overwrite_with_gradient(next_state, unused), next_state
+  )
+
+
+def test_bad_cotangents_show_and_harm_no_other():
+  c = jnp.array([0.1, 0.2, jnp.nan, 0.9])
+  state = BINNED.init()
+
+  def loss(x, state):
+    x = optax_ghm.harmonize(x, state, density=BINNED, axis=(), scale=1.0)
+    return jnp.sum(c * x)
+
+  grad, state = jax.grad(loss, (0, 1))(jnp.ones(4), state)
+  weights, _ = optax_ghm.harmony_weights(
+    jnp.array([0.1, 0.2, 0.9]), density=BINNED
+  )
+  np.testing.assert_allclose(grad[np.array([0, 1, 3])], weights * c[c > 0])
+  assert np.isnan(grad[2]) and state.non_finite == 1
+
+
+def test_masked_examples_get_no_gradient():
+  grad = jax.grad(
+    lambda x: jnp.sum(
+      optax_ghm.harmonize(x, mask=jnp.array([True, False])) * jnp.nan
+    )
+  )(jnp.ones((2, 3)))
+  assert np.isnan(grad[0]).all() and (grad[1] == 0).all()
+
+
+def test_wrong_arguments_are_named():
+  with pytest.raises(TypeError, match='x must be floating.*int32'):
+    optax_ghm.harmonize(jnp.ones(3, jnp.int32))
+  with pytest.raises(ValueError, match=r'mask of shape \(3,\).*\(4,\)'):
+    optax_ghm.harmonize(jnp.ones((4, 3)), mask=jnp.ones(3))
+  with pytest.raises(ValueError, match='axis'):
+    optax_ghm.harmonize(jnp.ones((4, 3)), axis=2)
+  with pytest.raises(ValueError, match='state'):
+    jax.grad(lambda x: optax_ghm.harmonize(x, BINNED.init()).sum())(jnp.ones(3))
+
+
+# The optimizer-chain form.
+
+
+def per_example(rng, n=12):
+  return {
+    'w': jnp.asarray(rng.normal(size=(n, 3, 2)), jnp.float32),
+    'b': jnp.asarray(rng.normal(size=(n,)), jnp.bfloat16),
+  }
+
+
+def test_aggregate_is_the_weighted_mean(rng):
+  grads = per_example(rng)
+  tx = optax_ghm.harmonized_aggregate()
+  updates, state = tx.update(grads, tx.init({}))
+  norms = np.sqrt(
+    np.square(grads['w']).sum((1, 2))
+    + np.square(np.asarray(grads['b'], np.float32))
+  )
+  weights, expected_state = optax_ghm.harmony_weights(
+    jnp.asarray(norms), density=optax_ghm.PARAMETER_DENSITY
+  )
+  weights = np.asarray(weights)
+  np.testing.assert_allclose(
+    updates['w'], np.einsum('b,bij->ij', weights, grads['w']) / 12, rtol=1e-5
+  )
+  assert updates['b'].dtype == jnp.bfloat16 and updates['b'].shape == ()
+  np.testing.assert_allclose(
+    np.float32(updates['b']),
+    weights @ np.asarray(grads['b'], np.float32) / 12,
+    rtol=1e-2,
+  )
+  chex.assert_trees_all_close(state.density, expected_state)
+
+
+@pytest.mark.parametrize('factor', [1e-3, 1e3, 1e6])
+def test_aggregate_does_not_depend_on_the_scale(factor, rng):
+  grads = {'w': jnp.asarray(rng.normal(size=(64, 5)), jnp.float32)}
+  tx = optax_ghm.harmonized_aggregate()
+  one, _ = tx.update(grads, tx.init({}))
+  scaled, _ = tx.update({'w': grads['w'] * factor}, tx.init({}))
+  np.testing.assert_allclose(scaled['w'] / factor, one['w'], rtol=2e-2)
+
+
+def test_aggregate_lifts_the_rare_and_mutes_the_outliers():
+  easy = jnp.tile(jnp.array([[0.01, 0.0]]), (97, 1))
+  rare = jnp.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+  tx = optax_ghm.harmonized_aggregate()
+  updates, _ = tx.update(jnp.concatenate([easy, rare]), tx.init(()))
+  np.testing.assert_allclose(
+    updates[1], 0.5, rtol=1e-2
+  )  # two crowds, half each
+
+
+def test_aggregate_leaves_out_bad_examples_and_counts_them(rng):
+  grads = per_example(rng)
+  bad = {**grads, 'w': grads['w'].at[3, 0, 0].set(jnp.nan)}
+  tx = optax_ghm.harmonized_aggregate()
+  updates, state = tx.update(bad, tx.init({}))
+  without, _ = tx.update(
+    jax.tree.map(lambda g: jnp.delete(g, 3, 0), grads), tx.init({})
+  )
+  chex.assert_trees_all_close(updates, without, rtol=1e-5)
+  assert state.density.non_finite == 1
+  all_bad, _ = tx.update(
+    jax.tree.map(lambda g: g * jnp.nan, grads), tx.init({})
+  )
+  chex.assert_trees_all_equal(
+    all_bad, jax.tree.map(lambda g: jnp.zeros_like(g[0]), grads)
+  )
+
+
+def test_aggregate_masks_and_weighs(rng):
+  grads = per_example(rng)
+  tx = optax_ghm.harmonized_aggregate()
+  mask = jnp.arange(12) < 8
+  masked, _ = tx.update(grads, tx.init({}), mask=mask)
+  first, _ = tx.update(jax.tree.map(lambda g: g[:8], grads), tx.init({}))
+  chex.assert_trees_all_close(masked, first, rtol=1e-5)
+  halved, _ = tx.update(grads, tx.init({}), mask=0.5 * mask.astype(jnp.float32))
+  chex.assert_trees_all_close(halved, first, rtol=1e-5)
+
+
+def test_aggregate_names_wrong_updates():
+  tx = optax_ghm.harmonized_aggregate()
+  with pytest.raises(ValueError, match=r'updates.*\(4, 2\).*\(3,\)'):
+    tx.update({'a': jnp.ones((4, 2)), 'b': jnp.ones(3)}, tx.init({}))
+  with pytest.raises(ValueError, match='updates'):
+    tx.update({'a': jnp.ones(())}, tx.init({}))

@@ -1,0 +1,300 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, strategies as st
+from hypothesis.extra import numpy as hnp
+
+import optax_ghm
+from tests import golden
+
+BINNED = optax_ghm.BinnedDensity(bins=10)
+SHAPES = st.sampled_from([(0,), (1,), (6,), (3, 4)])
+LOGITS = st.floats(width=32)
+
+
+@functools.partial(jax.jit, static_argnames=('loss', 'density', 'mu'))
+def loss_and_grad(loss, x, targets, state, mask, density, **kwargs):
+  """Sum of the losses over the number that count, its gradient, the state."""
+
+  def total(x):
+    losses, new_state = loss(
+      x, targets, state, mask=mask, density=density, **kwargs
+    )
+    return losses.sum() / jnp.maximum(
+      (mask > 0).sum(dtype=jnp.float32), 1
+    ), new_state
+
+  (value, state), grad = jax.value_and_grad(total, has_aux=True)(x)
+  return value, grad, state
+
+
+@pytest.mark.parametrize('case', golden.CASES)
+def test_golden_numbers_of_the_reference(case):
+  data = golden.load(case)
+  density = golden.density(data)
+  loss, kwargs = optax_ghm.sigmoid_ghm_loss, {}
+  if case.startswith('ghmr'):
+    loss, kwargs = optax_ghm.smooth_l1_ghm_loss, {'mu': float(data['mu'])}
+  state = density.init()
+  for step in range(len(data['loss'])):
+    value, grad, state = loss_and_grad(
+      loss,
+      data['pred'][step],
+      data['target'][step],
+      state,
+      data['label_weight'][step],
+      density,
+      **kwargs,
+    )
+    scale = float(data['loss_weight'])
+    np.testing.assert_allclose(
+      scale * value, data['loss'][step], rtol=1e-5, atol=1e-12
+    )
+    np.testing.assert_allclose(
+      scale * grad, data['grad'][step], rtol=1e-5, atol=1e-9
+    )
+    np.testing.assert_allclose(
+      state.histogram, data['acc_sum'][step], rtol=1e-5
+    )
+
+
+def test_sigmoid_loss_is_the_weighted_cross_entropy(rng):
+  x = jnp.asarray(rng.normal(size=(40, 3)) * 4, jnp.float32)
+  y = jnp.asarray(rng.uniform(size=(40, 3)), jnp.float32)
+  losses, _ = optax_ghm.sigmoid_ghm_loss(x, y)
+  weights, _ = optax_ghm.harmony_weights(jnp.abs(jax.nn.sigmoid(x) - y))
+  np.testing.assert_allclose(
+    losses, weights * optax.sigmoid_binary_cross_entropy(x, y), rtol=1e-4
+  )
+  grad = jax.grad(lambda x: optax_ghm.sigmoid_ghm_loss(x, y)[0].sum())(x)
+  np.testing.assert_allclose(
+    grad, weights * (jax.nn.sigmoid(x) - y), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_labels_have_a_gradient_and_second_derivatives_are_right():
+  x, y = jnp.array([0.0, -2.0, 3.0]), jnp.array([0.2, 0.0, 1.0])
+  weights, _ = optax_ghm.harmony_weights(jnp.abs(jax.nn.sigmoid(x) - y))
+
+  def loss(x, y):
+    return optax_ghm.sigmoid_ghm_loss(x, y)[0].sum()
+
+  np.testing.assert_allclose(jax.grad(loss, 1)(x, y), -weights * x, rtol=1e-5)
+  p = jax.nn.sigmoid(x)
+  np.testing.assert_allclose(
+    jax.hessian(loss)(x, y), np.diag(weights * p * (1 - p)), rtol=1e-5
+  )
+  _, tangent = jax.jvp(lambda x: loss(x, y), (x,), (jnp.ones(3),))
+  np.testing.assert_allclose(tangent, (weights * (p - y)).sum(), rtol=1e-5)
+
+
+def test_integer_labels_have_a_background():
+  logits = jnp.array([[2.0, -1.0], [0.5, 0.5], [-3.0, 1.0]])
+  labels = jnp.array([1, 2, -1])
+  expected = jnp.array([[0, 1], [0, 0], [0, 0]])
+  chex.assert_trees_all_equal(
+    optax_ghm.sigmoid_ghm_loss_with_integer_labels(logits, labels),
+    optax_ghm.sigmoid_ghm_loss(logits, expected),
+  )
+  chex.assert_trees_all_equal(
+    optax_ghm.sigmoid_ghm_loss_with_integer_labels(
+      logits, labels, mask=jnp.array([True, False, True])
+    ),
+    optax_ghm.sigmoid_ghm_loss(
+      logits, expected, mask=jnp.array([[True], [False], [True]])
+    ),
+  )
+
+
+def test_two_softmax_classes_are_the_binary_loss(rng):
+  x = jnp.asarray(rng.normal(size=50) * 3, jnp.float32)
+  y = jnp.asarray(rng.integers(0, 2, size=50))
+  binary, state = optax_ghm.sigmoid_ghm_loss(x, y)
+  multi, multi_state = optax_ghm.softmax_ghm_loss_with_integer_labels(
+    jnp.stack([jnp.zeros_like(x), x], -1), y
+  )
+  np.testing.assert_allclose(multi, binary, rtol=1e-4, atol=1e-6)
+  # The norms agree to rounding: at most a few fall in a neighbouring cell.
+  assert jnp.abs(multi_state.histogram - state.histogram).sum() <= 4
+
+
+def test_softmax_gradient_is_the_weighted_one(rng):
+  x = jnp.asarray(rng.normal(size=(30, 7)) * 3, jnp.float32)
+  y = jnp.asarray(rng.integers(0, 7, size=30))
+  error = jax.nn.softmax(x) - jax.nn.one_hot(y, 7)
+  weights, _ = optax_ghm.harmony_weights(
+    jnp.linalg.norm(error, axis=-1) / np.sqrt(2).astype(np.float32),
+    density=BINNED,
+  )
+
+  def loss(x):
+    return optax_ghm.softmax_ghm_loss_with_integer_labels(x, y, density=BINNED)[
+      0
+    ]
+
+  np.testing.assert_allclose(
+    jax.grad(lambda x: loss(x).sum())(x),
+    weights[:, None] * error,
+    rtol=1e-4,
+    atol=1e-6,
+  )
+  plain = optax.softmax_cross_entropy_with_integer_labels(x, y)
+  np.testing.assert_allclose(loss(x), weights * plain, rtol=1e-4, atol=1e-6)
+
+
+def test_softmax_norm_tells_the_unsure_from_the_wrong():
+  unsure = jnp.zeros((1, 1000))
+  wrong = unsure.at[0, 3].set(50.0)
+  density = optax_ghm.BinnedDensity(bins=100)
+  for logits, expected in ((unsure, 0.707), (wrong, 0.999)):
+    _, state = optax_ghm.softmax_ghm_loss_with_integer_labels(
+      logits, jnp.array([0]), density=density
+    )
+    assert int(jnp.argmax(state.histogram)) == int(expected * 100)
+
+
+def test_asl1_has_its_formula_and_no_overflow():
+  d = jnp.array([0.0, 0.03, -1e3, 1e30, -3e38])
+  losses, _ = optax_ghm.smooth_l1_ghm_loss(d, jnp.zeros(5), density=BINNED)
+  g = np.abs(d) / np.hypot(np.float64(0.02), d)
+  weights, _ = optax_ghm.harmony_weights(
+    jnp.asarray(g, jnp.float32), density=BINNED
+  )
+  np.testing.assert_allclose(
+    losses, weights * (np.hypot(np.float64(0.02), d) - 0.02), rtol=1e-5
+  )
+  grad = jax.grad(
+    lambda d: optax_ghm.smooth_l1_ghm_loss(d, jnp.zeros(5), density=BINNED)[
+      0
+    ].sum()
+  )(d)
+  np.testing.assert_allclose(grad, weights * np.sign(d) * g, rtol=1e-5)
+
+
+@given(x=hnp.arrays(np.float32, SHAPES, elements=LOGITS), data=st.data())
+def test_any_logits_have_a_defined_result(x, data):
+  y = data.draw(
+    hnp.arrays(np.float32, x.shape, elements=st.sampled_from([0.0, 0.3, 1.0]))
+  )
+  mask = data.draw(
+    hnp.arrays(np.float32, x.shape, elements=st.sampled_from([0.0, 1.0]))
+  )
+  _, grad, state = loss_and_grad(
+    optax_ghm.sigmoid_ghm_loss,
+    x,
+    y,
+    BINNED.init(),
+    mask,
+    BINNED,
+  )
+  bad = np.isnan(x) & (mask > 0)
+  assert float(state.non_finite) == bad.sum()
+  np.testing.assert_array_equal(np.isfinite(grad), ~bad)
+  np.testing.assert_array_equal(grad[mask == 0], 0)
+
+
+def test_nan_and_inf_logits_harm_no_other(rng):
+  x = rng.normal(size=20).astype(np.float32)
+  y = (rng.uniform(size=20) < 0.5).astype(np.float32)
+  x[3], x[7], y[7] = np.nan, np.inf, 1.0
+  keep = np.arange(20) != 3
+  losses, state = optax_ghm.sigmoid_ghm_loss(x, y)
+  expected, _ = optax_ghm.sigmoid_ghm_loss(x[keep], y[keep])
+  np.testing.assert_allclose(losses[keep], expected, rtol=1e-6)
+  # An infinite logit on the right side has gradient and loss 0 but for rounding
+  # of inf - inf; what is not a number shows and is counted.
+  assert np.isnan(losses[3]) and state.non_finite == 1
+
+
+@pytest.mark.parametrize('sign', [-1.0, 1.0])
+def test_saturated_logits_are_finite(sign):
+  x = sign * jnp.array([300.0, -300.0, 300.0, 1e30])
+  y = jnp.array([1.0, 1.0, 0.0, 0.0])
+  losses, grad, _ = loss_and_grad(
+    optax_ghm.sigmoid_ghm_loss, x, y, BINNED.init(), jnp.ones(4), BINNED
+  )
+  assert np.isfinite(losses) and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_low_precision_logits_are_computed_in_float32(dtype, rng):
+  x = jnp.asarray(rng.normal(size=(64, 5)), dtype)
+  y = jnp.asarray(rng.integers(0, 5, size=64))
+  for loss in (
+    optax_ghm.softmax_ghm_loss_with_integer_labels,
+    optax_ghm.sigmoid_ghm_loss_with_integer_labels,
+  ):
+    losses, _ = loss(x, y)
+    expected, _ = loss(x.astype(jnp.float32), y)
+    assert losses.dtype == jnp.float32
+    chex.assert_trees_all_equal(losses, expected)
+
+
+def test_float16_gradients_are_not_flushed_to_zero():
+  """The reference's 1/N in float16 is 0 from N = 2e7 on, and coarse before."""
+  x = jnp.linspace(-4, 4, 60_000, dtype=jnp.float16)
+  y = jnp.zeros(60_000)
+
+  def mean(x):
+    return optax_ghm.sigmoid_ghm_loss(x, y)[0].mean()
+
+  half = jax.grad(mean)(x)
+  full = jax.grad(mean)(x.astype(jnp.float32))
+  assert half.dtype == jnp.float16
+  chex.assert_trees_all_equal(half, full.astype(jnp.float16))
+  assert (half != 0).all()
+
+
+def test_evaluation_never_touches_the_state(rng):
+  density = optax_ghm.WindowedDensity(momentum=0.9)
+  x = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
+  y = jnp.asarray(rng.integers(0, 4, size=16))
+  loss = functools.partial(
+    optax_ghm.softmax_ghm_loss_with_integer_labels, density=density
+  )
+  _, state = loss(x, y)
+  losses, after = loss(x, y, state, train=False)
+  chex.assert_trees_all_equal(after, state)
+  alone, _ = loss(x[:1], y[:1], state, train=False)
+  np.testing.assert_allclose(alone[0], losses[0], rtol=1e-6)
+
+
+def test_float64_is_computed_in_float64():
+  with jax.enable_x64(True):
+    x = jnp.array([1e-9, 1.0], jnp.float64)
+    losses, state = optax_ghm.sigmoid_ghm_loss(x, jnp.zeros(2))
+    assert losses.dtype == jnp.float64
+    assert state.histogram.dtype == jnp.float32
+    weights, _ = optax_ghm.harmony_weights(jax.nn.sigmoid(x))
+    np.testing.assert_allclose(
+      losses,
+      np.asarray(weights, np.float64) * np.log1p(np.exp(x)),
+      rtol=1e-12,
+    )
+
+
+def test_wrong_arguments_are_named():
+  x = jnp.ones((4, 3))
+  with pytest.raises(TypeError, match='logits must be floating.*int32'):
+    optax_ghm.sigmoid_ghm_loss(jnp.ones(3, jnp.int32), jnp.ones(3))
+  with pytest.raises(ValueError, match=r'labels of shape \(5,\).*\(4, 3\)'):
+    optax_ghm.sigmoid_ghm_loss(x, jnp.ones(5))
+  with pytest.raises(ValueError, match=r'mask of shape \(5,\)'):
+    optax_ghm.sigmoid_ghm_loss(x, x, mask=jnp.ones(5))
+  for loss in (
+    optax_ghm.softmax_ghm_loss_with_integer_labels,
+    optax_ghm.sigmoid_ghm_loss_with_integer_labels,
+  ):
+    with pytest.raises(TypeError, match='labels must be integers.*float32'):
+      loss(x, jnp.ones(4))
+    with pytest.raises(ValueError, match=r'labels of shape \(3,\).*\(4,\)'):
+      loss(x, jnp.ones(3, jnp.int32))
+  with pytest.raises(ValueError, match='mu'):
+    optax_ghm.smooth_l1_ghm_loss(x, x, mu=0.0)
+  with pytest.raises(TypeError, match='predictions'):
+    optax_ghm.smooth_l1_ghm_loss(jnp.ones(3, jnp.int32), jnp.ones(3))

@@ -1,0 +1,51 @@
+"""The package as a whole: what it imports, what it names, what it shows."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import optax_ghm
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_import_loads_neither_flax_nor_plots():
+  code = (
+    'import sys, optax\n'
+    'before = set(sys.modules)\n'
+    'import optax_ghm\n'
+    'new = {m.split(".")[0] for m in set(sys.modules) - before}\n'
+    'print(sorted(new & {"flax", "matplotlib", "rich", "sklearn", "chex"}))\n'
+    'print(len([m for m in set(sys.modules) - before\n'
+    '           if not m.startswith("optax_ghm")]))\n'
+  )
+  output = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  ).stdout.split('\n')
+  assert output[0] == '[]'
+  assert int(output[1]) <= 2
+
+
+@pytest.mark.parametrize('name', optax_ghm.__all__)
+def test_every_public_name_has_a_docstring_and_is_in_the_readme(name):
+  value = getattr(optax_ghm, name)
+  if callable(value):
+    assert value.__doc__
+  assert name in (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.parametrize(
+  'name', [n for n in optax_ghm.__all__ if callable(getattr(optax_ghm, n))]
+)
+def test_public_functions_have_an_example(name):
+  value = getattr(optax_ghm, name)
+  plain_records = {
+    'Crowd',
+    'DensityState',
+    'HarmonizedAggregateState',
+    'DensityEstimator',
+  }
+  if name not in plain_records:
+    assert '>>> ' in value.__doc__
