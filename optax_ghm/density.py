@@ -17,6 +17,7 @@ References:
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple, Protocol
 
 import jax
@@ -83,7 +84,10 @@ class DensityEstimator(Protocol):
   and none of their numbers is traced.
   """
 
-  normalize: bool
+  @property
+  def normalize(self) -> bool:
+    """Whether harmony weights are scaled to average 1 over the batch."""
+    ...
 
   def init(self) -> DensityState:
     """The state before the first batch."""
@@ -456,8 +460,8 @@ class ExactDensity:
     _check_width(self.width, self.high - self.low)
 
   def init(self) -> DensityState:
-    """A state that only counts non-finite norms."""
-    return _empty_state(0)
+    """A state that only counts non-finite norms; its one cell stays empty."""
+    return _empty_state(1)
 
   def update(
     self,
@@ -485,7 +489,7 @@ class ExactDensity:
         f' WindowedDensity with axis_name={axis_name!r}.'
       )
     norms, mask = _check_batch(norms, mask)
-    _check_state(state, 0)
+    _check_state(state, 1)
     state = _settled(state)
     asked = jnp.ones(norms.shape, bool) if mask is None else counts(mask)
     valid = asked & jnp.isfinite(norms)
@@ -588,12 +592,12 @@ def _settled(state):
 
 
 def _empty_state(cells):
-  zero = jnp.zeros((), jnp.float32)
+  # Buffers of their own, so that a state can be donated.
   return DensityState(
     histogram=jnp.zeros((cells,), jnp.float32),
-    evidence=zero,
+    evidence=jnp.zeros((), jnp.float32),
     calls=jnp.ones((), jnp.float32),
-    non_finite=zero,
+    non_finite=jnp.zeros((), jnp.float32),
   )
 
 
@@ -606,7 +610,7 @@ def _coordinate(norms, log):
 
 
 def _coordinate_range(low, high, log):
-  return (np.log10(low), np.log10(high)) if log else (low, high)
+  return (math.log10(low), math.log10(high)) if log else (low, high)
 
 
 def _check_batch(norms, mask):

@@ -220,7 +220,10 @@ def harmonized_aggregate(
         f' got shapes {[u.shape for u in examples]}.'
       )
     (size,) = sizes
-    per_leaf = [_norms.norm(u, tuple(range(1, u.ndim))) for u in examples]
+    per_leaf = [
+      _norms.norm(u, tuple(range(1, u.ndim))).astype(jnp.float32)
+      for u in examples
+    ]
     norms = _norms.norm(jnp.stack(per_leaf, -1), axis=-1)
     weights, density_state = _density.harmony_weights(
       norms, state.density, density=density, mask=mask, axis_name=axis_name

@@ -6,6 +6,7 @@ import optax
 
 from tests.contracts.trial import (
   BATCH,
+  LEARNING_RATE,
   assert_close,
   assert_same,
   every,
@@ -18,18 +19,16 @@ from tests.contracts.trial import (
   whole,
 )
 
-LR = 0.5  # a power of two: multiplying by it is exact
-
 
 @every
 def test_chain_and_named_chain(entry):
   expected, expected_state = run(entry.tx, make_steps(entry))
   tx = optax.named_chain(
     ('under_test', optax.chain(optax.identity(), entry.tx)),
-    ('sgd', optax.sgd(LR)),
+    ('sgd', optax.sgd(LEARNING_RATE)),
   )
   updates, state = run(tx, make_steps(entry), not_ours=1.0)
-  assert_close(updates, scale(expected, -LR))
+  assert_close(updates, scale(expected, -LEARNING_RATE))
   assert_close(state['under_test'][1], expected_state)
 
 
@@ -41,7 +40,7 @@ def test_masked_and_partition(entry):
   labels = {'bias': 'under_test', 'kernel': 'under_test', 'other': 'sgd'}
   tx = optax.masked(
     optax.partition(
-      {'under_test': entry.tx, 'sgd': optax.sgd(LR)},
+      {'under_test': entry.tx, 'sgd': optax.sgd(LEARNING_RATE)},
       labels | {'masked': optax.MaskedNode()},
     ),
     dict.fromkeys(labels, True) | {'masked': False},
@@ -50,7 +49,7 @@ def test_masked_and_partition(entry):
   updates, state = run(tx, steps, with_others(make_params()))
   for update, gradients in zip(updates, steps, strict=True):
     assert_same(update.pop('masked'), gradients['masked'])
-    assert_same(update.pop('other'), -LR * gradients['other'])
+    assert_same(update.pop('other'), -LEARNING_RATE * gradients['other'])
   expected, expected_state = run(entry.tx, make_steps(entry))
   assert_close(updates, expected)
   assert_close(jax.tree.leaves(state), jax.tree.leaves(expected_state))
@@ -106,10 +105,10 @@ def test_inside_apply_if_finite(entry):
   first, second, third = make_steps(entry)
   expected, expected_state = run(entry.tx, [first, third])
   tx = optax.apply_if_finite(
-    optax.chain(entry.tx, optax.sgd(LR)), max_consecutive_errors=1
+    optax.chain(entry.tx, optax.sgd(LEARNING_RATE)), max_consecutive_errors=1
   )
   updates, state = run(tx, [first, scale(second, jnp.nan), third])
-  assert_close([updates[0], updates[2]], scale(expected, -LR))
+  assert_close([updates[0], updates[2]], scale(expected, -LEARNING_RATE))
   assert_same(updates[1], scale(make_params(), 0))
   assert_close(state.inner_state[0], expected_state)
 
@@ -121,11 +120,11 @@ def test_before_multi_steps_and_apply_if_finite(entry):
   (one, two), expected_state = run(entry.tx, [first, second])
   with jax.numpy_dtype_promotion('standard'):
     rest = optax.apply_if_finite(
-      _multi_steps(optax.sgd(LR)), max_consecutive_errors=1
+      _multi_steps(optax.sgd(LEARNING_RATE)), max_consecutive_errors=1
     )
     updates, state = run(optax.chain(entry.tx, rest), [first, second])
   assert_same(updates[0], scale(make_params(), 0))
   mean = jax.tree.map(lambda x, y: (x + y) / 2, one, two)
-  assert_close(updates[1], scale(mean, -LR))
+  assert_close(updates[1], scale(mean, -LEARNING_RATE))
   assert_close(state[0], expected_state)
   assert state[1].total_notfinite == 0

@@ -70,4 +70,12 @@ ENTRIES = (
     ),
     per_example=True,
   ),
+  Entry(
+    'harmonized_aggregate_exact',
+    functools.partial(
+      optax_ghm.harmonized_aggregate,
+      density=optax_ghm.ExactDensity(width=1.0, high=10.0),
+    ),
+    per_example=True,
+  ),
 )

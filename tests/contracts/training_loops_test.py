@@ -8,6 +8,7 @@ from flax import linen, nnx, serialization
 from flax.training import train_state
 
 from tests.contracts.trial import (
+  LEARNING_RATE,
   assert_close,
   assert_same,
   every,
@@ -18,8 +19,6 @@ from tests.contracts.trial import (
   scale,
   types,
 )
-
-LEARNING_RATE = 0.1
 
 
 def _trained(entry, params):
@@ -83,10 +82,10 @@ def test_flax_serialization(entry):
 @every
 def test_orbax_checkpoint(entry, tmp_path):
   _, state = run(entry.tx, make_steps(entry))
+  params = make_params()
+  abstract = jax.eval_shape(lambda: (params, entry.tx.init(params)))
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / 'state', state)
+    checkpointer.save(tmp_path / 'training', (params, state))
     checkpointer.wait_until_finished()
-    restored = checkpointer.restore(
-      tmp_path / 'state', jax.eval_shape(entry.tx.init, make_params())
-    )
+    _, restored = checkpointer.restore(tmp_path / 'training', abstract)
   _assert_restored(entry, restored, state)

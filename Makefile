@@ -1,0 +1,35 @@
+# Everything on a bare machine: Python >= 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test bench lint format clean
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable '.[examples]' --group dev
+	@touch $(STAMP)
+
+demo: setup  ## train on long-tailed digits, print the comparison, write the picture
+	$(BIN)/python examples/harmonize.py
+
+test: setup  ## the whole suite, doctests included
+	$(BIN)/python -m pytest -n 2
+
+bench: setup  ## ratios against what one would use instead
+	$(BIN)/python benchmarks/losses.py
+
+lint: setup  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache
