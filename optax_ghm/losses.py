@@ -7,6 +7,7 @@ differentiation: the gradient of a loss is its plain gradient times the weight.
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from optax_ghm import density as _density, norms as _norms
@@ -152,18 +153,17 @@ def softmax_ghm_loss_with_integer_labels(
 
   .. math::
     \ell_i = -\beta_i \log p_{i, y_i}, \quad p_i = \mathrm{softmax}(x_i), \quad
-    g_i = \tfrac{1}{\sqrt 2} \lVert p_i - e_{y_i} \rVert_2
+    g_i = \tfrac12 \lVert p_i - e_{y_i} \rVert_1 = 1 - p_{i, y_i}
 
-  The norm is the Euclidean norm of the gradient at the logits, scaled to
-  [0, 1]. With two classes it is the binary :math:`|p - y|`. With many, unlike
-  :math:`1 - p_y` (half the L1 norm, and the largest component), it tells the
-  unsure, whose wrong mass is spread (:math:`g \to 1/\sqrt 2`), from the
-  confidently wrong (:math:`g \to 1`), among which wrong labels are found.
+  The norm is half the L1 norm of the gradient at the logits, the probability
+  that is in the wrong place. It lies in [0, 1] for any number of classes, is
+  the binary :math:`|p - y|` for two, and is known from the loss alone. For the
+  Euclidean norm, put :func:`harmonize` before any cross-entropy.
 
   Args:
     logits: unnormalised log-probabilities, shape (..., num_classes).
-    labels: integers in [0, num_classes), shape (...). Others select no class:
-      mask them out.
+    labels: integers in [0, num_classes), shape (...). As in Optax, others give
+      NaN: mask them out.
     state: of ``density``; None starts afresh.
     density: estimator of the gradient density over [0, 1].
     mask: broadcastable to ``labels``; see :func:`sigmoid_ghm_loss`.
@@ -193,7 +193,10 @@ def softmax_ghm_loss_with_integer_labels(
     <https://arxiv.org/abs/1811.05181>`_, 2019 (the binary form)
   """
   logits, labels = _integer_labels(logits, labels)
-  losses, g = _softmax_cross_entropy(_keep(logits, mask, 1), labels)
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+    _keep(logits, mask, inner_axes=1), labels
+  )
+  g = -jnp.expm1(-lax.stop_gradient(losses))
   return _harmonized(losses, g, state, density, mask, axis_name, train)
 
 
@@ -305,21 +308,6 @@ def _sigmoid_cross_entropy_jvp(primals, tangents):
     (p - labels) * d_logits - logits * d_labels,
     p * (1 - p) * d_logits,
   )
-
-
-def _softmax_cross_entropy(logits, labels):
-  """Cross-entropy, and the scaled norm of its gradient at the logits."""
-  largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-  shifted = logits - largest
-  e = jnp.exp(shifted)
-  classes = lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
-  own = classes == labels[..., None]
-  total = jnp.sum(e, axis=-1)
-  losses = jnp.log(total) - jnp.sum(jnp.where(own, shifted, 0.0), axis=-1)
-  # 1 - p_y as a sum of what is wrong: no cancellation where p_y is near 1.
-  wrong = lax.stop_gradient(jnp.where(own, 0.0, e) / total[..., None])
-  squares = jnp.square(jnp.sum(wrong, -1)) + jnp.sum(jnp.square(wrong), -1)
-  return losses, jnp.sqrt(squares / 2)
 
 
 def _one_hot(labels, logits):

@@ -55,21 +55,36 @@ def test_golden_numbers_before_a_plain_cross_entropy(case):
 @pytest.mark.parametrize('reduction', ['mean', 'sum'])
 def test_law_gradient_equals_that_of_the_loss(reduction, rng):
   x = jnp.asarray(rng.normal(size=(50, 4)) * 2, jnp.float32)
-  y = jnp.asarray(rng.integers(0, 4, size=50))
+  y = jnp.asarray(rng.uniform(size=(50, 4)), jnp.float32)
   reduce = getattr(jnp, reduction)
-  scale = (50 if reduction == 'mean' else 1) / np.sqrt(2)
+  scale = None if reduction == 'mean' else 1.0
 
   def harmonized(x):
-    x = optax_ghm.harmonize(x, density=BINNED, scale=scale)
-    return reduce(optax.softmax_cross_entropy_with_integer_labels(x, y))
+    x = optax_ghm.harmonize(x, density=BINNED, axis=(), scale=scale)
+    return reduce(optax.sigmoid_binary_cross_entropy(x, y))
 
   def ghm(x):
-    return reduce(
-      optax_ghm.softmax_ghm_loss_with_integer_labels(x, y, density=BINNED)[0]
-    )
+    return reduce(optax_ghm.sigmoid_ghm_loss(x, y, density=BINNED)[0])
 
   np.testing.assert_allclose(
     jax.grad(harmonized)(x), jax.grad(ghm)(x), rtol=1e-4, atol=1e-7
+  )
+
+
+def test_multi_class_examples_are_weighed_by_their_euclidean_norm(rng):
+  x = jnp.asarray(rng.normal(size=(50, 4)) * 2, jnp.float32)
+  y = jnp.asarray(rng.integers(0, 4, size=50))
+
+  def loss(x):
+    x = optax_ghm.harmonize(x, density=BINNED, scale=50 / np.sqrt(2))
+    return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
+
+  error = jax.nn.softmax(x) - jax.nn.one_hot(y, 4)
+  weights, _ = optax_ghm.harmony_weights(
+    jnp.linalg.norm(error, axis=-1) / jnp.sqrt(2.0), density=BINNED
+  )
+  np.testing.assert_allclose(
+    jax.grad(loss)(x), weights[:, None] * error / 50, rtol=1e-4, atol=1e-7
   )
 
 
