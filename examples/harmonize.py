@@ -90,22 +90,31 @@ class Task:
 
 def load(name, path):
   if name == 'digits':
-    x, y = datasets.load_digits(return_X_y=True)
-    sizes = np.round(100 * 30 ** (-np.arange(10) / 9)).astype(int)
-    task = (x / 16, y, tuple(sizes.tolist()), 35, 64, 300)
+    digits = datasets.load_digits()
+    x, y, long_tail = digits['data'] / 16, digits['target'], (100, 30)
+    held_out, hidden, steps = 35, 64, 300
   elif name == 'mammography':
     file = np.load(path)
-    x, y = file['X'], file['y']
+    x, y, long_tail = file['X'], file['y'], None  # as rare as it is
     x = (x - x.mean(0)) / x.std(0)
-    sizes = tuple(int(n) for n in np.bincount(y.astype(int)) // 2)
-    task = (x, y, sizes, 0.25, 64, 600)
+    held_out, hidden, steps = 0.25, 64, 600
   else:
     file = np.load(path)
-    x, y = file['x_train'].reshape(-1, 784) / 255, file['y_train']
-    sizes = np.round(2000 * 100 ** (-np.arange(10) / 9)).astype(int)
-    task = (x, y, tuple(sizes.tolist()), 500, 128, 600)
-  x, y, *rest = task
-  return Task(x.astype(np.float32), y.astype(np.int32), *rest)
+    x, y, long_tail = file['x_train'] / 255, file['y_train'], (2000, 100)
+    x = x.reshape(-1, 784)
+    held_out, hidden, steps = 500, 128, 600
+  sizes = np.bincount(y.astype(int))
+  if long_tail:
+    most, ratio = long_tail
+    sizes = np.round(most * ratio ** -np.linspace(0, 1, 10)).astype(int)
+  return Task(
+    x.astype(np.float32),
+    y.astype(np.int32),
+    tuple(sizes.tolist()),
+    held_out,
+    hidden,
+    steps,
+  )
 
 
 # The methods: (logits, labels, inverse frequency per class, state) to
@@ -345,6 +354,7 @@ def main():
   task = load(args.data, args.path)
   tuned_file = HERE / 'harmonize_tuned.json'
   tuned = json.loads(tuned_file.read_text()) if tuned_file.exists() else {}
+  must_tune = args.tune or args.data not in tuned
   # Tuned and reported on different seeds: other splits, other first weights.
   seeds, tuning_seeds = range(args.seeds), range(100, 100 + args.seeds)
   rows, norms = {}, None
@@ -355,7 +365,7 @@ def main():
       splits = stack(task, seeds, share)
       for name in METHODS:
         progress.update(bar, description=f'{scenario}: {name}')
-        if args.tune:
+        if must_tune:
           tuned.setdefault(args.data, {}).setdefault(scenario, {})[name] = tune(
             task, stack(task, tuning_seeds, share), tuning_seeds, name
           )
@@ -379,7 +389,7 @@ def main():
         if name == 'cross-entropy':
           norms = norm
         progress.advance(bar)
-  if args.tune:
+  if must_tune:
     tuned_file.write_text(json.dumps(tuned, indent=1) + '\n')
 
   for scenario, measured in rows.items():

@@ -76,9 +76,7 @@ class Crowd(NamedTuple):
       return table
     last = table.shape[0] - 1
     # Looked up in bounds, then chosen: twice as fast as a padded table.
-    value = table.at[jnp.minimum(self.cell, last)].get(
-      mode='promise_in_bounds', out_sharding=jax.typeof(self.cell).sharding
-    )
+    value = _lookup(table, jnp.minimum(self.cell, last))
     return jnp.where(self.cell <= last, value, 0.0)
 
 
@@ -294,16 +292,14 @@ class BinnedDensity(_Histogram):
     cell = super()._cell(norms, mask)
     if self.log:
       return cell
-    # floor(g * M) and g >= i / M disagree for some g; the edges decide. The
-    # barrier keeps XLA from dividing by a constant as by its rounded inverse.
-    bins = lax.optimization_barrier(jnp.float32(self.bins))
-
-    def edge(i):
-      return self.low + self._length * (i.astype(jnp.float32) / bins)
-
-    below = (norms < edge(cell)).astype(jnp.int32)
-    above = (norms >= edge(cell + 1)).astype(jnp.int32)
-    corrected = jnp.clip(cell + above - below, 0, self.bins - 1)
+    # floor(g * M) and g >= i / M disagree for some g; the edges decide.
+    edges = np.arange(self.bins + 1, dtype=np.float32) / np.float32(self.bins)
+    edges = np.float32(self.low) + np.float32(self._length) * edges
+    edges[0], edges[-1] = -np.inf, np.inf
+    inside = jnp.minimum(cell, self.bins - 1)
+    below = norms < _lookup(jnp.asarray(edges), inside)
+    above = norms >= _lookup(jnp.asarray(edges), inside + 1)
+    corrected = inside + above.astype(jnp.int32) - below.astype(jnp.int32)
     return jnp.where(cell < self.bins, corrected, cell)
 
 
@@ -566,6 +562,13 @@ def _count(cell, mask, cells):
   replicated = NamedSharding(jax.typeof(cell).sharding.mesh, PartitionSpec())
   return zeros.at[cell].add(
     amount, mode='promise_in_bounds', out_sharding=replicated
+  )
+
+
+def _lookup(table, cell):
+  """``table[cell]``, laid out over devices as ``cell`` is."""
+  return table.at[cell].get(
+    mode='promise_in_bounds', out_sharding=jax.typeof(cell).sharding
   )
 
 
