@@ -90,8 +90,8 @@ class Task:
 
 def load(name, path):
   if name == 'digits':
-    digits = datasets.load_digits()
-    x, y, long_tail = digits['data'] / 16, digits['target'], (100, 30)
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    x, y, long_tail = np.divide(pixels, 16), np.asarray(labels), (100, 30)
     held_out, hidden, steps = 35, 64, 300
   elif name == 'mammography':
     file = np.load(path)

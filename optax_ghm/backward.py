@@ -22,7 +22,8 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
   A state is any node with a field ``calls``, the number of backward passes
   whose next states were added up in its gradient. Where that is 0, because no
   gradient reached the state in this step, the state stays as it was, where
-  taking the gradient itself would clear it.
+  taking the gradient itself would clear it. What has no such field, like Flax's
+  own states of that kind, is its gradient.
 
   Args:
     states: pytree of states that rode the backward pass.
@@ -46,6 +47,8 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
   """
 
   def overwrite(state, gradient):
+    if not hasattr(state, 'calls'):
+      return gradient
     reached = gradient.calls > 0
     return jax.tree.map(
       lambda old, new: jnp.where(reached, new, old), state, gradient
@@ -103,7 +106,8 @@ def apply_gradients(
     if not {'params'} <= set(tree) <= known:
       raise ValueError(
         f"{name} must hold 'params' and at most {OVERWRITE_WITH_GRADIENT!r}"
-        f' beside it, got {sorted(tree)}.'
+        f' beside it, got {sorted(tree)}: keep other collections out of what'
+        ' is differentiated.'
       )
   updates, opt_state = optax.with_extra_args_support(tx).update(
     gradients['params'], opt_state, variables['params'], **extra_args

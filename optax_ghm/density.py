@@ -33,8 +33,9 @@ class DensityState(NamedTuple):
   """What a density estimator remembers between batches; all leaves float32.
 
   The state may ride the backward pass, where cotangents of one state that is
-  used several times in a step (a shared module, micro-batches, devices) add up.
-  ``calls`` counts them, and the next read divides by it.
+  used several times in a step (a shared module, micro-batches, devices) add up,
+  and are scaled by whatever scales gradients. ``calls`` counts them, and the
+  next read divides by it.
 
   Attributes:
     histogram: shape (cells,), the decayed sum of the batches' histograms.
@@ -118,7 +119,7 @@ class DensityEstimator(Protocol):
     ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Histogram:
   """A density read off a histogram: one scatter-add, one all-reduce of it."""
 
@@ -235,7 +236,7 @@ class _Histogram:
     return jnp.where(counts(mask), cell, self._cells + 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BinnedDensity(_Histogram):
   r"""Unit-region density: the count of the bin that a norm falls in.
 
@@ -303,7 +304,7 @@ class BinnedDensity(_Histogram):
     return jnp.where(cell < self.bins, corrected, cell)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MMDetectionDensity(BinnedDensity):
   r"""The unit-region density by the rules of mmdetection's ``ghm_loss.py``.
 
@@ -352,7 +353,8 @@ class MMDetectionDensity(BinnedDensity):
       decayed = self.momentum * state.histogram + (1 - self.momentum) * mass
       running = jnp.where(occupied, decayed, state.histogram)
       state = state._replace(
-        histogram=running, evidence=jnp.ones_like(state.evidence)
+        histogram=running,
+        evidence=jnp.where(jnp.any(occupied), 1.0, state.evidence),
       )
     # n non-empty bins share the range: each is a region of length 1 / n.
     density = jnp.where(occupied, running, 0.0) * jnp.sum(
@@ -361,7 +363,7 @@ class MMDetectionDensity(BinnedDensity):
     return Crowd(cell, mass, density, jnp.sum(mass)), state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowedDensity(_Histogram):
   r"""The paper's own definition: a window of width ε centred on each norm.
 
@@ -429,13 +431,14 @@ class WindowedDensity(_Histogram):
     return (inner + part * outer) / length.astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactDensity:
   r"""The definition without approximation, by sort and search, on one device.
 
   The window of :class:`WindowedDensity` with every norm at its own place:
-  O(N log N), no memory of past batches. It is the oracle for tests, and fit for
-  batches small enough that a sort does not matter.
+  O(N log N). It is the oracle for tests, and fit for batches small enough that
+  a sort does not matter. It remembers nothing: evaluation, too, weighs the
+  batch by itself.
 
   Attributes:
     width: ε, at most ``high - low``.
@@ -588,7 +591,7 @@ def _settled(state):
   """The mean of the updates that were added up in this state."""
   return state._replace(
     **{
-      name: getattr(state, name) / jnp.maximum(state.calls, 1.0)
+      name: getattr(state, name) / _nonzero(state.calls)
       for name in ('histogram', 'evidence', 'non_finite')
     },
     calls=jnp.ones_like(state.calls),
@@ -677,9 +680,10 @@ def harmony_weights(
     norms: gradient norms of the examples, any shape, any real dtype.
     state: of ``density``; None starts afresh.
     density: the estimator.
-    mask: broadcastable to ``norms``: which examples count (bool), or as what
-      fraction of an example each counts in the density (float). It decides who
-      has a weight, and does not multiply it.
+    mask: broadcastable to ``norms``: which examples count (bool), or as how
+      many examples each counts in the density (float). It decides who has a
+      weight, and does not multiply it. Floats are added up in float32, so that
+      a million of them in one region still count to 1 %.
     axis_name: mapped axis, or axes, over which the batch is split: one
       all-reduce of the estimator's histogram.
     train: False reads the density of the state alone and leaves the state as it
@@ -710,9 +714,8 @@ def harmony_weights(
   """
   if state is None:
     state = density.init()
-  crowd, state = density.observe(
-    lax.stop_gradient(norms), state, mask, axis_name, train
-  )
+  norms, state, mask = lax.stop_gradient((norms, state, mask))
+  crowd, state = density.observe(norms, state, mask, axis_name, train)
   known = crowd.density > 0
   beta = jnp.where(known, crowd.total / _nonzero(crowd.density), 0.0)
   if density.normalize:

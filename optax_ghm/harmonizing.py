@@ -58,10 +58,12 @@ def harmonize(
     axis: axes of ``x`` that make up one example, over which the norm is taken.
       None is all but the first, ``()`` makes every element its own example.
     scale: what the cotangent is multiplied by before its norm is taken. None,
-      for a loss that is the mean over the examples, is the number of examples
-      that the mask leaves (over all of ``axis_name``); for a sum, 1. Divide by
-      the loss scale of mixed precision, if any. With softmax cross-entropy,
-      a further :math:`1/\sqrt 2` brings the norm to [0, 1].
+      for a loss that is the mean over all examples, is the number of examples
+      that the mask leaves, over all of ``axis_name``. If every shard means its
+      own examples and the gradients are averaged later, it is the number in the
+      shard; for a sum, 1. Divide by the loss scale of mixed precision, if any.
+      Softmax cross-entropy has norms up to :math:`\sqrt 2`: give it a density
+      with ``high=2**0.5``.
     mask: broadcastable to the examples' shape: which count; the cotangents of
       others become 0.
     axis_name: mapped axis, or axes, over which the batch is split; under
@@ -86,7 +88,7 @@ def harmonize(
     ...   return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
     >>> grads = jax.grad(loss)(jnp.array([-3.0, -3.0, -3.0, -1.0]))
     >>> [round(float(g), 3) for g in grads]  # the rare one counts as much
-    [0.008, 0.008, 0.008, -0.366]
+    [0.008, 0.008, 0.008, -0.37]
 
   References:
     Li et al., `Gradient Harmonized Single-stage Detector
@@ -122,10 +124,9 @@ def _harmonize_bwd(density, axes, axis_name, residuals, cotangent):
   state, scale, mask = residuals
   norms = _norms.norm(cotangent, axes)
   if scale is None:
-    count = (
-      jnp.ones(norms.shape, bool) if mask is None else _density.counts(mask)
-    )
-    scale = jnp.sum(count, dtype=jnp.float32)
+    scale = norms.size
+    if mask is not None:
+      scale = jnp.sum(_density.counts(mask), dtype=jnp.float32)
     if axis_name is not None:
       scale = jax.lax.psum(scale, axis_name)
   weights, next_state = _density.harmony_weights(
@@ -184,7 +185,8 @@ def harmonized_aggregate(
     Leaves that are not floating or complex pass unchanged.
 
   Raises:
-    ValueError: on update, if leaves differ in their leading axis or have none.
+    ValueError: on update, if leaves differ in their leading axis or have none,
+      or do not have the shape of ``params`` behind it.
 
   Examples:
     >>> import jax
@@ -209,7 +211,7 @@ def harmonized_aggregate(
     return HarmonizedAggregateState(density=density.init())
 
   def update_fn(updates, state, params=None, *, mask=None, **extra_args):
-    del params, extra_args
+    del extra_args
     examples = [u for u in jax.tree.leaves(updates) if _is_inexact(u)]
     if not examples:
       return updates, state
@@ -220,6 +222,7 @@ def harmonized_aggregate(
         f' got shapes {[u.shape for u in examples]}.'
       )
     (size,) = sizes
+    _check_per_example(updates, params)
     per_leaf = [
       _norms.norm(u, tuple(range(1, u.ndim))).astype(jnp.float32)
       for u in examples
@@ -260,6 +263,20 @@ def _example_axes(x, axis):
   if axis is None:
     return tuple(range(1, x.ndim))
   return np.lib.array_utils.normalize_axis_tuple(axis, x.ndim, 'axis')
+
+
+def _check_per_example(updates, params):
+  """Catches gradients that were averaged before, where params can tell."""
+  updates, params = jax.tree.leaves(updates), jax.tree.leaves(params)
+  if len(updates) != len(params):
+    return
+  for update, param in zip(updates, params, strict=True):
+    if _is_inexact(update) and update.shape[1:] != jnp.shape(param):
+      raise ValueError(
+        'updates must be per-example gradients, a batch axis before the shape'
+        f' of the parameter: got {update.shape} for {jnp.shape(param)}. Make'
+        ' them with jax.vmap(jax.grad(...)).'
+      )
 
 
 def _is_inexact(x: Any) -> bool:

@@ -14,7 +14,9 @@ class Harmonize(nn.Module):
   ``flax.training.train_state.TrainState`` trains with it as it is: create it
   with ``params=variables``, not ``variables['params']``, and differentiate with
   respect to them. Without a ``TrainState``, :func:`optax_ghm.apply_gradients`
-  makes the step. Evaluation applies the variables and changes nothing.
+  makes the step. Evaluation applies the variables and changes nothing. A step
+  whose gradient does not reach the module (``enabled=False``, say) clears its
+  memory under ``TrainState``, and keeps it under ``apply_gradients``.
 
   Attributes:
     density: see :func:`optax_ghm.harmonize`, as are all the following.
@@ -28,12 +30,14 @@ class Harmonize(nn.Module):
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax
+    >>> from optax_ghm import WindowedDensity
     >>> from optax_ghm.linen import Harmonize
-    >>> model = nn.Sequential([nn.Dense(3), Harmonize()])
+    >>> density = WindowedDensity(high=2**0.5)  # norms of p - y
+    >>> model = nn.Sequential([nn.Dense(3), Harmonize(density=density)])
     >>> x, labels = jnp.ones((4, 2)), jnp.zeros(4, int)
     >>> state = TrainState.create(
     ...   apply_fn=model.apply,
-    ...   tx=optax.adam(1e-3),
+    ...   tx=optax.sgd(1e-3),
     ...   params=model.init(jax.random.key(0), x),
     ... )
     >>> def loss(variables):

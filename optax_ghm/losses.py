@@ -50,7 +50,8 @@ def sigmoid_ghm_loss(
     The losses, of the shape of ``logits``, float32 (float64 for 64-bit logits),
     and the next state. Reduce them with a mean over the elements that count.
     NaN logits give NaN at their place, are counted in ``state.non_finite``, and
-    change nothing for the others.
+    change nothing for the others. Infinite logits are as good as the largest
+    number: g is 0 or 1.
 
   Raises:
     TypeError: if ``logits`` are not floating.
@@ -63,7 +64,7 @@ def sigmoid_ghm_loss(
     >>> labels = jnp.array([0, 0, 0, 0])
     >>> losses, state = optax_ghm.sigmoid_ghm_loss(logits, labels)
     >>> [round(float(x), 3) for x in losses]
-    [0.007, 0.007, 0.007, 3.19]
+    [0.01, 0.01, 0.01, 3.128]
 
   References:
     Li et al., `Gradient Harmonized Single-stage Detector
@@ -98,8 +99,7 @@ def sigmoid_ghm_loss_with_integer_labels(
     labels: integers, shape (...).
     state: of ``density``; None starts afresh.
     density: estimator of the gradient density over [0, 1].
-    mask: broadcastable to ``labels`` or, with a last axis for the classes, to
-      ``logits``.
+    mask: broadcastable to ``labels`` or, with all axes of ``logits``, to these.
     axis_name: mapped axis, or axes, over which the batch is split.
     train: False reads the state and leaves it as it is.
 
@@ -127,7 +127,7 @@ def sigmoid_ghm_loss_with_integer_labels(
   """
   logits, labels = _integer_labels(logits, labels)
   if mask is not None and jnp.ndim(mask) < logits.ndim:
-    mask = jnp.expand_dims(mask, -1)
+    mask = jnp.expand_dims(jnp.asarray(mask), -1)
   return sigmoid_ghm_loss(
     logits,
     _one_hot(labels, logits),
@@ -162,8 +162,8 @@ def softmax_ghm_loss_with_integer_labels(
 
   Args:
     logits: unnormalised log-probabilities, shape (..., num_classes).
-    labels: integers in [0, num_classes), shape (...). As in Optax, others give
-      NaN: mask them out.
+    labels: integers in [0, num_classes), shape (...). Others, such as -1
+      for examples to ignore, give NaN: mask them out.
     state: of ``density``; None starts afresh.
     density: estimator of the gradient density over [0, 1].
     mask: broadcastable to ``labels``; see :func:`sigmoid_ghm_loss`.
@@ -186,16 +186,19 @@ def softmax_ghm_loss_with_integer_labels(
     ...   logits, jnp.array([0, 0, 2])
     ... )
     >>> [round(float(x), 3) for x in losses]
-    [0.018, 0.018, 2.69]
+    [0.025, 0.025, 2.512]
 
   References:
     Li et al., `Gradient Harmonized Single-stage Detector
     <https://arxiv.org/abs/1811.05181>`_, 2019 (the binary form)
   """
   logits, labels = _integer_labels(logits, labels)
+  logits, labels = _keep(logits, mask, inner_axes=1), _keep(labels, mask)
+  classes = logits.shape[-1]
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-    _keep(logits, mask, inner_axes=1), labels
+    logits, jnp.clip(labels, 0, classes - 1)
   )
+  losses = jnp.where((labels >= 0) & (labels < classes), losses, jnp.nan)
   g = -jnp.expm1(-lax.stop_gradient(losses))
   return _harmonized(losses, g, state, density, mask, axis_name, train)
 
@@ -246,20 +249,20 @@ def smooth_l1_ghm_loss(
     ...   jnp.array([0.01, -0.01, 3.0]), jnp.zeros(3)
     ... )
     >>> [round(float(x), 4) for x in losses]
-    [0.0018, 0.0018, 4.4703]
+    [0.0024, 0.0024, 2.9849]
 
   References:
     Li et al., `Gradient Harmonized Single-stage Detector
     <https://arxiv.org/abs/1811.05181>`_, section 3.4, 2019
   """
-  if isinstance(mu, (int, float)) and not mu > 0:
+  if not isinstance(mu, jax.Array) and not mu > 0:
     raise ValueError(f'mu must be above 0, got {mu}.')
   predictions = _float_logits('predictions', predictions)
   targets = _broadcast('targets', targets, predictions.shape, predictions.dtype)
   difference = _keep(predictions - targets, mask)
-  root = jnp.hypot(difference, jnp.asarray(mu, predictions.dtype))
-  g = jnp.abs(lax.stop_gradient(difference / root))
-  losses = root - mu
+  mus = jnp.full_like(difference, mu)
+  losses = _authentic_smooth_l1(difference, mus)
+  g = jnp.abs(lax.stop_gradient(difference / jnp.hypot(difference, mus)))
   return _harmonized(losses, g, state, density, mask, axis_name, train)
 
 
@@ -285,9 +288,8 @@ def _keep(x, mask, inner_axes=0):
     return x
   examples = x.shape[: x.ndim - inner_axes]
   counts = _density.counts(_density.broadcast_mask(mask, examples))
-  return jnp.where(
-    lax.expand_dims(counts, range(len(examples), x.ndim)), x, 0.0
-  )
+  counts = lax.expand_dims(counts, range(len(examples), x.ndim))
+  return jnp.where(counts, x, jnp.zeros_like(x))
 
 
 @jax.custom_jvp
@@ -295,6 +297,7 @@ def _sigmoid_cross_entropy(logits, labels):
   """Cross-entropy and probability, both from one exponential."""
   e = jnp.exp(-jnp.abs(logits))
   probabilities = jnp.where(logits >= 0, 1.0, e) / (1 + e)
+  logits = _finite(logits)
   losses = jnp.maximum(logits, 0) - logits * labels + jnp.log1p(e)
   return losses, probabilities
 
@@ -305,8 +308,29 @@ def _sigmoid_cross_entropy_jvp(primals, tangents):
   d_logits, d_labels = tangents
   losses, p = _sigmoid_cross_entropy(logits, labels)
   return (losses, p), (
-    (p - labels) * d_logits - logits * d_labels,
+    (p - labels) * d_logits - _finite(logits) * d_labels,
     p * (1 - p) * d_logits,
+  )
+
+
+def _finite(logits):
+  """Infinity as the largest number, so that inf - inf is 0; NaN stays."""
+  limits = jnp.finfo(logits.dtype)
+  return jnp.clip(logits, limits.min, limits.max)
+
+
+@jax.custom_jvp
+def _authentic_smooth_l1(difference, mu):
+  # sqrt(d² + μ²) - μ, without its cancellation near 0 and overflow far out
+  return difference * (difference / (jnp.hypot(difference, mu) + mu))
+
+
+@_authentic_smooth_l1.defjvp
+def _authentic_smooth_l1_jvp(primals, tangents):
+  difference, mu = primals
+  root = jnp.hypot(difference, mu)
+  return _authentic_smooth_l1(difference, mu), (
+    difference / root * tangents[0] + (mu / root - 1) * tangents[1]
   )
 
 

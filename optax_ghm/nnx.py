@@ -31,11 +31,13 @@ class Harmonize(nnx.Module):
     >>> from flax import nnx
     >>> import jax.numpy as jnp
     >>> import optax
+    >>> import optax_ghm
     >>> import optax_ghm.nnx as ghm_nnx
     >>> model = nnx.Sequential(
-    ...   nnx.Linear(2, 3, rngs=nnx.Rngs(0)), ghm_nnx.Harmonize()
+    ...   nnx.Linear(2, 3, rngs=nnx.Rngs(0)),
+    ...   ghm_nnx.Harmonize(density=optax_ghm.WindowedDensity(high=2**0.5)),
     ... )
-    >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    >>> optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
     >>> x, labels = jnp.ones((4, 2)), jnp.zeros(4, int)
     >>> def loss(model):
     ...   return optax.softmax_cross_entropy_with_integer_labels(
@@ -106,12 +108,20 @@ def apply_gradients(
     gradients: with respect to :data:`trained`.
     **extra_args: passed to the optimizer's ``update``.
 
+  Raises:
+    ValueError: if the gradients of the states are missing.
+
   Examples:
     See :class:`Harmonize`.
   """
   states, params = nnx.split_state(gradients, OverwriteWithGradient, ...)
-  optimizer.update(model, params, **extra_args)
   old = nnx.state(model, OverwriteWithGradient)
+  if jax.tree.structure(old) != jax.tree.structure(states):
+    raise ValueError(
+      'gradients must be those of the parameters and of the states of the'
+      ' backward pass: take them with nnx.grad(..., argnums=trained).'
+    )
+  optimizer.update(model, params, **extra_args)
   nnx.update(
     model,
     _backward.overwrite_with_gradient(nnx.as_pure(old), nnx.as_pure(states)),

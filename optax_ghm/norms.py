@@ -31,7 +31,7 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
   Examples:
     >>> import jax.numpy as jnp
     >>> from optax_ghm import norms
-    >>> float(norms.norm(jnp.array([3e30, 4e30])))
+    >>> print(norms.norm(jnp.array([3e30, 4e30])))
     5e+30
     >>> norms.norm(jnp.array([[3.0, 4.0], [0.0, 0.0]]), axis=-1)
     Array([5., 0.], dtype=float32)

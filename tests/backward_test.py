@@ -61,3 +61,9 @@ def test_unknown_collections_are_named():
     )
   with pytest.raises(ValueError, match='gradients'):
     optax_ghm.apply_gradients(tx, {'params': {}}, {}, tx.init({}))
+
+
+def test_states_of_others_are_their_gradient():
+  assert optax_ghm.overwrite_with_gradient({'scale': 1.0}, {'scale': 2.0}) == {
+    'scale': 2.0
+  }

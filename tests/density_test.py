@@ -347,7 +347,41 @@ def test_bad_arguments_are_named():
 
 
 def test_weights_are_constants_to_differentiation():
-  grads = jax.grad(lambda g: optax_ghm.harmony_weights(g)[0].sum())(
-    jnp.array([0.1, 0.2, 0.9])
+  def total(g, state, mask):
+    return optax_ghm.harmony_weights(g, state, mask=mask)[0].sum()
+
+  arguments = (
+    jnp.array([0.1, 0.2, 0.9]),
+    optax_ghm.DEFAULT_DENSITY.init(),
+    jnp.array([0.5, 1.0, 0.7]),
   )
-  np.testing.assert_array_equal(grads, np.zeros(3))
+  grads = jax.grad(total, argnums=(0, 1, 2))(*arguments)
+  chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, arguments))
+
+
+def test_a_scaled_state_reads_the_same(rng):
+  """Loss scaling divides all gradients, those of states among them."""
+  density = optax_ghm.WindowedDensity(cells=64, width=0.2, momentum=0.9)
+  g = jnp.asarray(rng.uniform(size=20), jnp.float32)
+  _, state = density.update(g, density.init())
+  scaled = jax.tree.map(lambda s: s / 1024, state)
+  chex.assert_trees_all_close(
+    density.update(g, scaled), density.update(g, state), rtol=1e-6
+  )
+
+
+def test_an_empty_first_batch_is_no_evidence():
+  for density in (BINNED, WINDOWED, optax_ghm.MMDetectionDensity(momentum=0.9)):
+    _, state = weigh(jnp.zeros(0), density=density)
+    weights, _ = weigh(jnp.ones(2) / 2, state, density=density, train=False)
+    np.testing.assert_allclose(weights, [1, 1])
+
+
+def test_settings_are_named():
+  for family in (
+    optax_ghm.BinnedDensity,
+    optax_ghm.WindowedDensity,
+    optax_ghm.ExactDensity,
+  ):
+    with pytest.raises(TypeError):
+      family(0.2)

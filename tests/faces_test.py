@@ -168,6 +168,37 @@ def test_nnx_optimizer(data):
   )
 
 
+def test_nnx_without_gradients_of_the_states_is_named(data):
+  x, y = data
+  model = nnx_model()
+  optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+  grads = nnx.grad(lambda m: cross_entropy(m(x), y))(model)
+  with pytest.raises(ValueError, match='trained'):
+    optax_ghm.nnx.apply_gradients(optimizer, model, grads)
+
+
+def test_linen_keeps_a_memory_that_no_gradient_reaches(data):
+  x, y = data
+  model = linen_model()
+  variables = model.init(jax.random.key(0), x)
+  opt_state = TX.init(variables['params'])
+  for enabled in (True, False):
+    grads = jax.grad(
+      lambda v, e=enabled: (
+        (x @ v['params']['layers_0']['kernel']).sum()
+        if not e
+        else cross_entropy(model.apply(v, x), y)
+      )
+    )(variables)
+    before = variables
+    variables, opt_state = optax_ghm.apply_gradients(
+      TX, variables, grads, opt_state
+    )
+  chex.assert_trees_all_equal(
+    variables[OVERWRITE_WITH_GRADIENT], before[OVERWRITE_WITH_GRADIENT]
+  )
+
+
 def test_evaluation_changes_no_state(data):
   x, _ = data
   model = linen_model()

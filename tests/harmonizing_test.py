@@ -370,6 +370,13 @@ def test_aggregate_masks_and_weighs(rng):
   chex.assert_trees_all_close(halved, first, rtol=1e-5)
 
 
+def test_aggregate_catches_gradients_that_are_averaged_already():
+  params = {'w': jnp.ones((8, 2))}
+  tx = optax_ghm.harmonized_aggregate()
+  with pytest.raises(ValueError, match=r'per-example.*\(8, 2\) for \(8, 2\)'):
+    tx.update(params, tx.init(params), params)
+
+
 def test_aggregate_names_wrong_updates():
   tx = optax_ghm.harmonized_aggregate()
   with pytest.raises(ValueError, match=r'updates.*\(4, 2\).*\(3,\)'):

@@ -155,6 +155,13 @@ def test_softmax_norm_is_the_probability_in_the_wrong_place():
   np.testing.assert_array_equal(state.histogram, [1, 0, 0, 0, 0, 0, 0, 1, 0, 1])
 
 
+def test_asl1_keeps_its_precision_near_zero():
+  d = jnp.array([1e-6, 1e-5, 1e-4])
+  losses, _ = optax_ghm.smooth_l1_ghm_loss(d, jnp.zeros(3), density=BINNED)
+  exact = np.sqrt(np.float64(d) ** 2 + 4e-4) - 0.02
+  np.testing.assert_allclose(losses, exact, rtol=1e-4)
+
+
 def test_asl1_has_its_formula_and_no_overflow():
   d = jnp.array([0.0, 0.03, -1e3, 1e30, -3e38])
   losses, _ = optax_ghm.smooth_l1_ghm_loss(d, jnp.zeros(5), density=BINNED)
@@ -203,9 +210,52 @@ def test_nan_and_inf_logits_harm_no_other(rng):
   losses, state = optax_ghm.sigmoid_ghm_loss(x, y)
   expected, _ = optax_ghm.sigmoid_ghm_loss(x[keep], y[keep])
   np.testing.assert_allclose(losses[keep], expected, rtol=1e-6)
-  # An infinite logit on the right side has gradient and loss 0 but for rounding
-  # of inf - inf; what is not a number shows and is counted.
+  assert losses[7] == 0
   assert np.isnan(losses[3]) and state.non_finite == 1
+
+
+def test_infinite_logits_are_as_good_as_the_largest_number():
+  x = jnp.array([-jnp.inf, jnp.inf, -jnp.inf, jnp.inf])
+  y = jnp.array([0.0, 1.0, 1.0, 0.0])
+  losses, state = optax_ghm.sigmoid_ghm_loss(x, y, density=BINNED)
+  assert np.isfinite(losses).all() and state.non_finite == 0
+  np.testing.assert_array_equal(losses[:2], [0, 0])
+  _, grad, _ = loss_and_grad(
+    optax_ghm.sigmoid_ghm_loss, x, y, BINNED.init(), jnp.ones(4), BINNED
+  )
+  np.testing.assert_allclose(4 * grad, [0, 0, -1, 1])
+
+
+def test_softmax_labels_out_of_range_are_nan_unless_masked(rng):
+  x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+  loss = functools.partial(
+    optax_ghm.softmax_ghm_loss_with_integer_labels, density=BINNED
+  )
+  for bad in (-1, 3, 7):
+    losses, state = loss(x, jnp.array([0, 1, bad, 2]))
+    np.testing.assert_array_equal(np.isnan(losses), [0, 0, 1, 0])
+    assert state.non_finite == 1
+    mask = jnp.array([True, True, False, True])
+    losses, state = loss(x, jnp.array([0, 1, bad, 2]), mask=mask)
+    expected, _ = loss(x[np.array([0, 1, 3])], jnp.array([0, 1, 2]))
+    np.testing.assert_allclose(losses[np.array([0, 1, 3])], expected)
+    assert losses[2] == 0 and state.non_finite == 0
+
+
+def test_masked_nan_is_nowhere(rng):
+  y = jnp.array([0, 1, 2])
+  x = jnp.asarray(rng.normal(size=(3, 3)), jnp.float32).at[1].set(jnp.nan)
+  mask = jnp.array([True, False, True])
+  for loss in (
+    optax_ghm.softmax_ghm_loss_with_integer_labels,
+    optax_ghm.sigmoid_ghm_loss_with_integer_labels,
+  ):
+    grad = jax.grad(lambda x, loss=loss: loss(x, y, mask=mask)[0].sum())(x)
+    assert np.isfinite(grad).all() and (grad[1] == 0).all()
+  grad = jax.grad(
+    lambda x: optax_ghm.smooth_l1_ghm_loss(x[:, 0], y, mask=mask)[0].sum()
+  )(x)
+  assert np.isfinite(grad).all()
 
 
 @pytest.mark.parametrize('sign', [-1.0, 1.0])
@@ -291,7 +341,8 @@ def test_wrong_arguments_are_named():
       loss(x, jnp.ones(4))
     with pytest.raises(ValueError, match=r'labels of shape \(3,\).*\(4,\)'):
       loss(x, jnp.ones(3, jnp.int32))
-  with pytest.raises(ValueError, match='mu'):
-    optax_ghm.smooth_l1_ghm_loss(x, x, mu=0.0)
+  for mu in (0.0, np.float32(-1)):
+    with pytest.raises(ValueError, match='mu'):
+      optax_ghm.smooth_l1_ghm_loss(x, x, mu=mu)
   with pytest.raises(TypeError, match='predictions'):
     optax_ghm.smooth_l1_ghm_loss(jnp.ones(3, jnp.int32), jnp.ones(3))

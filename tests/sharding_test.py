@@ -194,6 +194,28 @@ def test_sixteen_small_batches_differ_but_sixteen_shards_do_not(batch):
   assert off > 0.5
 
 
+def test_shards_that_mean_their_own_examples_say_so_by_the_scale(batch):
+  logits, labels, _ = batch
+
+  def grad(x, y, scale=None, axis_name=None):
+    def loss(x):
+      x = optax_ghm.harmonize(
+        x, density=BINNED, axis=(), scale=scale, axis_name=axis_name
+      )
+      return optax.sigmoid_binary_cross_entropy(x, y).mean()
+
+    return jax.grad(loss)(x)
+
+  whole = grad(logits, labels)
+  size = logits.size // 8
+  parts = jax.vmap(
+    functools.partial(grad, scale=float(size), axis_name='i'), axis_name='i'
+  )(logits.reshape(8, -1), labels.reshape(8, -1))
+  np.testing.assert_allclose(
+    parts.reshape(whole.shape) / 8, whole, rtol=1e-4, atol=1e-8
+  )
+
+
 def test_a_varying_state_inside_shard_map_sums_to_the_mean(batch):
   """Without axis_name every shard learns alone; the states add up."""
   mesh = MESHES['batch', AxisType.Auto]

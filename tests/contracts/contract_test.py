@@ -122,7 +122,8 @@ def test_float64(entry):
       mixed,
     )
     assert types(shapes) == types(mixed)
-  assert_close(optax.tree.cast(updates, np.float32), expected)
+  # What differs is float32's rounding of sums that cancel.
+  assert_close(optax.tree.cast(updates, np.float32), expected, rtol=1e-3)
 
 
 @own
