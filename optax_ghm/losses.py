@@ -296,9 +296,12 @@ def _keep(x, mask, inner_axes=0):
 def _sigmoid_cross_entropy(logits, labels):
   """Cross-entropy and probability, both from one exponential."""
   e = jnp.exp(-jnp.abs(logits))
-  probabilities = jnp.where(logits >= 0, 1.0, e) / (1 + e)
-  logits = _finite(logits)
+  positive = logits >= 0
+  probabilities = jnp.where(positive, 1.0, e) / (1 + e)
   losses = jnp.maximum(logits, 0) - logits * labels + jnp.log1p(e)
+  # Infinity as the largest number, where inf - inf and inf * 0 would be NaN.
+  infinite = jnp.where(positive, 1 - labels, labels) * jnp.finfo(e.dtype).max
+  losses = jnp.where(jnp.isinf(logits), infinite, losses)
   return losses, probabilities
 
 
@@ -307,16 +310,12 @@ def _sigmoid_cross_entropy_jvp(primals, tangents):
   logits, labels = primals
   d_logits, d_labels = tangents
   losses, p = _sigmoid_cross_entropy(logits, labels)
+  limits = jnp.finfo(logits.dtype)
+  finite = jnp.clip(logits, limits.min, limits.max)
   return (losses, p), (
-    (p - labels) * d_logits - _finite(logits) * d_labels,
+    (p - labels) * d_logits - finite * d_labels,
     p * (1 - p) * d_logits,
   )
-
-
-def _finite(logits):
-  """Infinity as the largest number, so that inf - inf is 0; NaN stays."""
-  limits = jnp.finfo(logits.dtype)
-  return jnp.clip(logits, limits.min, limits.max)
 
 
 @jax.custom_jvp
