@@ -136,6 +136,7 @@ class _Histogram:
 
   @property
   def _cells(self) -> int:
+    """Number of regions; each family has its own."""
     raise NotImplementedError
 
   def _density(self, histogram: jax.Array) -> jax.Array:
