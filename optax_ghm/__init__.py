@@ -1,8 +1,20 @@
 """optax_ghm: shape and watch gradients, with Optax and JAX."""
 
+from optax_ghm.adaptation import (
+  conflict_weights,
+  domain_loss,
+  entropy_weights,
+  harmonized_fork,
+  multilinear_map,
+  multilinear_projections,
+  randomized_multilinear_map,
+)
 from optax_ghm.backward import (
   OVERWRITE_WITH_GRADIENT,
+  InBackward,
+  InBackwardState,
   apply_gradients,
+  in_backward,
   overwrite_with_gradient,
 )
 from optax_ghm.density import (
@@ -28,6 +40,13 @@ from optax_ghm.losses import (
   smooth_l1_ghm_loss,
   softmax_ghm_loss_with_integer_labels,
 )
+from optax_ghm.reversal import (
+  ReverseState,
+  dann_learning_rate_schedule,
+  dann_reversal_schedule,
+  reverse,
+  reverse_gradient,
+)
 
 __version__ = '0.1.0'
 
@@ -41,13 +60,28 @@ __all__ = [
   'DensityState',
   'ExactDensity',
   'HarmonizedAggregateState',
+  'InBackward',
+  'InBackwardState',
   'MMDetectionDensity',
+  'ReverseState',
   'WindowedDensity',
   'apply_gradients',
+  'conflict_weights',
+  'dann_learning_rate_schedule',
+  'dann_reversal_schedule',
+  'domain_loss',
+  'entropy_weights',
   'harmonize',
   'harmonized_aggregate',
+  'harmonized_fork',
   'harmony_weights',
+  'in_backward',
+  'multilinear_map',
+  'multilinear_projections',
   'overwrite_with_gradient',
+  'randomized_multilinear_map',
+  'reverse',
+  'reverse_gradient',
   'sigmoid_ghm_loss',
   'sigmoid_ghm_loss_with_integer_labels',
   'smooth_l1_ghm_loss',

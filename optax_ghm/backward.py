@@ -1,4 +1,4 @@
-"""State that rides the backward pass: its gradient is its next value.
+"""Optax transformations inside the backward pass, and state that rides it.
 
 A ``jax.custom_vjp`` that learns from cotangents takes its state as an argument
 and returns the next state as that argument's gradient. Flax calls this
@@ -6,11 +6,15 @@ overwrite-with-gradient and keeps such variables in a collection of that name,
 which ``flax.training.train_state.TrainState`` overwrites instead of optimising.
 """
 
-from typing import Any
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from optax_ghm import norms as _norms
 
 OVERWRITE_WITH_GRADIENT = '_overwrite_with_gradient'
 """The name of Flax's collection for variables that their gradient replaces."""
@@ -49,10 +53,13 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
   def overwrite(state, gradient):
     if not hasattr(state, 'calls'):
       return gradient
-    reached = gradient.calls > 0
-    return jax.tree.map(
-      lambda old, new: jnp.where(reached, new, old), state, gradient
-    )
+    reached = gradient.calls > 0  # one per state, where states are stacked
+
+    def choose(old, new):
+      each = jnp.expand_dims(reached, tuple(range(reached.ndim, new.ndim)))
+      return jnp.where(each, new, old)
+
+    return jax.tree.map(choose, state, gradient)
 
   return jax.tree.map(
     overwrite, states, gradients, is_leaf=lambda x: hasattr(x, 'calls')
@@ -119,3 +126,254 @@ def apply_gradients(
       variables[OVERWRITE_WITH_GRADIENT], gradients[OVERWRITE_WITH_GRADIENT]
     )
   return following, opt_state
+
+
+class InBackwardState(NamedTuple):
+  """An Optax state that rides the backward pass, through :func:`in_backward`.
+
+  Attributes:
+    carried: the state of the transformation, its integers (step counts, keys)
+      as pairs of float32 along a last axis, since only floating numbers have a
+      gradient. Summed over ``calls``. :meth:`InBackward.unpack` reads it.
+    calls: float32, how many backward passes were added up in ``carried``; 0 in
+      a state that has seen none.
+  """
+
+  carried: Any
+  calls: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class InBackward:
+  """An Optax transformation mounted in the backward pass.
+
+  What :func:`in_backward` returns, and explains.
+
+  Attributes:
+    tx: the transformation.
+  """
+
+  tx: optax.GradientTransformationExtraArgs
+
+  def init(self, x: Any) -> InBackwardState:
+    """The state to begin with, ``tx.init(x)`` made fit to be differentiated.
+
+    Args:
+      x: the activations that will pass, or arrays of their shapes and dtypes.
+
+    Returns:
+      The state.
+    """
+    state = jax.tree.map(_to_floats, self.tx.init(_inexact_part(x)))
+    return InBackwardState(carried=state, calls=jnp.zeros([], jnp.float32))
+
+  def unpack(self, state: InBackwardState, x: Any) -> optax.OptState:
+    """The state of ``tx`` itself, integers and all.
+
+    Args:
+      state: from :meth:`init`, or a gradient with respect to it.
+      x: as for :meth:`init`.
+
+    Returns:
+      What ``tx.update`` would have returned; the mean, where ``state.calls``
+      backward passes were added up.
+    """
+    like = jax.eval_shape(self.tx.init, _inexact_part(x))
+    calls = jnp.where(state.calls > 0, state.calls, 1)
+    return jax.tree.map(
+      lambda shape, leaf: _from_floats(leaf, shape, calls), like, state.carried
+    )
+
+  def __call__(
+    self, x: Any, state: InBackwardState | None = None, *, enabled: bool = True
+  ) -> Any:
+    """Identity; backward, ``tx.update(cotangent, state, x)``.
+
+    Args:
+      x: array or pytree of arrays.
+      state: from :meth:`init`; may be left out if ``tx`` keeps none.
+      enabled: False is the plain identity, which forward mode needs.
+
+    Returns:
+      ``x``.
+
+    Raises:
+      ValueError: if ``tx`` keeps a state and none is given, or another one.
+      ValueError: on the backward pass, if ``tx`` changes the structure or the
+        shapes of what it updates, or of its state.
+    """
+    if not enabled:
+      return x
+    leaves, structure = jax.tree.flatten(x)
+    floats = _inexact_part(x)
+    expected = jax.eval_shape(self.init, x)
+    if state is None:
+      if jax.tree.leaves(expected.carried):
+        raise ValueError(
+          'tx keeps a state: give in_backward(tx)(x, state) one from'
+          ' in_backward(tx).init(x), and take its gradient as the next one.'
+        )
+      state = self.init(x)
+    elif jax.tree.structure(state) != jax.tree.structure(expected):
+      raise ValueError(
+        'state must be one from in_backward(tx).init(x), of structure'
+        f' {jax.tree.structure(expected)}, got {jax.tree.structure(state)}.'
+      )
+
+    def update(cotangent, state, floats):
+      updates, next_state = self.tx.update(
+        cotangent, self.unpack(state, x), floats
+      )
+      carried = jax.tree.map(_to_floats, next_state)
+      return (
+        _cast_like(updates, cotangent, 'updates'),
+        InBackwardState(
+          carried=_cast_like(carried, state.carried, 'state'),
+          calls=jnp.ones_like(state.calls),
+        ),
+      )
+
+    # What tx closes over may be traced: let it in by the front door.
+    update, closed_over = jax.closure_convert(update, floats, state, floats)
+    passed = iter(
+      jax.tree.leaves(_in_backward(update, floats, state, closed_over))
+    )
+    return structure.unflatten(
+      next(passed) if _norms.is_inexact(leaf) else leaf for leaf in leaves
+    )
+
+
+def in_backward(tx: optax.GradientTransformation) -> InBackward:
+  r"""Mounts an Optax transformation in the backward pass, at any activation.
+
+  .. math::
+    y = x, \qquad (\bar x, s') = \text{tx.update}(\bar y, s, x)
+
+  A cotangent is an update: whatever reshapes the gradients of parameters can
+  reshape those of activations. ``in_backward(tx)(x)`` is ``x``, and its law is
+  that the cotangent behind it is what ``tx.update`` makes of the one before it,
+  cast back to its dtype. The activations stand where an optimizer has its
+  parameters: ``optax.add_decayed_weights`` then decays activations.
+
+  With a state, ``in_backward(tx)(x, state)``, the gradient with respect to the
+  state is the next state, to be passed on by :func:`overwrite_with_gradient`.
+  Where one state serves several calls in a step, or micro-batches whose
+  gradients are summed, the mean of their next states is carried on.
+
+  The transformation sees the cotangent of the whole array: under ``jax.vmap``
+  that of one example (with one state each), under ``jit`` of a sharded array
+  that of all shards, under ``shard_map`` that of a shard alone, unless ``tx``
+  itself joins them over the mapped axis. There, a state that every shard
+  changes on its own must vary too: ``jax.lax.pcast(state, axis_name,
+  to='varying')``; the shards' next states are then averaged.
+
+  The rule need not be linear in the cotangent, so forward mode (``jax.jvp``,
+  ``jax.hessian``) raises: switch it off there with ``enabled=False``.
+
+  Args:
+    tx: any ``optax.GradientTransformation``: a chain, ``inject_hyperparams``,
+      one that closes over traced numbers.
+
+  Returns:
+    An :class:`InBackward`: a function of ``(x, state=None)`` with ``init`` and
+    ``unpack``. ``x`` is an array or a pytree; ``tx`` sees None in the place of
+    leaves that are neither floating nor complex.
+
+  Examples:
+    Without a state:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm
+    >>> clip = optax_ghm.in_backward(optax.clip_by_global_norm(1.0))
+    >>> jax.grad(lambda x: jnp.sum(clip(x) ** 2))(jnp.array([3.0, 4.0]))
+    Array([0.6, 0.8], dtype=float32)
+
+    With one:
+
+    >>> mounted = optax_ghm.in_backward(optax.trace(0.9))
+    >>> x = jnp.ones(2)
+    >>> state = mounted.init(x)
+    >>> def loss(x, state):
+    ...   return jnp.sum(mounted(x, state))
+    >>> for _ in range(2):
+    ...   grad, state_grad = jax.grad(loss, argnums=(0, 1))(x, state)
+    ...   state = optax_ghm.overwrite_with_gradient(state, state_grad)
+    >>> grad
+    Array([1.9, 1.9], dtype=float32)
+    >>> mounted.unpack(state, x).trace
+    Array([1.9, 1.9], dtype=float32)
+  """
+  return InBackward(optax.with_extra_args_support(tx))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_backward(update, x, state, closed_over):
+  del update, state, closed_over
+  return x
+
+
+def _in_backward_fwd(update, x, state, closed_over):
+  # Calling the primitive again keeps its rule in a gradient of a gradient.
+  y = _in_backward(update, x, state, closed_over)
+  return y, (x, state, closed_over)
+
+
+def _in_backward_bwd(update, residuals, cotangent):
+  x, state, closed_over = residuals
+  return *update(cotangent, state, x, *closed_over), None
+
+
+_in_backward.defvjp(_in_backward_fwd, _in_backward_bwd)
+
+
+def _inexact_part(x):
+  """None in the place of leaves that have no gradient."""
+  return jax.tree.map(lambda leaf: leaf if _norms.is_inexact(leaf) else None, x)
+
+
+def _cast_like(tree, like, name):
+  """Casts to the dtypes of ``like``, which must have the same shapes."""
+  shapes = [jax.tree.map(jnp.shape, t) for t in (tree, like)]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f'tx must keep the structure and shapes of its {name}: got {shapes[0]}'
+      f' for {shapes[1]}.'
+    )
+  return jax.tree.map(
+    lambda leaf, old: jnp.asarray(leaf).astype(old.dtype), tree, like
+  )
+
+
+def _to_floats(leaf):
+  """A leaf of a state as floating numbers: an integer n as n = 2**16 a + b."""
+  leaf = jnp.asarray(leaf)
+  if _norms.is_inexact(leaf):
+    return leaf
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  if leaf.dtype.itemsize < 4:
+    leaf = leaf.astype(jnp.int32)
+  words = jax.lax.bitcast_convert_type(leaf, jnp.int32)
+  return jnp.stack([words >> 16, words & 0xFFFF], axis=-1).astype(jnp.float32)
+
+
+def _from_floats(leaf, like, calls):
+  """The mean of ``calls`` leaves that were added up, of the dtype of ``like``.
+
+  Exact for integers that are equal in all of up to 512 calls.
+  """
+  calls = calls.astype(leaf.dtype)
+  if _norms.is_inexact(like):
+    return leaf / calls
+  high = jnp.floor(leaf[..., 0] / calls)
+  rest = leaf[..., 0] - high * calls
+  low = jnp.round((rest * 2**16 + leaf[..., 1]) / calls)
+  words = high.astype(jnp.int32) * 2**16 + low.astype(jnp.int32)
+  if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+    data = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+  if like.dtype.itemsize < 4:
+    return words.astype(like.dtype)
+  return jax.lax.bitcast_convert_type(words, like.dtype)

@@ -1,7 +1,7 @@
 """Harmonising any gradients: those of activations, and those per example."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -212,7 +212,7 @@ def harmonized_aggregate(
 
   def update_fn(updates, state, params=None, *, mask=None, **extra_args):
     del extra_args
-    examples = [u for u in jax.tree.leaves(updates) if _is_inexact(u)]
+    examples = [u for u in jax.tree.leaves(updates) if _norms.is_inexact(u)]
     if not examples:
       return updates, state
     sizes = {u.shape[0] if u.ndim else None for u in examples}
@@ -241,7 +241,7 @@ def harmonized_aggregate(
     share = weights * amount / jnp.where(total > 0, total, 1.0)
 
     def average(update):
-      if not _is_inexact(update):
+      if not _norms.is_inexact(update):
         return update
       dtype = _norms.at_least_float32(update.dtype)
       each = jnp.expand_dims(share, range(1, update.ndim)).astype(dtype)
@@ -271,13 +271,9 @@ def _check_per_example(updates, params):
   if len(updates) != len(params):
     return
   for update, param in zip(updates, params, strict=True):
-    if _is_inexact(update) and update.shape[1:] != jnp.shape(param):
+    if _norms.is_inexact(update) and update.shape[1:] != jnp.shape(param):
       raise ValueError(
         'updates must be per-example gradients, a batch axis before the shape'
         f' of the parameter: got {update.shape} for {jnp.shape(param)}. Make'
         ' them with jax.vmap(jax.grad(...)).'
       )
-
-
-def _is_inexact(x: Any) -> bool:
-  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)

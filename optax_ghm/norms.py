@@ -1,8 +1,15 @@
 """Norms of gradients, computed once and safely."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def is_inexact(x: Any) -> bool:
+  """Whether it has a gradient: a floating or complex array, nothing else."""
+  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -46,3 +53,32 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     jnp.square(magnitude / unit), axis=axis, keepdims=True
   )
   return jnp.squeeze(unit * jnp.sqrt(sum_of_squares), axis=axis)
+
+
+def global_norm(tree: Any, axis_name: Any = None) -> jax.Array:
+  """Euclidean norm of all leaves together, as :func:`norm` takes it.
+
+  Args:
+    tree: pytree; leaves that are neither floating nor complex do not count.
+    axis_name: mapped axis, or axes, over which the leaves are split.
+
+  Returns:
+    A scalar, float32 (float64 where a leaf is of 64 bits).
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_ghm import norms
+    >>> print(norms.global_norm({'a': jnp.array(3e30), 'b': jnp.array([4e30])}))
+    5e+30
+  """
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+  if not leaves:
+    return jnp.zeros([], jnp.float32)
+  each = [norm(leaf) for leaf in leaves]
+  dtype = np.result_type(*(n.dtype for n in each))
+  here = norm(jnp.stack([n.astype(dtype) for n in each]))
+  if axis_name is None:
+    return here
+  largest = jax.lax.pmax(here, axis_name)
+  unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+  return unit * jnp.sqrt(jax.lax.psum(jnp.square(here / unit), axis_name))

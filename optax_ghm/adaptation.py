@@ -1,0 +1,492 @@
+"""What domain-adversarial training needs around the reversal."""
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ghm import density as _density, norms as _norms
+
+Rule = Literal['gh', 'gh++']
+
+
+def domain_loss(
+  logits: jax.Array,
+  domains: jax.Array,
+  *,
+  domain_weights: jax.Array | None = None,
+  example_weights: jax.Array | None = None,
+  axis_name: _density.AxisName = None,
+) -> jax.Array:
+  r"""Cross-entropy of the domains, every domain with a share of its own.
+
+  .. math::
+    \ell_i = N\, \omega_{d_i} \frac{w_i}{\sum_{j: d_j = d_i} w_j}
+      \left(-\log \operatorname{softmax}(z_i)_{d_i}\right)
+
+  so that its mean over the batch is :math:`\sum_d \omega_d` times the weighted
+  mean inside domain d, however many of the N examples are of each domain.
+
+  Args:
+    logits: (N, D), one per domain; or (N,), the logit of domain 1 against
+      domain 0.
+    domains: integers, (N,). Examples whose domain is not in [0, D) get loss 0.
+    domain_weights: :math:`\omega`, (D,); None is 1 / D each, which for two
+      domains is half the domain term of the paper. A domain without an example
+      contributes 0.
+    example_weights: w, (N,), not negative, such as :func:`entropy_weights`;
+      None is 1 each. No gradient flows through them.
+    axis_name: mapped axis, or axes, over which the batch is split; N and the
+      sums are then those of the whole batch.
+
+  Returns:
+    One loss per example, (N,), in the dtype of ``logits``.
+
+  Raises:
+    TypeError: if ``domains`` are not integers.
+    ValueError: if the shapes do not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> domains = jnp.array([0, 0, 0, 1])
+    >>> losses = optax_ghm.domain_loss(jnp.zeros(4), domains)
+    >>> [round(float(loss), 3) for loss in losses]
+    [0.462, 0.462, 0.462, 1.386]
+
+  References:
+    Ganin et al., `Domain-Adversarial Training of Neural Networks
+    <https://arxiv.org/abs/1505.07818>`_, 2016, equation 9
+  """
+  if not jnp.issubdtype(domains.dtype, jnp.integer):
+    raise TypeError(f'domains must be integers, got dtype {domains.dtype}.')
+  if logits.ndim not in (1, 2) or logits.shape[:1] != domains.shape:
+    raise ValueError(
+      'logits must be of shape (N,) or (N, D) for domains of shape (N,), got'
+      f' {logits.shape} and {domains.shape}.'
+    )
+  count = 2 if logits.ndim == 1 else logits.shape[1]
+  if domain_weights is None:
+    domain_weights = jnp.full((count,), 1 / count, jnp.float32)
+  elif jnp.shape(domain_weights) != (count,):
+    raise ValueError(
+      f'domain_weights must be of shape ({count},), one per domain, got'
+      f' {jnp.shape(domain_weights)}.'
+    )
+  if example_weights is None:
+    example_weights = jnp.ones(domains.shape, jnp.float32)
+  elif jnp.shape(example_weights) != domains.shape:
+    raise ValueError(
+      f'example_weights must be of shape {domains.shape}, one per example, got'
+      f' {jnp.shape(example_weights)}.'
+    )
+  dtype = _norms.at_least_float32(logits.dtype)
+  logits_in, logits = logits, logits.astype(dtype)
+  known = (domains >= 0) & (domains < count)
+  label = jnp.where(known, domains, jnp.zeros_like(domains))
+  if logits.ndim == 1:
+    losses = optax.sigmoid_binary_cross_entropy(logits, label.astype(dtype))
+  else:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+  # (N, D): which domain, so that sums over it need no gather when sharded.
+  member = (domains[:, None] == jnp.arange(count, dtype=domains.dtype)).astype(
+    dtype
+  )
+  weights = jax.lax.stop_gradient(jnp.asarray(example_weights).astype(dtype))
+  amount = weights[:, None] * member
+  total, size = jnp.sum(amount, axis=0), jnp.asarray(domains.size, dtype)
+  if axis_name is not None:
+    total, size = jax.lax.psum((total, size), axis_name)
+  share = jnp.asarray(domain_weights).astype(dtype) / jnp.where(
+    total > 0, total, 1
+  )
+  factor = size * jnp.sum(amount * share[None], axis=1)
+  return jnp.where(known, factor * losses, 0).astype(logits_in.dtype)
+
+
+def multilinear_map(features: jax.Array, predictions: jax.Array) -> jax.Array:
+  r"""Conditions the domain classifier on the prediction: CDAN's outer product.
+
+  .. math:: T(f, g) = \operatorname{vec}(f \otimes g)
+
+  The domain classifier then sees the features class by class, and cannot be
+  fooled by aligning one class with another. The authors' code lets no gradient
+  through the predictions: give ``jax.lax.stop_gradient(jax.nn.softmax(...))``.
+
+  Args:
+    features: (..., F).
+    predictions: (..., C), class probabilities.
+
+  Returns:
+    (..., F · C), the C products of a feature side by side. Where that passes
+    4,096 the paper takes :func:`randomized_multilinear_map`.
+
+  Raises:
+    ValueError: if the leading axes differ.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> optax_ghm.multilinear_map(jnp.array([1.0, 2.0]), jnp.array([0.5, 0.5]))
+    Array([0.5, 0.5, 1. , 1. ], dtype=float32)
+
+  References:
+    Long et al., `Conditional Adversarial Domain Adaptation
+    <https://arxiv.org/abs/1705.10667>`_, 2018
+  """
+  _check_leading(features, predictions)
+  product = features[..., :, None] * predictions[..., None, :]
+  return product.reshape(*features.shape[:-1], -1)
+
+
+def multilinear_projections(
+  key: jax.Array,
+  features: int,
+  classes: int,
+  outputs: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+  """The two random matrices of :func:`randomized_multilinear_map`.
+
+  Drawn once, standard normal, and kept for the whole training.
+
+  Args:
+    key: PRNG key.
+    features: F, the number of features.
+    classes: C, the number of classes.
+    outputs: d, the number of products to keep.
+
+  Returns:
+    float32 matrices of shapes (F, d) and (C, d).
+
+  Examples:
+    >>> import jax
+    >>> import optax_ghm
+    >>> of_features, of_classes = optax_ghm.multilinear_projections(
+    ...   jax.random.key(0), 256, 10
+    ... )
+    >>> of_features.shape, of_classes.shape
+    ((256, 1024), (10, 1024))
+  """
+  one, two = jax.random.split(key)
+  return (
+    jax.random.normal(one, (features, outputs)),
+    jax.random.normal(two, (classes, outputs)),
+  )
+
+
+def randomized_multilinear_map(
+  features: jax.Array,
+  predictions: jax.Array,
+  projections: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+  r"""CDAN's conditioning for large products: random products of the two.
+
+  .. math::
+    T(f, g) = \frac{1}{\sqrt d} (R_f f) \odot (R_g g), \qquad
+    \operatorname{E} \langle T(f, g), T(f', g') \rangle =
+      \langle f, f' \rangle \langle g, g' \rangle
+
+  the inner product of :func:`multilinear_map`, with variance in 1 / d.
+
+  Args:
+    features: (..., F).
+    predictions: (..., C), class probabilities.
+    projections: of shapes (F, d) and (C, d), from
+      :func:`multilinear_projections`, cast to the dtype of what they multiply.
+
+  Returns:
+    (..., d).
+
+  Raises:
+    ValueError: if the shapes do not fit.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> projections = optax_ghm.multilinear_projections(
+    ...   jax.random.key(0), 4096, 100
+    ... )
+    >>> optax_ghm.randomized_multilinear_map(
+    ...   jnp.ones((8, 4096)), jnp.ones((8, 100)) / 100, projections
+    ... ).shape
+    (8, 1024)
+
+  References:
+    Long et al., `Conditional Adversarial Domain Adaptation
+    <https://arxiv.org/abs/1705.10667>`_, 2018
+  """
+  _check_leading(features, predictions)
+  of_features, of_classes = projections
+  if (
+    of_features.shape[0] != features.shape[-1]
+    or of_classes.shape[0] != predictions.shape[-1]
+    or of_features.shape[1:] != of_classes.shape[1:]
+  ):
+    raise ValueError(
+      'projections must be of shapes (F, d) and (C, d), got'
+      f' {of_features.shape} and {of_classes.shape} for features'
+      f' {features.shape} and predictions {predictions.shape}.'
+    )
+  left = features @ of_features.astype(features.dtype)
+  right = predictions @ of_classes.astype(predictions.dtype)
+  return left * right / math.sqrt(of_features.shape[1])
+
+
+def _check_leading(features, predictions):
+  if features.shape[:-1] != predictions.shape[:-1]:
+    raise ValueError(
+      'features and predictions must have the same leading axes, got'
+      f' {features.shape} and {predictions.shape}.'
+    )
+
+
+def entropy_weights(logits: jax.Array) -> jax.Array:
+  r"""How much an example counts for the domain classifier: CDAN+E's weights.
+
+  .. math::
+    w = 1 + e^{-H}, \qquad H = -\sum_c p_c \log p_c, \qquad
+    p = \operatorname{softmax}(z)
+
+  Sure predictions, which are easier to transfer, count up to twice as much.
+
+  Args:
+    logits: (..., C), of the class predictor. No gradient flows back.
+
+  Returns:
+    (...), in (1, 2], in the dtype of ``logits``. Give it to
+    :func:`domain_loss` as ``example_weights``, which divides by their sum in
+    each domain, as the authors' code does.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> sure, unsure = optax_ghm.entropy_weights(
+    ...   jnp.array([[99.0, 0.0], [0.0, 0.0]])
+    ... )
+    >>> float(sure), float(unsure)
+    (2.0, 1.5)
+
+  References:
+    Long et al., `Conditional Adversarial Domain Adaptation
+    <https://arxiv.org/abs/1705.10667>`_, 2018, equation 8
+  """
+  dtype = _norms.at_least_float32(logits.dtype)
+  log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits).astype(dtype))
+  # A class that is ruled out has p = 0 and log p = -inf: it adds nothing.
+  p = jnp.exp(log_p)
+  terms = jnp.where(p > 0, p * jnp.where(p > 0, log_p, 0), 0)
+  return (1 + jnp.exp(jnp.sum(terms, axis=-1))).astype(logits.dtype)
+
+
+def conflict_weights(
+  first: Any,
+  second: Any,
+  *,
+  rule: Rule = 'gh',
+  harmonic_range: float = 0.5,
+  axis_name: _density.AxisName = None,
+) -> tuple[jax.Array, jax.Array]:
+  r"""Weights for two losses whose gradients point against each other.
+
+  Where :math:`g_1 \cdot g_2 < 0`, with θ the angle between them,
+
+  .. math::
+    \text{GH:} \quad & \tau_1 = 1 - \frac{g_1 \cdot g_2}{|g_1|^2}, \qquad
+      \tau_2 = 1 - \frac{g_1 \cdot g_2}{|g_2|^2} \\
+    \text{GH++:} \quad & \tau_1 = 1 + 2 \sin \frac{\beta}{2}, \qquad
+      \tau_2 = 1 - 2 \sin \frac{\theta - \pi/2 - \beta}{2}, \qquad
+      \beta = \eta\, (\theta - \pi / 2)
+
+  and 1 elsewhere. GH makes :math:`\tau_1 g_1 + \tau_2 g_2` the sum of the two
+  gradients after each has lost what points against the other, so that a small
+  step along it raises neither loss. GH++ deviates less from the gradients.
+
+  Args:
+    first: :math:`g_1`, a pytree of gradients; the domain loss's, for GH++.
+    second: :math:`g_2`, the same structure; the task's, for GH++.
+    rule: ``'gh'`` or ``'gh++'``, whose formula here is that of the authors'
+      published code.
+    harmonic_range: η of GH++, from 0 to 1, how the excess of the angle over a
+      right angle is split between the two.
+    axis_name: mapped axis, or axes, over which the gradients are split.
+
+  Returns:
+    :math:`(\tau_1, \tau_2)`, float32 scalars. Both are 1 where a gradient is 0
+    or not finite.
+
+  Raises:
+    ValueError: if the rule is unknown or the structures differ.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> g1, g2 = jnp.array([1.0, 0.0]), jnp.array([-1.0, 1.0])
+    >>> one, two = optax_ghm.conflict_weights(g1, g2)
+    >>> float(one), float(two)
+    (2.0, 1.5)
+    >>> combined = one * g1 + two * g2
+    >>> float(combined @ g1) >= 0, float(combined @ g2) >= 0
+    (True, True)
+
+  References:
+    Huang et al., `Gradient Harmonization in Unsupervised Domain Adaptation
+    <https://arxiv.org/abs/2408.00288>`_, 2024
+  """
+  if rule not in ('gh', 'gh++'):
+    raise ValueError(f"rule must be 'gh' or 'gh++', got {rule!r}.")
+  one = _norms.global_norm(first, axis_name)
+  two = _norms.global_norm(second, axis_name)
+  cosine = _dot(_divide(first, one), _divide(second, two))
+  if axis_name is not None:
+    cosine = jax.lax.psum(cosine, axis_name)
+  against = cosine < 0  # False where it is NaN
+  if rule == 'gh':
+    # The quotient of norms is bounded, so that 0 times it is never NaN.
+    largest = jnp.finfo(jnp.float32).max
+    quotient = jnp.minimum(two / jnp.where(one > 0, one, 1), largest)
+    inverse = jnp.minimum(one / jnp.where(two > 0, two, 1), largest)
+    weights = 1 - cosine * quotient, 1 - cosine * inverse
+  else:
+    excess = jnp.arccos(jnp.clip(cosine, -1, 1)) - math.pi / 2
+    beta = harmonic_range * excess
+    weights = (
+      1 + 2 * jnp.sin(beta / 2),
+      1 - 2 * jnp.sin((excess - beta) / 2),
+    )
+  one, two = (jnp.where(against, w, 1).astype(jnp.float32) for w in weights)
+  return one, two
+
+
+def harmonized_fork(
+  x: Any,
+  *,
+  rule: Rule = 'gh',
+  harmonic_range: float = 0.5,
+  axis_name: _density.AxisName = None,
+  enabled: bool = True,
+) -> tuple[Any, Any]:
+  r"""Two branches of shared features, whose gradients are harmonised.
+
+  .. math::
+    (y_1, y_2) = (x, x), \qquad
+    \bar x = \tau_1 \bar y_1 + \tau_2 \bar y_2
+
+  with the weights τ of :func:`conflict_weights` for the two cotangents. One
+  backward pass does what the paper does with one per loss. Under ``jax.vmap``
+  every example gets weights of its own, elsewhere the batch shares them.
+
+  Args:
+    x: features, an array or a pytree of them; leaves that are neither floating
+      nor complex pass unchanged.
+    rule: see :func:`conflict_weights`, as are the following.
+    harmonic_range: η of GH++.
+    axis_name: mapped axis, or axes, over which the batch is split.
+    enabled: False is ``(x, x)``, which forward mode needs: the rule is not
+      linear in the cotangents.
+
+  Returns:
+    ``x`` twice: first for the domain's branch, then for the task's.
+
+  Raises:
+    ValueError: if the rule is unknown.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> def loss(x, fork):
+    ...   first, second = fork(x)
+    ...   return first @ jnp.array([1.0, 0.0]) + second @ jnp.array([-1.0, 1.0])
+    >>> x = jnp.zeros(2)
+    >>> jax.grad(loss)(x, lambda x: (x, x))
+    Array([0., 1.], dtype=float32)
+    >>> jax.grad(loss)(x, optax_ghm.harmonized_fork)
+    Array([0.5, 1.5], dtype=float32)
+
+  References:
+    Huang et al., `Gradient Harmonization in Unsupervised Domain Adaptation
+    <https://arxiv.org/abs/2408.00288>`_, 2024
+  """
+  if rule not in ('gh', 'gh++'):
+    raise ValueError(f"rule must be 'gh' or 'gh++', got {rule!r}.")
+  if not enabled:
+    return x, x
+  leaves, structure = jax.tree.flatten(x)
+  floats = [leaf for leaf in leaves if _norms.is_inexact(leaf)]
+  branches = _fork(rule, harmonic_range, axis_name, floats)
+
+  def branch(floats):
+    passed = iter(floats)
+    return structure.unflatten(
+      next(passed) if _norms.is_inexact(leaf) else leaf for leaf in leaves
+    )
+
+  first, second = map(branch, branches)
+  return first, second
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _fork(rule, harmonic_range, axis_name, x):
+  del rule, harmonic_range, axis_name
+  return x, x
+
+
+def _fork_fwd(rule, harmonic_range, axis_name, x):
+  # Calling the primitive again keeps its rule in a gradient of a gradient.
+  return _fork(rule, harmonic_range, axis_name, x), None
+
+
+def _fork_bwd(rule, harmonic_range, axis_name, residuals, cotangents):
+  del residuals
+  first, second = cotangents
+  one, two = conflict_weights(
+    first,
+    second,
+    rule=rule,
+    harmonic_range=harmonic_range,
+    axis_name=axis_name,
+  )
+
+  def combine(g1, g2):
+    dtype = _norms.at_least_float32(g1.dtype)
+    sum_ = one.astype(dtype) * g1.astype(dtype) + two.astype(dtype) * g2.astype(
+      dtype
+    )
+    return sum_.astype(g1.dtype)
+
+  return (jax.tree.map(combine, first, second),)
+
+
+_fork.defvjp(_fork_fwd, _fork_bwd)
+
+
+def _divide(tree, norm):
+  """The tree over its norm, or as it is where that is 0."""
+  norm = jnp.where(norm > 0, norm, 1)
+
+  def divide(leaf):
+    dtype = _norms.at_least_float32(leaf.dtype)
+    return leaf.astype(dtype) / norm.astype(dtype)
+
+  return [divide(u) for u in jax.tree.leaves(tree) if _norms.is_inexact(u)]
+
+
+def _dot(first, second):
+  """The real inner product of two lists of arrays."""
+  if [u.shape for u in first] != [u.shape for u in second]:
+    raise ValueError(
+      'first and second must have the same structure, got leaves of shapes'
+      f' {[u.shape for u in first]} and {[u.shape for u in second]}.'
+    )
+  products = [
+    jnp.sum(u.real * v.real + u.imag * v.imag)
+    if jnp.iscomplexobj(u)
+    else jnp.sum(u * v)
+    for u, v in zip(first, second, strict=True)
+  ]
+  return functools.reduce(jnp.add, products, jnp.zeros([], jnp.float32))

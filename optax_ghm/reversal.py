@@ -1,0 +1,276 @@
+"""Gradient reversal: identity forward, minus lambda times the gradient back."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_ghm import norms as _norms
+
+
+def reverse_gradient(x: Any, scale: ArrayLike = 1.0) -> Any:
+  r"""Identity forward; backward, the cotangent times minus ``scale``.
+
+  .. math::
+    R_\lambda(x) = x, \qquad \frac{\partial R_\lambda}{\partial x} = -\lambda I
+
+  Between the features and a domain classifier it makes the classifier tell the
+  domains apart while the features are trained to prevent it. Its law is
+  :math:`\nabla (f \circ R_\lambda) = -\lambda\, (\nabla f) \circ R_\lambda`, in
+  every mode of differentiation and of any order: the Hessian of
+  :math:`f \circ R_\lambda` is :math:`\lambda^2` times that of f.
+
+  Args:
+    x: array or pytree of arrays. Leaves that are neither floating nor complex
+      (integers, PRNG keys) pass unchanged.
+    scale: λ, a real number or an array, cast to the dtype of each leaf: a
+      scalar, traced or not, such as the value of :func:`dann_reversal_schedule`
+      at this step; or one per example, its axes those that ``x`` begins with,
+      0 for an example that must not be seen. Its own gradient is zero.
+
+  Returns:
+    ``x``, bit for bit. The cotangent is multiplied, nothing else: NaN and
+    infinite cotangents stay so, also where ``scale`` is 0.
+
+  Raises:
+    TypeError: if ``scale`` is complex.
+    ValueError: if the shape of ``scale`` is not broadcastable to the leading
+      axes of a leaf.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> def loss(x):
+    ...   return jnp.sum(optax_ghm.reverse_gradient(x, 0.5) ** 2)
+    >>> loss(jnp.array([1.0, 2.0])), jax.grad(loss)(jnp.array([1.0, 2.0]))
+    (Array(5., dtype=float32), Array([-1., -2.], dtype=float32))
+
+  References:
+    Ganin and Lempitsky, `Unsupervised Domain Adaptation by Backpropagation
+    <https://arxiv.org/abs/1409.7495>`_, 2015
+  """
+  if jnp.issubdtype(jnp.result_type(scale), jnp.complexfloating):
+    raise TypeError(f'scale must be real, got {jnp.result_type(scale)}.')
+
+  def reverse_leaf(leaf):
+    if not _norms.is_inexact(leaf):
+      return leaf
+    leaf = jnp.asarray(leaf)
+    return _reverse(leaf, _factor(leaf, scale))
+
+  return jax.tree.map(reverse_leaf, x)
+
+
+@jax.custom_jvp
+def _reverse(x, factor):
+  del factor
+  return x
+
+
+@_reverse.defjvp
+def _reverse_jvp(primals, tangents):
+  x, factor = primals
+  # Linear in the tangent, so its transpose is the rule of the backward pass.
+  return _reverse(x, factor), tangents[0] * factor
+
+
+def _factor(leaf, scale):
+  """Minus the scale, in the leaf's dtype, its axes the leaf's leading ones."""
+  factor = -jnp.asarray(scale, dtype=leaf.dtype)
+  fits = factor.ndim <= leaf.ndim and all(
+    n in (1, m) for n, m in zip(factor.shape, leaf.shape, strict=False)
+  )
+  if not fits:
+    raise ValueError(
+      'scale must be a number, or an array over the leading axes of every leaf'
+      f' of x: got shape {factor.shape} for a leaf of shape {leaf.shape}.'
+    )
+  return jnp.expand_dims(factor, tuple(range(factor.ndim, leaf.ndim)))
+
+
+class ReverseState(NamedTuple):
+  """State of :func:`reverse` with a schedule.
+
+  Attributes:
+    reversals: int32, how many updates were reversed so far.
+  """
+
+  reversals: jax.Array
+
+
+def reverse(
+  scale: optax.ScalarOrSchedule = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Multiplies the updates by minus ``scale``: ascent instead of descent.
+
+  .. math:: u \leftarrow -\lambda u
+
+  In a chain, the adversary of a min-max problem, which climbs the loss that the
+  others descend; take its parameters apart with ``optax.partition`` or
+  ``optax.masked``. Inside the backward pass, ``in_backward(reverse(scale))`` is
+  :func:`reverse_gradient`.
+
+  Args:
+    scale: λ, a number, or a schedule of the number of updates so far.
+
+  Returns:
+    A ``GradientTransformationExtraArgs``. Its state is ``EmptyState`` for a
+    number and :class:`ReverseState` for a schedule. Leaves that are neither
+    floating nor complex pass unchanged.
+
+  Examples:
+    The saddle point of x² + 2xy − y², x minimising and y maximising:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm
+    >>> tx = optax.chain(
+    ...   optax.masked(optax_ghm.reverse(), {'x': False, 'y': True}),
+    ...   optax.sgd(0.1),
+    ... )
+    >>> params = {'x': jnp.array(1.0), 'y': jnp.array(1.0)}
+    >>> loss = lambda p: p['x'] ** 2 + 2 * p['x'] * p['y'] - p['y'] ** 2
+    >>> state = tx.init(params)
+    >>> for _ in range(100):
+    ...   updates, state = tx.update(jax.grad(loss)(params), state)
+    ...   params = optax.apply_updates(params, updates)
+    >>> bool(jnp.abs(params['x']) + jnp.abs(params['y']) < 1e-6)
+    True
+
+  References:
+    Ganin et al., `Domain-Adversarial Training of Neural Networks
+    <https://arxiv.org/abs/1505.07818>`_, 2016
+  """
+
+  def init_fn(params):
+    del params
+    if callable(scale):
+      return ReverseState(reversals=jnp.zeros([], jnp.int32))
+    return optax.EmptyState()
+
+  def update_fn(updates, state, params=None, **extra_args):
+    del params, extra_args
+    current = scale
+    if callable(scale):
+      current = scale(state.reversals)
+      state = ReverseState(jnp.asarray(optax.safe_increment(state.reversals)))
+    updates = jax.tree.map(
+      lambda u: u * _factor(u, current) if _norms.is_inexact(u) else u, updates
+    )
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def dann_reversal_schedule(
+  transition_steps: int,
+  peak_value: float = 1.0,
+  *,
+  gamma: float = 10.0,
+  init_value: float = 0.0,
+  transition_begin: int = 0,
+) -> optax.Schedule:
+  r"""The reversal's λ over training, from nothing up to its peak.
+
+  .. math::
+    \lambda(p) = \lambda_0 + (\lambda_1 - \lambda_0)
+      \left(\frac{2}{1 + e^{-\gamma p}} - 1\right), \qquad
+    p = \frac{\text{step} - \text{begin}}{\text{steps}} \in [0, 1]
+
+  so that a domain classifier that has not learned yet does not disturb the
+  features. The paper has :math:`\lambda_0 = 0`, :math:`\lambda_1 = 1`, γ = 10.
+
+  Args:
+    transition_steps: how many steps the rise takes; p stays 1 after them.
+    peak_value: :math:`\lambda_1`, reached to :math:`2e^{-\gamma}`.
+    gamma: how steep the rise is.
+    init_value: :math:`\lambda_0`; above 0 for a warm start.
+    transition_begin: how many steps to hold ``init_value`` before the rise.
+
+  Returns:
+    A schedule: a function of the step, a number or an array, to λ (float32).
+
+  Raises:
+    ValueError: if ``transition_steps`` is not positive.
+
+  Examples:
+    >>> import optax_ghm
+    >>> schedule = optax_ghm.dann_reversal_schedule(1000, transition_begin=100)
+    >>> [round(float(schedule(step)), 3) for step in (0, 100, 200, 600, 1100)]
+    [0.0, 0.0, 0.462, 0.987, 1.0]
+
+  References:
+    Ganin et al., `Domain-Adversarial Training of Neural Networks
+    <https://arxiv.org/abs/1505.07818>`_, 2016, section 5.2.2
+  """
+  progress = _progress(transition_steps, transition_begin)
+
+  def schedule(count):
+    # 2 / (1 + exp(-z)) - 1 = tanh(z / 2), without the cancellation near 0.
+    rise = jnp.tanh(gamma * progress(count) / 2)
+    return init_value + (peak_value - init_value) * rise
+
+  return schedule
+
+
+def dann_learning_rate_schedule(
+  transition_steps: int,
+  init_value: float = 0.01,
+  *,
+  alpha: float = 10.0,
+  beta: float = 0.75,
+) -> optax.Schedule:
+  r"""The learning rate that goes with :func:`dann_reversal_schedule`.
+
+  .. math::
+    \mu(p) = \frac{\mu_0}{(1 + \alpha p)^\beta}, \qquad
+    p = \frac{\text{step}}{\text{steps}} \in [0, 1]
+
+  The paper uses it with stochastic gradient descent, momentum 0.9.
+
+  Args:
+    transition_steps: length of the training; p stays 1 after it.
+    init_value: :math:`\mu_0`.
+    alpha: how soon the rate falls.
+    beta: with which power it falls.
+
+  Returns:
+    A schedule: a function of the step, a number or an array, to μ (float32).
+
+  Raises:
+    ValueError: if ``transition_steps`` is not positive.
+
+  Examples:
+    >>> import optax_ghm
+    >>> schedule = optax_ghm.dann_learning_rate_schedule(1000)
+    >>> [round(float(schedule(step)), 5) for step in (0, 100, 1000)]
+    [0.01, 0.00595, 0.00166]
+
+  References:
+    Ganin et al., `Domain-Adversarial Training of Neural Networks
+    <https://arxiv.org/abs/1505.07818>`_, 2016, section 5.2.2
+  """
+  progress = _progress(transition_steps)
+
+  def schedule(count):
+    return init_value * (1 + alpha * progress(count)) ** -beta
+
+  return schedule
+
+
+def _progress(steps: int, begin: int = 0) -> Callable[[ArrayLike], jax.Array]:
+  """The share of the steps that is done, from 0 to 1."""
+  if steps <= 0:
+    raise ValueError(f'transition_steps must be positive, got {steps}.')
+
+  def progress(count):
+    # Subtracted as integers: float32 cannot tell step 2**24 + 1 from 2**24.
+    done = jnp.asarray(count) - begin
+    return jnp.clip(done.astype(jnp.float32) / steps, 0.0, 1.0)
+
+  return progress
