@@ -373,7 +373,8 @@ def _from_floats(leaf, like, calls):
   words = high.astype(jnp.int32) * 2**16 + low.astype(jnp.int32)
   if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
     data = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    impl = jax.random.key_impl(jnp.empty((), like.dtype))
+    return jax.random.wrap_key_data(data, impl=impl)
   if like.dtype.itemsize < 4:
     return words.astype(like.dtype)
   return jax.lax.bitcast_convert_type(words, like.dtype)

@@ -1,8 +1,11 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from hypothesis import given, strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
 from optax_ghm import OVERWRITE_WITH_GRADIENT
@@ -67,3 +70,404 @@ def test_states_of_others_are_their_gradient():
   assert optax_ghm.overwrite_with_gradient({'scale': 1.0}, {'scale': 2.0}) == {
     'scale': 2.0
   }
+
+
+def test_stacked_states_are_chosen_one_by_one():
+  """As layers of a scan, or examples of a vmap, have them."""
+  states = optax_ghm.InBackwardState(
+    carried={'m': jnp.zeros((3, 2))}, calls=jnp.zeros(3)
+  )
+  gradients = optax_ghm.InBackwardState(
+    carried={'m': jnp.ones((3, 2))}, calls=jnp.array([1.0, 0.0, 2.0])
+  )
+  following = optax_ghm.overwrite_with_gradient(states, gradients)
+  np.testing.assert_array_equal(
+    following.carried['m'], [[1, 1], [0, 0], [1, 1]]
+  )
+  np.testing.assert_array_equal(following.calls, [1, 0, 2])
+
+
+# in_backward: a cotangent is an update.
+
+X = jnp.array([[3.0, -4.0], [0.5, 1.0]])
+COTANGENT = jnp.array([[2.0, -1.0], [30.0, 4.0]])
+
+
+def pull(mounted, x=X, cotangent=COTANGENT):
+  y, vjp = jax.vjp(mounted, x)
+  chex.assert_trees_all_equal(y, x)
+  return vjp(cotangent)[0]
+
+
+def updated(tx, x=X, cotangent=COTANGENT):
+  return tx.update(cotangent, tx.init(x), x)[0]
+
+
+STATELESS = {
+  'clip': optax.clip_by_global_norm(1.0),
+  'chain': optax.chain(optax.clip(3.0), optax.scale(-0.5)),
+  'of the activations': optax.add_decayed_weights(0.1),
+  'nothing': optax.set_to_zero(),
+  'identity': optax.identity(),
+}
+
+
+@pytest.mark.parametrize('tx', STATELESS.values(), ids=STATELESS)
+def test_law_the_cotangent_behind_is_the_update(tx):
+  mounted = optax_ghm.in_backward(tx)
+  expected = updated(tx)
+  np.testing.assert_allclose(pull(mounted), expected, rtol=1e-6)
+  np.testing.assert_allclose(pull(jax.jit(mounted)), expected, rtol=1e-6)
+  np.testing.assert_allclose(pull(jax.checkpoint(mounted)), expected, rtol=1e-6)
+
+
+STATEFUL = {
+  'momentum': optax.trace(0.9),
+  'adam': optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()),
+  'injected': optax.inject_hyperparams(optax.trace)(decay=0.5),
+  'scheduled': optax.scale_by_schedule(lambda count: 1.0 + 0.5 * count),
+  'noise, with a key': optax.add_noise(0.1, 0.55, jax.random.key(7)),
+  'noise, with an old key': optax.add_noise(0.1, 0.55, 7),
+  'guard': optax.apply_if_finite(optax.trace(0.9), 3),
+  'per leaf, of our own': optax_ghm.reverse(
+    optax_ghm.dann_reversal_schedule(3)
+  ),
+}
+
+
+@pytest.mark.parametrize('tx', STATEFUL.values(), ids=STATEFUL)
+def test_the_gradient_of_the_state_is_the_next_state(tx):
+  with jax.numpy_dtype_promotion('standard'):  # Optax mixes ints and floats
+    mounted = optax_ghm.in_backward(tx)
+    state, expected_state = mounted.init(X), tx.init(X)
+    assert_same_states(mounted.unpack(state, X), expected_state)
+
+    @jax.jit
+    def grad(state, cotangent):
+      _, vjp = jax.vjp(mounted, X, state)
+      return vjp(cotangent)
+
+    for step in range(1, 4):
+      cotangent = step * COTANGENT
+      actual, gradient = grad(state, cotangent)
+      expected, expected_state = tx.update(cotangent, expected_state, X)
+      np.testing.assert_allclose(actual, expected, rtol=2e-6)
+      state = optax_ghm.overwrite_with_gradient(state, gradient)
+      assert_same_states(mounted.unpack(state, X), expected_state)
+
+
+def assert_same_states(actual, expected):
+  """Structure, dtypes and integers the same, floats to rounding."""
+
+  def data(leaf):
+    leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.key_data(leaf)
+    return leaf
+
+  actual, expected = (jax.tree.map(data, t) for t in (actual, expected))
+  chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+  chex.assert_trees_all_close(actual, expected, rtol=2e-6)
+
+
+INTEGERS = [
+  (np.int32, [0, 1, -1, 2**16, -(2**16) - 1, 2**24 + 1, 2**31 - 1, -(2**31)]),
+  (np.uint32, [0, 1, 2**16 - 1, 2**31, 2**32 - 1]),
+  (np.int8, [-128, -1, 0, 127]),
+  (np.uint16, [0, 65535]),
+  (np.bool_, [False, True]),
+]
+
+
+@pytest.mark.parametrize('calls', [1, 3, 512])
+@pytest.mark.parametrize('dtype, values', INTEGERS)
+def test_integers_survive_bit_for_bit(dtype, values, calls):
+  """Also where one state serves many calls, whose next states add up."""
+  values = jnp.array(values, dtype)
+  tx = optax.GradientTransformation(
+    lambda params: {'n': values}, lambda u, state, params=None: (u, state)
+  )
+  mounted = optax_ghm.in_backward(tx)
+  _, vjp = jax.vjp(lambda s: mounted(X, s), mounted.init(X))
+  (state,) = vjp(COTANGENT)
+  summed = jax.tree.map(lambda leaf: calls * leaf, state)
+  actual = mounted.unpack(summed, X)['n']
+  assert actual.dtype == values.dtype
+  np.testing.assert_array_equal(actual, values)
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=9))
+def test_integers_that_differ_are_averaged(counts):
+  def mounted_with(count):
+    return optax_ghm.in_backward(
+      optax.GradientTransformation(
+        lambda params: jnp.int32(count), lambda u, s, params=None: (u, s)
+      )
+    )
+
+  states = [mounted_with(count).init(X) for count in counts]
+  summed = optax_ghm.InBackwardState(
+    carried=sum(state.carried for state in states),
+    calls=jnp.float32(len(counts)),
+  )
+  actual = mounted_with(0).unpack(summed, X)
+  assert abs(int(actual) - sum(counts) / len(counts)) <= 0.5 + 1e-2
+
+
+def test_64_bit_integers():
+  with jax.enable_x64(True):
+    values = jnp.array([0, -1, 2**40 + 5, -(2**63), 2**63 - 1], jnp.int64)
+    tx = optax.GradientTransformation(
+      lambda params: values, lambda u, state, params=None: (u, state)
+    )
+    mounted = optax_ghm.in_backward(tx)
+    np.testing.assert_array_equal(mounted.unpack(mounted.init(X), X), values)
+
+
+def test_micro_batches_and_shared_modules_carry_the_mean():
+  mounted = optax_ghm.in_backward(optax.trace(0.5))
+  state = mounted.init(X)
+  first = jax.grad(lambda s: jnp.sum(mounted(X, s)))(state)
+  second = jax.grad(lambda s: jnp.sum(3 * mounted(X, s)))(state)
+  summed = jax.tree.map(jnp.add, first, second)
+  both = jax.grad(lambda s: jnp.sum(mounted(X, s) + 3 * mounted(X, s)))(state)
+  for state in (summed, both):
+    assert state.calls == 2
+    np.testing.assert_array_equal(
+      mounted.unpack(state, X).trace, jnp.full_like(X, 2.0)
+    )
+  # and go on from there
+  grad = jax.grad(lambda x, s: jnp.sum(mounted(x, s)))(X, both)
+  np.testing.assert_array_equal(grad, jnp.full_like(X, 1 + 0.5 * 2))
+
+
+def test_evaluation_and_a_step_without_gradient_keep_the_state():
+  mounted = optax_ghm.in_backward(optax.trace(0.5))
+  state = jax.grad(lambda s: jnp.sum(mounted(X, s)))(mounted.init(X))
+  gradient = jax.grad(lambda s: jnp.sum(X) + 0 * s.calls)(state)
+  chex.assert_trees_all_equal(
+    optax_ghm.overwrite_with_gradient(state, gradient), state
+  )
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_cotangents_keep_their_dtype(dtype):
+  """Also where Optax promotes: a float32 factor times bfloat16."""
+  x = X.astype(dtype)
+  tx = optax.GradientTransformation(
+    lambda params: (),
+    lambda u, s, params=None: (
+      (
+        jax.tree.map(lambda v: v.astype(jnp.complex64) * 2, u),
+        s,
+      )
+      if dtype == jnp.complex64
+      else (jax.tree.map(lambda v: v.astype(jnp.float32) * 2, u), s)
+    ),
+  )
+  actual = pull(optax_ghm.in_backward(tx), x, COTANGENT.astype(dtype))
+  assert actual.dtype == dtype
+  np.testing.assert_array_equal(actual, COTANGENT.astype(dtype) * 2)
+
+
+def test_leaves_of_every_kind():
+  x = {
+    'empty': jnp.zeros((0, 2)),
+    'float': jnp.array([3.0, 4.0]),
+    'half': jnp.array([0.0], jnp.bfloat16),
+    'integer': jnp.arange(3),
+    'key': jax.random.key(0),
+    'none': None,
+    'nested': [jnp.array(True), (jnp.array(12.0),)],
+  }
+  mounted = optax_ghm.in_backward(optax.clip_by_global_norm(1.3))
+  with jax.numpy_dtype_promotion('standard'):  # Optax mixes them in its norm
+    y, vjp = jax.vjp(mounted, x)
+  assert jax.tree.structure(y) == jax.tree.structure(x)
+  assert y['key'] is x['key']
+  with jax.numpy_dtype_promotion('standard'):
+    (cotangent,) = jax.jit(vjp)(
+      jax.tree.map(
+        lambda leaf: (
+          leaf
+          if jnp.issubdtype(leaf.dtype, jnp.inexact)
+          else np.zeros(leaf.shape, jax.dtypes.float0)
+        ),
+        x,
+      )
+    )
+  np.testing.assert_allclose(cotangent['float'], [0.3, 0.4], rtol=1e-6)
+  np.testing.assert_allclose(cotangent['nested'][1][0], 1.2, rtol=1e-6)
+  assert cotangent['integer'].dtype == jax.dtypes.float0
+
+
+def test_a_tree_without_floats_is_left_alone():
+  x = {'n': jnp.arange(3)}
+  assert optax_ghm.in_backward(optax.clip_by_global_norm(1.0))(x) == x
+
+
+def test_vmap_is_per_example():
+  clip = optax_ghm.in_backward(optax.clip_by_global_norm(1.0))
+  actual = pull(jax.vmap(clip))
+  expected = jnp.stack(
+    [
+      updated(optax.clip_by_global_norm(1.0), x, c)
+      for x, c in zip(X, COTANGENT, strict=True)
+    ]
+  )
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
+  mounted = optax_ghm.in_backward(optax.trace(0.9))
+  states = jax.vmap(mounted.init)(X)
+  _, vjp = jax.vjp(jax.vmap(mounted), X, states)
+  _, states = vjp(COTANGENT)
+  np.testing.assert_array_equal(
+    jax.vmap(mounted.unpack)(states, X).trace, COTANGENT
+  )
+
+
+def test_scan_over_layers_with_a_state_each():
+  mounted = optax_ghm.in_backward(
+    optax.chain(optax.scale(0.5), optax.trace(0.9))
+  )
+  states = jax.vmap(mounted.init)(jnp.ones((3, 2)))
+
+  @jax.jit
+  def loss(x, states):
+    def body(x, state):
+      return mounted(x, state), None
+
+    return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, states)[0])
+
+  x_grad, states = jax.grad(loss, argnums=(0, 1))(jnp.ones(2), states)
+  np.testing.assert_array_equal(x_grad, [0.125] * 2)
+  np.testing.assert_array_equal(states.calls, [1, 1, 1])
+  np.testing.assert_array_equal(
+    states.carried[1].trace, [[0.125] * 2, [0.25] * 2, [0.5] * 2]
+  )
+
+
+def test_cond():
+  clip = optax_ghm.in_backward(optax.clip(0.1))
+
+  @jax.jit
+  def loss(x, on):
+    return jnp.sum(jax.lax.cond(on, clip, lambda x: x, x) ** 2)
+
+  np.testing.assert_allclose(
+    jax.grad(loss)(X, True), jnp.clip(2 * X, -0.1, 0.1), rtol=1e-6
+  )
+  np.testing.assert_allclose(jax.grad(loss)(X, False), 2 * X, rtol=1e-6)
+
+
+def test_a_transformation_may_close_over_traced_numbers():
+  """Of the jit, the scan, and the gradient around it."""
+
+  @jax.jit
+  def loss(x, factor):
+    def body(carry, step):
+      x, factor = carry
+      tx = optax.scale(factor + step)
+      return (optax_ghm.in_backward(tx)(x), factor), None
+
+    (x, _), _ = jax.lax.scan(body, (x, factor), jnp.array([0.0, 1.0]))
+    return jnp.sum(x * factor)
+
+  x_grad, factor_grad = jax.grad(loss, argnums=(0, 1))(X, 3.0)
+  np.testing.assert_allclose(x_grad, jnp.full_like(X, 3.0 * 3 * 4), rtol=1e-6)
+  np.testing.assert_allclose(factor_grad, X.sum(), rtol=1e-6)
+
+
+def test_a_gradient_of_a_gradient_keeps_the_rule():
+  halve = optax_ghm.in_backward(optax.scale(0.5))
+  once = jax.grad(lambda x: jnp.sum(halve(x) ** 3))
+  np.testing.assert_allclose(once(X), 0.5 * 3 * X**2, rtol=1e-6)
+  twice = jax.grad(lambda x: jnp.sum(once(x)))
+  np.testing.assert_allclose(twice(X), 0.5 * 0.5 * 6 * X, rtol=1e-6)
+
+
+def test_forward_mode_needs_it_switched_off():
+  clip = optax_ghm.in_backward(optax.clip(1.0))
+  with pytest.raises(TypeError, match='custom_vjp'):
+    jax.jvp(clip, (X,), (X,))
+  _, tangent = jax.jvp(lambda x: clip(x, enabled=False), (X,), (X,))
+  np.testing.assert_array_equal(tangent, X)
+
+
+def test_a_missing_or_foreign_state_is_named():
+  mounted = optax_ghm.in_backward(optax.trace(0.9))
+  with pytest.raises(ValueError, match='keeps a state'):
+    mounted(X)
+  with pytest.raises(ValueError, match='state must be one from'):
+    mounted(X, optax.trace(0.9).init(X))
+
+
+def test_a_transformation_that_reshapes_is_named():
+  tx = optax.GradientTransformation(
+    lambda params: (), lambda u, state, params=None: (u.sum(), state)
+  )
+  with pytest.raises(ValueError, match='shapes of its updates'):
+    optax_ghm.in_backward(tx)(X)
+  tx = optax.GradientTransformation(
+    lambda params: jnp.zeros(2), lambda u, s, params=None: (u, jnp.zeros(3))
+  )
+  mounted = optax_ghm.in_backward(tx)
+  with pytest.raises(ValueError, match='shapes of its state'):
+    mounted(X, mounted.init(X))
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_jit_is_the_whole_batch(kind):
+  mesh = jax.make_mesh((8,), ('batch',), axis_types=(kind,))
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
+  mounted = optax_ghm.in_backward(tx)
+  x = jnp.arange(32.0).reshape(16, 2)
+
+  @jax.jit
+  def grads(x, state):
+    return jax.grad(
+      lambda x, s: jnp.sum(jnp.square(mounted(x, s))), argnums=(0, 1)
+    )(x, state)
+
+  expected = grads(x, mounted.init(x))
+  with jax.set_mesh(mesh):
+    x = jax.device_put(x, NamedSharding(mesh, P('batch')))
+    actual = grads(x, mounted.init(x))
+  chex.assert_trees_all_close(
+    jax.device_get(actual), jax.device_get(expected), rtol=1e-5
+  )
+
+
+def test_shard_map_with_a_state_per_shard():
+  """A count that every shard advances comes back as one count."""
+  mesh = jax.make_mesh((8,), ('batch',), axis_types=(AxisType.Auto,))
+  tx = optax.scale_by_schedule(lambda count: 1.0 + count)
+  mounted = optax_ghm.in_backward(tx)
+  x = jnp.arange(32.0).reshape(16, 2)
+
+  def local(x, state):
+    state = jax.lax.pcast(state, 'batch', to='varying')
+    return jax.lax.psum(jnp.sum(jnp.square(mounted(x, state))), 'batch')
+
+  mapped = jax.shard_map(
+    local, mesh=mesh, in_specs=(P('batch'), P()), out_specs=P()
+  )
+  step = jax.jit(jax.grad(mapped, argnums=(0, 1)))
+  with jax.numpy_dtype_promotion('standard'):
+    state = mounted.init(x)
+    for count in range(3):
+      x_grad, state = step(x, state)
+      np.testing.assert_array_equal(x_grad, (1.0 + count) * 2 * x)
+      assert mounted.unpack(state, x) == optax.ScaleByScheduleState(count + 1)
+
+
+def test_no_work_is_added_to_that_of_the_update():
+  """The compiled backward pass has the operations of ``tx.update``."""
+  tx = optax.clip_by_global_norm(1.0)
+  mounted = optax_ghm.in_backward(tx)
+  through = jax.jit(lambda x, c: jax.vjp(mounted, x)[1](c)[0])
+  alone = jax.jit(lambda x, c: tx.update(c, tx.init(x), x)[0])
+  flops = [
+    f.lower(X, COTANGENT).compile().cost_analysis()['flops']
+    for f in (through, alone)
+  ]
+  assert flops[0] == flops[1]

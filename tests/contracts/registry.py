@@ -78,4 +78,10 @@ ENTRIES = (
     ),
     per_example=True,
   ),
+  Entry('reverse', optax_ghm.reverse, keywords={'scale': 0.5}),
+  Entry(
+    # constant, since a schedule counts bad steps as Optax's do: it is a clock
+    'reverse_scheduled',
+    functools.partial(optax_ghm.reverse, optax.constant_schedule(0.5)),
+  ),
 )

@@ -1,0 +1,39 @@
+"""Every transformation inside the backward pass does what it does alone."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+import optax_ghm
+from tests.contracts.trial import (
+  assert_close,
+  make_params,
+  make_steps,
+  run,
+  whole,
+)
+
+
+@whole
+def test_in_backward(entry):
+  """Cotangents are its updates, activations its parameters."""
+  mounted = optax_ghm.in_backward(entry.tx)
+  x = make_params()
+
+  @jax.jit
+  def step(cotangent, state):
+    y, vjp = jax.vjp(mounted, x, state)
+    return y, *vjp(cotangent)
+
+  state, updates = mounted.init(x), []
+  for gradients in make_steps(entry):
+    y, update, gradient = step(gradients, state)
+    chex.assert_trees_all_equal(y, x)
+    state = optax_ghm.overwrite_with_gradient(state, gradient)
+    updates.append(update)
+  expected, expected_state = run(entry.tx, make_steps(entry))
+  assert_close(updates, expected)
+  assert_close(mounted.unpack(state, x), expected_state)
+  assert all(
+    jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(state)
+  )
