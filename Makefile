@@ -21,6 +21,7 @@ test: setup  ## the whole suite, doctests included
 
 bench: setup  ## ratios against what one would use instead
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/backward.py
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .

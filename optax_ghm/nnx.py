@@ -1,12 +1,17 @@
 """Flax NNX faces: modules that keep their state themselves."""
 
+from typing import Any
+
 import jax
+import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from optax_ghm import (
   backward as _backward,
   density as _density,
   harmonizing as _harmonizing,
+  reversal as _reversal,
 )
 
 
@@ -88,6 +93,83 @@ class Harmonize(nnx.Module):
       axis_name=self.axis_name,
       enabled=enabled,
     )
+
+
+class GradientReversal(nnx.Module):
+  """:func:`optax_ghm.reverse_gradient` as a module, without state.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> from optax_ghm.nnx import GradientReversal
+    >>> class DomainClassifier(nnx.Module):
+    ...   def __init__(self, rngs):
+    ...     self.reverse = GradientReversal()
+    ...     self.dense = nnx.Linear(2, 1, rngs=rngs)
+    ...
+    ...   def __call__(self, features, scale):
+    ...     return self.dense(self.reverse(features, scale))
+    >>> model = DomainClassifier(nnx.Rngs(0))
+    >>> grad = nnx.grad(lambda f, s: model(f, s).sum())
+    >>> features = jnp.ones((4, 2))
+    >>> bool(jnp.all(grad(features, 0.5) == -0.5 * grad(features, -1.0)))
+    True
+  """
+
+  def __call__(self, x: Any, scale: ArrayLike = 1.0) -> Any:
+    """Returns ``x``; its cotangent is multiplied by minus ``scale``.
+
+    Args:
+      x: array or pytree of arrays.
+      scale: λ, such as a schedule's value at this step; one number, or one per
+        example.
+
+    Returns:
+      ``x``.
+    """
+    return _reversal.reverse_gradient(x, scale)
+
+
+class InBackward(nnx.Module):
+  """:func:`optax_ghm.in_backward` as a module that keeps the state.
+
+  :class:`Harmonize` says how to train with it.
+
+  Args:
+    tx: any Optax transformation.
+    x: an example of what will pass, or a ``jax.ShapeDtypeStruct`` of it; only
+      a transformation that keeps a state needs it.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm.nnx as ghm_nnx
+    >>> clip = ghm_nnx.InBackward(optax.clip_by_global_norm(1.0))
+    >>> clip(jnp.ones((4, 2))).shape
+    (4, 2)
+    >>> momentum = ghm_nnx.InBackward(optax.trace(0.9), jnp.ones((4, 2)))
+    >>> momentum.state.get_value().carried.trace.shape
+    (4, 2)
+  """
+
+  def __init__(self, tx: optax.GradientTransformation, x: Any = None):
+    self.mounted = _backward.in_backward(tx)
+    x = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), x)
+    self.state = OverwriteWithGradient(self.mounted.init(x))
+
+  def __call__(self, x: Any, enabled: bool = True) -> Any:
+    """Returns ``x``; its cotangent is what ``tx`` makes of it.
+
+    Args:
+      x: array or pytree of arrays.
+      enabled: False is the plain identity.
+
+    Returns:
+      ``x``.
+    """
+    return self.mounted(x, self.state.get_value(), enabled=enabled)
 
 
 trained = nnx.DiffState(0, nnx.Any(nnx.Param, OverwriteWithGradient))

@@ -211,3 +211,129 @@ def test_evaluation_changes_no_state(data):
   before = jax.tree.map(jnp.copy, nnx_twin.harmonize.state.get_value())
   nnx_twin(x)
   chex.assert_trees_all_equal(nnx_twin.harmonize.state.get_value(), before)
+
+
+# Reversal, and any Optax transformation, as modules.
+
+
+def test_linen_reversal(data):
+  x, y = data
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale):
+      h = nn.Dense(3)(x)
+      return optax_ghm.linen.GradientReversal()(h, scale)
+
+  model = Model()
+  variables = model.init(jax.random.key(0), x, 1.0)
+  grad = jax.jit(jax.grad(lambda v, s: cross_entropy(model.apply(v, x, s), y)))
+  plain = grad(variables, jnp.float32(-1.0))
+  chex.assert_trees_all_close(
+    grad(variables, jnp.float32(0.5)),
+    jax.tree.map(lambda g: -0.5 * g, plain),
+    rtol=1e-6,
+  )
+  assert set(variables) == {'params'}
+
+
+def test_nnx_reversal(data):
+  x, y = data
+
+  class Model(nnx.Module):
+    def __init__(self):
+      self.dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      self.reverse = optax_ghm.nnx.GradientReversal()
+
+    def __call__(self, x, scale):
+      return self.reverse(self.dense(x), scale)
+
+  grad = nnx.jit(nnx.grad(lambda m, s: cross_entropy(m(x, s), y)))
+  model = Model()
+  plain = nnx.as_pure(grad(model, jnp.float32(-1.0)))
+  chex.assert_trees_all_close(
+    nnx.as_pure(grad(model, jnp.float32(0.5))),
+    jax.tree.map(lambda g: -0.5 * g, plain),
+    rtol=1e-6,
+  )
+
+
+MOUNTED = optax.chain(optax.scale(0.5), optax.trace(0.9))
+
+
+def plain_momentum(params, x, y, steps=3):
+  """Training with momentum in the backward pass, at the logits."""
+  mounted = optax_ghm.in_backward(MOUNTED)
+  opt_state, state = TX.init(params), mounted.init(jnp.zeros((16, 3)))
+
+  @jax.jit
+  def grad(params, state):
+    def loss(params, state):
+      logits = x @ params['kernel'] + params['bias'][None]
+      return cross_entropy(mounted(logits, state), y)
+
+    return jax.grad(loss, argnums=(0, 1))(params, state)
+
+  for _ in range(steps):
+    grads, state = grad(params, state)
+    updates, opt_state = TX.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+def test_linen_in_backward_trains_with_a_train_state(data):
+  x, y = data
+  model = nn.Sequential([nn.Dense(3), optax_ghm.linen.InBackward(MOUNTED)])
+  state = TrainState.create(
+    apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=TX
+  )
+  expected, carried = plain_momentum(state.params['params']['layers_0'], x, y)
+  grad = jax.jit(jax.grad(lambda v: cross_entropy(model.apply(v, x), y)))
+  for _ in range(3):
+    state = state.apply_gradients(grads=grad(state.params))
+  chex.assert_trees_all_close(
+    state.params['params']['layers_0'], expected, rtol=1e-5, atol=1e-6
+  )
+  chex.assert_trees_all_close(
+    state.params[OVERWRITE_WITH_GRADIENT]['layers_1']['in_backward'],
+    carried,
+    rtol=1e-5,
+    atol=1e-7,
+  )
+
+
+def test_nnx_in_backward_trains_with_an_optimizer(data):
+  x, y = data
+  model = nnx.Sequential(
+    nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
+    optax_ghm.nnx.InBackward(MOUNTED, jax.ShapeDtypeStruct((16, 3), x.dtype)),
+  )
+  dense = model.layers[0]
+  start = {'kernel': dense.kernel[...], 'bias': dense.bias[...]}
+  expected, carried = plain_momentum(start, x, y)
+  optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+  grad = nnx.jit(
+    nnx.grad(lambda m: cross_entropy(m(x), y), argnums=optax_ghm.nnx.trained)
+  )
+  for _ in range(3):
+    optax_ghm.nnx.apply_gradients(optimizer, model, grad(model))
+  chex.assert_trees_all_close(
+    {'kernel': dense.kernel[...], 'bias': dense.bias[...]},
+    expected,
+    rtol=1e-5,
+    atol=1e-6,
+  )
+  chex.assert_trees_all_close(
+    model.layers[1].state.get_value(), carried, rtol=1e-5, atol=1e-7
+  )
+
+
+def test_stateless_transformations_leave_no_variable(data):
+  x, _ = data
+  clip = optax.clip_by_global_norm(1.0)
+  model = optax_ghm.linen.InBackward(clip)
+  assert model.init(jax.random.key(0), x) == {}
+  expected = jax.grad(lambda x: (optax_ghm.in_backward(clip)(x) ** 2).sum())(x)
+  for module in (model.bind({}), optax_ghm.nnx.InBackward(clip)):
+    actual = jax.grad(lambda x, m=module: (m(x) ** 2).sum())(x)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)

@@ -1,0 +1,116 @@
+"""How the benchmarks measure: side by side, in turn, warmed, until ready.
+
+All programs of a case are compiled and warmed first, then run in turn, round
+after round, in one process. What counts is the ratio to the first of them; the
+spread is the interquartile range of the ratios within rounds.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+
+
+class Case(NamedTuple):
+  """Programs to compare on the same data.
+
+  Attributes:
+    programs: functions of the data by name; the first is what one would use
+      instead.
+    data: makes the arguments.
+    elements: of the data, to give memory per element.
+    floor: the name of the program that nothing can be faster than, if any.
+  """
+
+  programs: Mapping[str, Callable[..., Any]]
+  data: Callable[[], tuple]
+  elements: int
+  floor: str | None = None
+
+
+def main(name: str, description: str, cases: Mapping[str, Case]) -> None:
+  """Measures the cases, prints a table of each and writes ``name``.json."""
+  parser = argparse.ArgumentParser(
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--quick', action='store_true', help='fewer rounds')
+  parser.add_argument('--only', default='', help='cases whose name has this')
+  args = parser.parse_args()
+  console, report = Console(), {}
+  for title, case in cases.items():
+    if args.only not in title:
+      continue
+    rounds = 15 if args.quick else 41
+    if case.elements >= 10**7:
+      rounds = max(rounds // 3, 5)
+    report[title] = rows = measure(case, rounds)
+    table = Table(title=f'{title}, median of {rounds} rounds')
+    for column in ('', 'ms', '× first', 'spread', '× floor', 'temp B/elem'):
+      table.add_column(column, justify='right' if column else 'left')
+    for program, row in rows.items():
+      table.add_row(
+        program,
+        f'{row["ms"]:.2f}',
+        f'{row["ratio"]:.2f}',
+        '{:.2f}-{:.2f}'.format(*row['spread']),
+        f'{row["ratio_to_floor"]:.2f}' if case.floor else '',
+        f'{row["temporary_bytes_per_element"]:.1f}',
+      )
+    console.print(table)
+  RESULTS.mkdir(exist_ok=True)
+  context = {
+    'jax': jax.__version__,
+    'backend': jax.default_backend(),
+    'processor': platform.processor() or platform.machine(),
+    'cores': os.cpu_count(),
+  }
+  path = RESULTS / f'{name}.json'
+  path.write_text(
+    json.dumps({'context': context, 'cases': report}, indent=1) + '\n'
+  )
+  console.print(f'written: {path}')
+
+
+def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
+  """One row of figures per program."""
+  data = jax.block_until_ready(case.data())
+  programs = {
+    name: jax.jit(f).lower(*data).compile() for name, f in case.programs.items()
+  }
+  for program in programs.values():
+    for _ in range(3):
+      jax.block_until_ready(program(*data))
+  seconds = {name: np.empty(rounds) for name in programs}
+  for i in range(rounds):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(program(*data))
+      seconds[name][i] = time.perf_counter() - start
+  first, rows = next(iter(seconds.values())), {}
+  for name, program in programs.items():
+    memory = program.memory_analysis()
+    temporary = memory.temp_size_in_bytes if memory else float('nan')
+    ratio = seconds[name] / first
+    rows[name] = {
+      'ms': 1e3 * np.median(seconds[name]),
+      'ratio': np.median(ratio),
+      'spread': np.quantile(ratio, [0.25, 0.75]).tolist(),
+      'temporary_bytes_per_element': temporary / case.elements,
+    }
+    if case.floor is not None:
+      rows[name]['ratio_to_floor'] = np.median(
+        seconds[name] / seconds[case.floor]
+      )
+  return rows
