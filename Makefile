@@ -13,8 +13,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[examples]' --group dev
 	@touch $(STAMP)
 
-demo: setup  ## train on long-tailed digits, print the comparison, write the picture
+demo: setup  ## train on digits, print the comparisons, write the pictures
 	$(BIN)/python examples/harmonize.py
+	$(BIN)/python examples/domain_adaptation.py
 
 test: setup  ## the whole suite, doctests included
 	$(BIN)/python -m pytest -n 2

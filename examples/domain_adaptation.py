@@ -1,0 +1,477 @@
+"""Training where there are labels, for a place where there are none.
+
+Trains one network on a labelled source domain alone, and with an unlabelled
+target domain beside it: DANN, whose reversed gradient keeps the features from
+telling the domains apart, and CDAN, which does so class by class. Prints the
+accuracy on the target domain per seed, and writes the features before and after
+with the schedule of the reversal. No target label is used, but to score.
+
+  python examples/domain_adaptation.py
+  python examples/domain_adaptation.py --data mnist --path FOLDER --steps 6000
+  python examples/domain_adaptation.py --data mnist --path FOLDER --ablation
+  python examples/domain_adaptation.py --data amazon --path FOLDER
+
+digits: scikit-learn's, onto a textured and inverted copy of other digits.
+mnist: mnist.npz onto mnistm_10k.npz. amazon: amazon_reviews.npz, from books.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import time
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from rich.console import Console
+from rich.table import Table
+from sklearn import datasets
+
+import optax_ghm
+from optax_ghm.linen import GradientReversal
+
+HERE = pathlib.Path(__file__).parent
+BATCH, AVERAGING = 64, 0.99
+OPTIMIZER = optax.adam(1e-3, b1=0.5)
+
+
+class Task(NamedTuple):
+  """Labelled source, unlabelled target, and target data to score on."""
+
+  x_source: np.ndarray
+  y_source: np.ndarray
+  x_target: np.ndarray
+  x_test: np.ndarray
+  y_test: np.ndarray
+  trunk: nn.Module
+  classes: int
+  steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """What is trained.
+
+  Attributes:
+    adversary: None, 'dann' (sees the features) or 'cdan' (sees them times the
+      predicted classes).
+    entropy: whether sure predictions count more for the adversary (CDAN+E).
+    weight: of the domain loss.
+    own_statistics: whether each domain is batch-normalised by itself.
+    target_statistics: whether source-only training is scored with statistics
+      re-estimated on the target.
+    standardize: whether every image is brought to mean 0 and deviation 1.
+    averaged: whether the averaged weights are scored, or the last ones.
+    conflict: None, 'gh' or 'gh++': harmonising of the two losses' gradients.
+  """
+
+  adversary: Literal['dann', 'cdan'] | None = None
+  entropy: bool = False
+  weight: float = 2.0
+  own_statistics: bool = True
+  standardize: bool = True
+  averaged: bool = True
+  conflict: Literal['gh', 'gh++'] | None = None
+
+
+FULL = Method(adversary='cdan', entropy=True)
+PLAIN = Method(weight=1.0, own_statistics=False, standardize=False)
+METHODS = {
+  'source only': PLAIN,
+  'source only, target statistics': Method(),
+  'DANN, as published': dataclasses.replace(PLAIN, adversary='dann'),
+  'DANN': Method(adversary='dann'),
+  'CDAN+E': FULL,
+}
+ABLATION = {
+  'all of it': FULL,
+  'last weights, not averaged': dataclasses.replace(FULL, averaged=False),
+  'domain loss × 1, not × 2': dataclasses.replace(FULL, weight=1.0),
+  'without entropy weights': dataclasses.replace(FULL, entropy=False),
+  'without conditioning (DANN)': Method(adversary='dann'),
+  'one batch norm for both domains': dataclasses.replace(
+    FULL, own_statistics=False
+  ),
+  'images not standardised': dataclasses.replace(FULL, standardize=False),
+  'with GH at the features': dataclasses.replace(FULL, conflict='gh'),
+  'with GH++ at the features': dataclasses.replace(FULL, conflict='gh++'),
+}
+
+
+# Data.
+
+
+def load_digits(seed):
+  """Half of the digits as they are; the others textured and inverted."""
+  rng = np.random.default_rng(seed)
+  pixels, y = datasets.load_digits(return_X_y=True)
+  x = np.divide(pixels, 16).reshape(-1, 8, 8, 1).astype(np.float32)
+  order = rng.permutation(len(x))
+  x, y = x[order], np.asarray(y)[order].astype(np.int32)
+  half, rest = 900, 1350
+  coarse = rng.uniform(0.1, 0.6, (len(x), 3, 3, 3)).astype(np.float32)
+  texture = np.asarray(jax.image.resize(coarse, (len(x), 8, 8, 3), 'linear'))
+  other = np.abs(texture - x)  # light strokes turn dark, as in MNIST-M
+  return Task(
+    np.repeat(x[:half], 3, -1),
+    y[:half],
+    other[half:rest],
+    other[rest:],
+    y[rest:],
+    Images(kernel=3, stride=1),
+    classes=10,
+    steps=1000,
+  )
+
+
+def load_mnist(folder):
+  source = np.load(folder / 'mnist.npz')
+  target = np.load(folder / 'mnistm_10k.npz')
+  unseen = len(target['x_train'])  # MNIST-M's digits are MNIST's first
+  return Task(
+    np.repeat(source['x_train'][unseen:, ..., None], 3, -1),
+    source['y_train'][unseen:].astype(np.int32),
+    target['x_train'],
+    target['x_test'],
+    target['y_test'].astype(np.int32),
+    Images(kernel=5, stride=2),
+    classes=10,
+    steps=6000,
+  )
+
+
+def load_amazon(folder, target):
+  file = np.load(folder / 'amazon_reviews.npz')
+
+  def dense(split):
+    indptr = file[f'{split}_indptr']
+    x = np.zeros((len(indptr) - 1, 5000), np.float32)
+    rows = np.repeat(np.arange(len(x)), np.diff(indptr))
+    x[rows, file[f'{split}_indices']] = np.log1p(file[f'{split}_data'])
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+    return x, (file[f'{split}_y'] > 0).astype(np.int32)
+
+  x_source, y_source = dense('books_train')
+  x_target, _ = dense(f'{target}_train')
+  x_test, y_test = dense(f'{target}_test')
+  return Task(
+    x_source, y_source, x_target, x_test, y_test, Words(), 2, steps=1000
+  )
+
+
+# Network.
+
+
+class Images(nn.Module):
+  """Two convolutions and a dense layer, each batch-normalised."""
+
+  kernel: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    size = (self.kernel, self.kernel)
+    norm = functools.partial(
+      nn.BatchNorm, use_running_average=not train, momentum=0.9
+    )
+    x = nn.Conv(32, size, self.stride, padding='VALID')(x)
+    x = nn.relu(norm()(x))
+    x = nn.Conv(48, size, padding='VALID')(x)
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+    x = nn.relu(norm()(x)).reshape(n, -1)
+    return nn.relu(norm()(nn.Dense(100)(x)))
+
+
+class Words(nn.Module):
+  """One hidden layer, as the paper has it for the reviews."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.relu(nn.Dense(100)(x))
+
+
+class Network(nn.Module):
+  """Features, a class predictor, and the adversary behind the reversal."""
+
+  trunk: nn.Module
+  classes: int
+  method: Method
+
+  def setup(self):
+    self.predictor = nn.Dense(self.classes)
+    self.adversary = nn.Sequential([nn.Dense(500), nn.relu, nn.Dense(1)])
+    self.reverse = GradientReversal()
+
+  def __call__(self, x, train=False):
+    """Features, their use by the adversary, and class logits."""
+    features = for_domain = for_class = self.trunk(self.prepare(x), train)
+    if self.method.conflict:
+      for_domain, for_class = optax_ghm.harmonized_fork(
+        features, rule=self.method.conflict
+      )
+    return features, for_domain, self.predictor(for_class)
+
+  def prepare(self, x):
+    x = x.astype(jnp.float32) / (255 if x.dtype == jnp.uint8 else 1)
+    if not self.method.standardize or x.ndim == 2:
+      return x
+    axes = (1, 2, 3)
+    x = x - x.mean(axes, keepdims=True)
+    return x / (x.std(axes, keepdims=True) + 1e-3)
+
+  def domain_logits(self, features, class_logits, scale):
+    if self.method.adversary == 'cdan':
+      features = optax_ghm.multilinear_map(
+        features, jax.lax.stop_gradient(jax.nn.softmax(class_logits))
+      )
+    return self.adversary(self.reverse(features, scale))[:, 0]
+
+  def initialize(self, x):
+    _, for_domain, logits = self(x)
+    return self.domain_logits(for_domain, logits, 0.0)
+
+
+class Trained(NamedTuple):
+  """The state of a training run: statistics of the source and the target."""
+
+  params: Any
+  averaged: Any
+  opt_state: Any
+  source: Any
+  target: Any
+
+
+# Training.
+
+
+@functools.partial(jax.jit, static_argnames=('network', 'steps'))
+def train_step(state, i, key, data, *, network, steps):
+  """Step ``i`` of a training run of ``steps`` steps."""
+  x_source, y_source, x_target = data
+  method = network.method
+  scale = optax_ghm.dann_reversal_schedule(steps)(i)
+
+  def passed(params, statistics, x):
+    out, variables = network.apply(
+      {'params': params, 'batch_stats': statistics},
+      x,
+      train=True,
+      mutable=['batch_stats'],
+    )
+    return out, variables.get('batch_stats', {})
+
+  one, two = jax.random.split(jax.random.fold_in(key, i))
+  here = jax.random.choice(one, len(x_source), (BATCH,))
+  there = jax.random.choice(two, len(x_target), (BATCH,))
+  xs, ys, xt = x_source[here], y_source[here], x_target[there]
+
+  def loss(params):
+    if method.own_statistics or not method.adversary:
+      (_, domain_s, logits_s), source = passed(params, state.source, xs)
+      (_, domain_t, logits_t), target = passed(params, state.target, xt)
+      for_domain = jnp.concatenate([domain_s, domain_t])
+      logits = jnp.concatenate([logits_s, logits_t])
+      if not method.own_statistics:
+        target = source
+    else:
+      both = jnp.concatenate([xs, xt])
+      (_, for_domain, logits), source = passed(params, state.source, both)
+      target = source
+    total = optax.softmax_cross_entropy_with_integer_labels(
+      logits[:BATCH], ys
+    ).mean()
+    if method.adversary:
+      domain_logits = network.apply(
+        {'params': params},
+        for_domain,
+        logits,
+        scale,
+        method=Network.domain_logits,
+      )
+      total += (
+        method.weight
+        * optax_ghm.domain_loss(
+          domain_logits,
+          jnp.repeat(jnp.arange(2), BATCH),
+          example_weights=(
+            optax_ghm.entropy_weights(logits) if method.entropy else None
+          ),
+        ).mean()
+      )
+    return total, (source, target)
+
+  grads, (source, target) = jax.grad(loss, has_aux=True)(state.params)
+  updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  averaged = optax.incremental_update(
+    params, state.averaged, 1 - jnp.minimum(AVERAGING, (1 + i) / (10 + i))
+  )
+  return Trained(params, averaged, opt_state, source, target)
+
+
+@functools.partial(jax.jit, static_argnames='network')
+def normalized_by(params, statistics, x, *, network):
+  """The statistics after one more batch, seen with these weights."""
+  _, variables = network.apply(
+    {'params': params, 'batch_stats': statistics},
+    x,
+    train=True,
+    mutable=['batch_stats'],
+  )
+  return variables.get('batch_stats', {})
+
+
+@functools.partial(jax.jit, static_argnames='network')
+def evaluate(params, statistics, x, *, network):
+  features, _, logits = network.apply(
+    {'params': params, 'batch_stats': statistics}, x
+  )
+  return features, logits.argmax(-1)
+
+
+def run(task, method, seed, steps):
+  """Trains, and gives target accuracy and some features of both domains."""
+  network = Network(task.trunk, task.classes, method)
+  key = jax.random.key(seed)
+  variables = network.init(key, task.x_source[:2], method=Network.initialize)
+  params, statistics = variables['params'], variables.get('batch_stats', {})
+  state = Trained(
+    params, params, OPTIMIZER.init(params), statistics, statistics
+  )
+  data = tuple(map(jnp.asarray, (task.x_source, task.y_source, task.x_target)))
+  for i in range(steps):  # not a scan: XLA's convolutions are slow inside one
+    state = train_step(state, i, key, data, network=network, steps=steps)
+  params = state.averaged if method.averaged else state.params
+  target = state.target
+  if method.own_statistics:
+    # The averaged weights have statistics of their own: see the target again.
+    rng = np.random.default_rng(seed)
+    for _ in range(40):
+      chosen = rng.choice(len(task.x_target), 4 * BATCH)
+      target = normalized_by(
+        params, target, task.x_target[chosen], network=network
+      )
+  predicted = [
+    np.asarray(evaluate(params, target, x, network=network)[1])
+    for x in np.array_split(task.x_test, max(len(task.x_test) // 500, 1))
+  ]
+  accuracy = (np.concatenate(predicted) == task.y_test).mean()
+  show = 400
+  features = [
+    np.asarray(evaluate(params, s, x[:show], network=network)[0])
+    for s, x in ((state.source, task.x_source), (target, task.x_test))
+  ]
+  return accuracy, features
+
+
+# Report.
+
+
+def plot(features, labels, steps, path):
+  """Principal components of the features of both domains, and lambda."""
+  import matplotlib as mpl  # noqa: PLC0415
+
+  mpl.use('Agg')
+  import matplotlib.pyplot as plt  # noqa: PLC0415
+
+  figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
+  for axis, (name, domains) in zip(axes, features.items(), strict=False):
+    both = np.concatenate(domains)
+    both = both - both.mean(0)
+    _, _, directions = np.linalg.svd(both, full_matrices=False)
+    for domain, marker, color, label in zip(
+      domains, 'ox', ('C0', 'C3'), labels, strict=True
+    ):
+      points = (domain - np.concatenate(domains).mean(0)) @ directions[:2].T
+      axis.scatter(*points.T, s=12, marker=marker, c=color, alpha=0.6, lw=1)
+      axis.scatter([], [], marker=marker, c=color, label=label)
+    axis.set(title=name, xticks=[], yticks=[])
+    axis.set_xlabel('first principal component of the features')
+  axes[0].set_ylabel('second')
+  axes[0].legend(frameon=False)
+  time_ = np.arange(steps)
+  axes[2].plot(time_, optax_ghm.dann_reversal_schedule(steps)(time_), 'k')
+  axes[2].set(title='The reversal over training', xlabel='step', ylabel='λ')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=130)
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--data', choices=('digits', 'mnist', 'amazon'), default='digits'
+  )
+  parser.add_argument(
+    '--path', type=pathlib.Path, help='folder of the data, if not digits'
+  )
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--steps', type=int, help='of each training')
+  parser.add_argument(
+    '--ablation', action='store_true', help='what made the difference'
+  )
+  parser.add_argument('--only', help='the one method whose name this is')
+  parser.add_argument(
+    '--output',
+    type=pathlib.Path,
+    default=HERE / 'output' / 'domain_adaptation.png',
+  )
+  args = parser.parse_args()
+  if args.data != 'digits' and not args.path:
+    parser.error(f'--data {args.data} needs --path')
+  console = Console()
+  methods = ABLATION if args.ablation else METHODS
+  tasks = {'textured digits': load_digits}
+  if args.data == 'mnist':
+    task = load_mnist(args.path)
+    tasks = {'MNIST-M': lambda seed: task}
+  elif args.data == 'amazon':
+    methods = {'source only': Method(), 'DANN': Method(adversary='dann')}
+    tasks = {
+      target: functools.partial(
+        lambda target, seed: load_amazon(args.path, target), target
+      )
+      for target in ('dvd', 'electronics', 'kitchen')
+    }
+  if args.only:
+    methods = {args.only: methods[args.only]}
+
+  features, steps = {}, 0
+  for target, load in tasks.items():
+    table = Table(title=f'accuracy on {target}, in %')
+    table.add_column('trained')
+    for seed in range(args.seeds):
+      table.add_column(f'seed {seed}', justify='right')
+    table.add_column('mean', justify='right')
+    table.add_column('seconds per seed', justify='right')
+    for name, method in methods.items():
+      accuracies, start = [], time.monotonic()
+      for seed in range(args.seeds):
+        task = load(seed)
+        steps = args.steps or task.steps
+        accuracy, shown = run(task, method, seed, steps)
+        accuracies.append(100 * accuracy)
+        if seed == 0:
+          features[name] = shown
+      seconds = (time.monotonic() - start) / args.seeds
+      table.add_row(
+        name,
+        *(f'{a:.1f}' for a in accuracies),
+        f'{np.mean(accuracies):.1f} ± {np.std(accuracies):.1f}',
+        f'{seconds:.0f}',
+      )
+      console.log(f'{target}: {name} {np.round(accuracies, 1)}')
+    console.print(table)
+  ends = {n: features[n] for n in (*list(features)[:1], *list(features)[-1:])}
+  plot(ends, ('source', 'target'), steps, args.output)
+  console.print(f'picture: {args.output}')
+
+
+if __name__ == '__main__':
+  main()
