@@ -12,7 +12,10 @@ with the schedule of the reversal. No target label is used, but to score.
   python examples/domain_adaptation.py --data amazon --path FOLDER
 
 digits: scikit-learn's, onto a textured and inverted copy of other digits.
-mnist: mnist.npz onto mnistm_10k.npz. amazon: amazon_reviews.npz, from books.
+mnist: MNIST (mnist.npz) onto MNIST-M (mnistm_10k.npz): arrays x_train, y_train,
+x_test and y_test, uint8; what of MNIST-M's digits is in MNIST comes first there
+and is left out of the source. amazon: the DANN paper's reviews, from books to
+the others (amazon_reviews.npz: CSR matrices, as in books_train_data).
 """
 
 import argparse
@@ -57,48 +60,53 @@ class Method:
   """What is trained.
 
   Attributes:
+    standardize: whether every image is brought to mean 0 and deviation 1.
+    own_statistics: whether the target is batch-normalised by its own
+      statistics, in training and when it is scored.
     adversary: None, 'dann' (sees the features) or 'cdan' (sees them times the
       predicted classes).
     entropy: whether sure predictions count more for the adversary (CDAN+E).
-    weight: of the domain loss.
-    own_statistics: whether each domain is batch-normalised by itself.
-    target_statistics: whether source-only training is scored with statistics
-      re-estimated on the target.
-    standardize: whether every image is brought to mean 0 and deviation 1.
+    weight: of the domain loss; with 2, it is the sum of both domains' means.
     averaged: whether the averaged weights are scored, or the last ones.
     conflict: None, 'gh' or 'gh++': harmonising of the two losses' gradients.
   """
 
-  adversary: Literal['dann', 'cdan'] | None = None
-  entropy: bool = False
-  weight: float = 2.0
-  own_statistics: bool = True
   standardize: bool = True
+  own_statistics: bool = True
+  adversary: Literal['dann', 'cdan'] | None = 'cdan'
+  entropy: bool = True
+  weight: float = 2.0
   averaged: bool = True
   conflict: Literal['gh', 'gh++'] | None = None
 
 
-FULL = Method(adversary='cdan', entropy=True)
-PLAIN = Method(weight=1.0, own_statistics=False, standardize=False)
-METHODS = {
+FULL = Method()
+PLAIN = Method(standardize=False, own_statistics=False, adversary=None)
+METHODS = {  # each adds one thing to the one before
   'source only': PLAIN,
-  'source only, target statistics': Method(),
-  'DANN, as published': dataclasses.replace(PLAIN, adversary='dann'),
-  'DANN': Method(adversary='dann'),
-  'CDAN+E': FULL,
+  '+ standardised images': Method(own_statistics=False, adversary=None),
+  "+ the target's own statistics": Method(adversary=None),
+  '+ adversary (DANN)': Method(adversary='dann', entropy=False),
+  '+ conditioning (CDAN)': Method(entropy=False),
+  '+ entropy weights (CDAN+E)': FULL,
 }
-ABLATION = {
-  'all of it': FULL,
-  'last weights, not averaged': dataclasses.replace(FULL, averaged=False),
-  'domain loss × 1, not × 2': dataclasses.replace(FULL, weight=1.0),
-  'without entropy weights': dataclasses.replace(FULL, entropy=False),
-  'without conditioning (DANN)': Method(adversary='dann'),
-  'one batch norm for both domains': dataclasses.replace(
-    FULL, own_statistics=False
+ABLATION = {  # each takes or changes one thing of the whole
+  'all of it (CDAN+E)': FULL,
+  'images not standardised': Method(standardize=False),
+  'one batch norm for both domains': Method(own_statistics=False),
+  'no conditioning (DANN+E)': Method(adversary='dann'),
+  'no entropy weights (CDAN)': Method(entropy=False),
+  'half the domain loss': Method(weight=1.0),
+  'last weights, not averaged': Method(averaged=False),
+  'with GH at the features': Method(conflict='gh'),
+  'with GH++ at the features': Method(conflict='gh++'),
+  'DANN alone': Method(
+    standardize=False, own_statistics=False, adversary='dann', entropy=False
   ),
-  'images not standardised': dataclasses.replace(FULL, standardize=False),
-  'with GH at the features': dataclasses.replace(FULL, conflict='gh'),
-  'with GH++ at the features': dataclasses.replace(FULL, conflict='gh++'),
+}
+REVIEWS = {
+  'source only': Method(adversary=None),
+  'DANN': Method(adversary='dann', entropy=False),
 }
 
 
@@ -347,15 +355,20 @@ def run(task, method, seed, steps):
   for i in range(steps):  # not a scan: XLA's convolutions are slow inside one
     state = train_step(state, i, key, data, network=network, steps=steps)
   params = state.averaged if method.averaged else state.params
-  target = state.target
-  if method.own_statistics:
-    # The averaged weights have statistics of their own: see the target again.
-    rng = np.random.default_rng(seed)
-    for _ in range(40):
-      chosen = rng.choice(len(task.x_target), 4 * BATCH)
-      target = normalized_by(
-        params, target, task.x_target[chosen], network=network
-      )
+  # The averaged weights have statistics of their own: see the images again,
+  # those that the target was normalised with in training.
+  rng, target = np.random.default_rng(seed), state.target
+  for _ in range(40):
+    seen = [
+      x[rng.choice(len(x), 2 * BATCH)] for x in (task.x_source, task.x_target)
+    ]
+    if method.own_statistics:
+      seen = seen[1:]
+    elif not method.adversary:
+      seen = seen[:1]
+    target = normalized_by(
+      params, target, np.concatenate(seen), network=network
+    )
   predicted = [
     np.asarray(evaluate(params, target, x, network=network)[1])
     for x in np.array_split(task.x_test, max(len(task.x_test) // 500, 1))
@@ -416,7 +429,7 @@ def main():
   parser.add_argument(
     '--ablation', action='store_true', help='what made the difference'
   )
-  parser.add_argument('--only', help='the one method whose name this is')
+  parser.add_argument('--only', help='methods whose name has this in it')
   parser.add_argument(
     '--output',
     type=pathlib.Path,
@@ -426,13 +439,15 @@ def main():
   if args.data != 'digits' and not args.path:
     parser.error(f'--data {args.data} needs --path')
   console = Console()
+  if args.seeds < 1:
+    parser.error('--seeds must be at least 1')
   methods = ABLATION if args.ablation else METHODS
   tasks = {'textured digits': load_digits}
   if args.data == 'mnist':
     task = load_mnist(args.path)
     tasks = {'MNIST-M': lambda seed: task}
   elif args.data == 'amazon':
-    methods = {'source only': Method(), 'DANN': Method(adversary='dann')}
+    methods = REVIEWS
     tasks = {
       target: functools.partial(
         lambda target, seed: load_amazon(args.path, target), target
@@ -440,7 +455,9 @@ def main():
       for target in ('dvd', 'electronics', 'kitchen')
     }
   if args.only:
-    methods = {args.only: methods[args.only]}
+    methods = {n: m for n, m in methods.items() if args.only in n}
+    if not methods:
+      parser.error(f'no method has {args.only!r} in its name')
 
   features, steps = {}, 0
   for target, load in tasks.items():
@@ -468,6 +485,7 @@ def main():
       )
       console.log(f'{target}: {name} {np.round(accuracies, 1)}')
     console.print(table)
+  # Of the last target, where there are several.
   ends = {n: features[n] for n in (*list(features)[:1], *list(features)[-1:])}
   plot(ends, ('source', 'target'), steps, args.output)
   console.print(f'picture: {args.output}')

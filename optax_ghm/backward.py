@@ -11,6 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import optax
 
@@ -116,6 +117,11 @@ def apply_gradients(
         f' beside it, got {sorted(tree)}: keep other collections out of what'
         ' is differentiated.'
       )
+  if set(variables) != set(gradients):
+    raise ValueError(
+      'variables and gradients must hold the same collections, got'
+      f' {sorted(variables)} and {sorted(gradients)}.'
+    )
   updates, opt_state = optax.with_extra_args_support(tx).update(
     gradients['params'], opt_state, variables['params'], **extra_args
   )
@@ -128,6 +134,35 @@ def apply_gradients(
   return following, opt_state
 
 
+def ride(next_state: Any, cotangent: Any) -> Any:
+  """Ties every leaf of a next state to the cotangent it came with.
+
+  Where ``jax.vmap`` shares one state among examples, JAX sums over these what
+  of the state's gradient depends on the example, and takes the rest, such as a
+  count, once. Tied, all of it is summed, and ``calls`` says how many there are.
+  Compiles to nothing.
+  """
+  numbers = [u for u in jax.tree.leaves(cotangent) if u.size]
+  if not numbers:
+    return next_state
+  total = jnp.sum(numbers[0].real)
+  zero = jnp.where(jnp.isnan(total), 0, 0)
+
+  def tie(leaf):
+    # Shards that have agreed on a state must not be made to differ again.
+    if not _varying_axes(zero) <= _varying_axes(leaf):
+      return leaf
+    return leaf + zero.astype(leaf.dtype)
+
+  return jax.tree.map(tie, next_state)
+
+
+def _varying_axes(x):
+  """The axes of a ``shard_map`` along which x differs; its name has moved."""
+  kind = jax.typeof(x)
+  return kind.vma if hasattr(kind, 'vma') else kind.mat.varying
+
+
 class InBackwardState(NamedTuple):
   """An Optax state that rides the backward pass, through :func:`in_backward`.
 
@@ -135,6 +170,7 @@ class InBackwardState(NamedTuple):
     carried: the state of the transformation, its integers (step counts, keys)
       as pairs of float32 along a last axis, since only floating numbers have a
       gradient. Summed over ``calls``. :meth:`InBackward.unpack` reads it.
+      Keep them float32: no cast of all variables to 16 bits may touch them.
     calls: float32, how many backward passes were added up in ``carried``; 0 in
       a state that has seen none.
   """
@@ -171,7 +207,8 @@ class InBackward:
     """The state of ``tx`` itself, integers and all.
 
     Args:
-      state: from :meth:`init`, or a gradient with respect to it.
+      state: from :meth:`init`, or a gradient with respect to it; or several,
+        stacked along first axes.
       x: as for :meth:`init`.
 
     Returns:
@@ -191,50 +228,53 @@ class InBackward:
 
     Args:
       x: array or pytree of arrays.
-      state: from :meth:`init`; may be left out if ``tx`` keeps none.
-      enabled: False is the plain identity, which forward mode needs.
+      state: from :meth:`init` of an ``x`` of the same shapes and dtypes; may be
+        left out if ``tx`` keeps none.
+      enabled: False is the plain identity, for forward mode, and for evaluating
+        batches of another size than the state was made for.
 
     Returns:
       ``x``.
 
     Raises:
-      ValueError: if ``tx`` keeps a state and none is given, or another one.
-      ValueError: on the backward pass, if ``tx`` changes the structure or the
-        shapes of what it updates, or of its state.
+      ValueError: if ``tx`` keeps a state and none is given, or one that does
+        not fit ``x``.
+      ValueError: if ``tx`` changes the structure or the shapes of what it
+        updates, or of its state.
     """
     if not enabled:
       return x
     leaves, structure = jax.tree.flatten(x)
     floats = _inexact_part(x)
-    expected = jax.eval_shape(self.init, x)
+    expected = jax.eval_shape(self.init, floats)
     if state is None:
       if jax.tree.leaves(expected.carried):
         raise ValueError(
           'tx keeps a state: give in_backward(tx)(x, state) one from'
           ' in_backward(tx).init(x), and take its gradient as the next one.'
         )
-      state = self.init(x)
-    elif jax.tree.structure(state) != jax.tree.structure(expected):
+      state = self.init(floats)
+    elif _types(state) != _types(expected):
       raise ValueError(
-        'state must be one from in_backward(tx).init(x), of structure'
-        f' {jax.tree.structure(expected)}, got {jax.tree.structure(state)}.'
+        'state must be one from in_backward(tx).init(x), of the structure,'
+        f' shapes and dtypes {_types(expected)}, got {_types(state)}. For x of'
+        ' another size in evaluation, pass enabled=False.'
       )
 
     def update(cotangent, state, floats):
       updates, next_state = self.tx.update(
-        cotangent, self.unpack(state, x), floats
+        cotangent, self.unpack(state, floats), floats
       )
-      carried = jax.tree.map(_to_floats, next_state)
+      next_state = InBackwardState(
+        carried=jax.tree.map(_to_floats, next_state),
+        calls=jnp.ones_like(state.calls),
+      )
       return (
         _cast_like(updates, cotangent, 'updates'),
-        InBackwardState(
-          carried=_cast_like(carried, state.carried, 'state'),
-          calls=jnp.ones_like(state.calls),
-        ),
+        _cast_like(ride(next_state, cotangent), state, 'state'),
       )
 
-    # What tx closes over may be traced: let it in by the front door.
-    update, closed_over = jax.closure_convert(update, floats, state, floats)
+    update, closed_over = _open(update, floats, state, floats)
     passed = iter(
       jax.tree.leaves(_in_backward(update, floats, state, closed_over))
     )
@@ -261,23 +301,27 @@ def in_backward(tx: optax.GradientTransformation) -> InBackward:
   gradients are summed, the mean of their next states is carried on.
 
   The transformation sees the cotangent of the whole array: under ``jax.vmap``
-  that of one example (with one state each), under ``jit`` of a sharded array
-  that of all shards, under ``shard_map`` that of a shard alone, unless ``tx``
-  itself joins them over the mapped axis. There, a state that every shard
-  changes on its own must vary too: ``jax.lax.pcast(state, axis_name,
-  to='varying')``; the shards' next states are then averaged.
+  that of one example (with a state each, or one for all), under ``jit`` of a
+  sharded array that of all shards, under ``shard_map`` that of a shard alone,
+  unless ``tx`` itself joins them over the mapped axis. There, a state that
+  every shard changes on its own must vary too: ``jax.lax.pcast(state,
+  axis_name, to='varying')``; the shards' next states are then averaged.
 
   The rule need not be linear in the cotangent, so forward mode (``jax.jvp``,
   ``jax.hessian``) raises: switch it off there with ``enabled=False``.
 
   Args:
-    tx: any ``optax.GradientTransformation``: a chain, ``inject_hyperparams``,
-      one that closes over traced numbers.
+    tx: any ``optax.GradientTransformation`` that keeps the shapes of what it
+      updates and needs no extra argument (a loss is not known here): a chain,
+      ``inject_hyperparams``, one that closes over traced numbers.
 
   Returns:
     An :class:`InBackward`: a function of ``(x, state=None)`` with ``init`` and
     ``unpack``. ``x`` is an array or a pytree; ``tx`` sees None in the place of
-    leaves that are neither floating nor complex.
+    leaves that are not floating or complex arrays.
+
+  Raises:
+    TypeError: if ``tx`` is not a ``GradientTransformation``.
 
   Examples:
     Without a state:
@@ -305,6 +349,8 @@ def in_backward(tx: optax.GradientTransformation) -> InBackward:
     >>> mounted.unpack(state, x).trace
     Array([1.9, 1.9], dtype=float32)
   """
+  if not isinstance(tx, optax.GradientTransformation):
+    raise TypeError(f'tx must be an optax.GradientTransformation, got {tx!r}.')
   return InBackward(optax.with_extra_args_support(tx))
 
 
@@ -322,7 +368,7 @@ def _in_backward_fwd(update, x, state, closed_over):
 
 def _in_backward_bwd(update, residuals, cotangent):
   x, state, closed_over = residuals
-  return *update(cotangent, state, x, *closed_over), None
+  return *update(cotangent, state, x, closed_over), None
 
 
 _in_backward.defvjp(_in_backward_fwd, _in_backward_bwd)
@@ -333,17 +379,48 @@ def _inexact_part(x):
   return jax.tree.map(lambda leaf: leaf if _norms.is_inexact(leaf) else None, x)
 
 
+def _types(tree):
+  """Structure, shapes and dtypes, to compare and to print."""
+  return jax.tree.map(lambda u: f'{u.dtype}{list(u.shape)}', tree)
+
+
+def _open(f, *args):
+  """``f`` as a function of what it closes over too, and that.
+
+  A traced value of the loop, say, that a transformation closes over would be
+  gone when the backward pass runs: it has to come in as an argument.
+  """
+  closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+  structure = jax.tree.structure(shape)
+
+  def opened(*args_and_consts):
+    *args, consts = args_and_consts
+    program = jax.extend.core.ClosedJaxpr(closed.jaxpr, consts)
+    leaves = jax.tree.leaves(args)
+    return structure.unflatten(jax.extend.core.jaxpr_as_fun(program)(*leaves))
+
+  return opened, list(closed.consts)
+
+
 def _cast_like(tree, like, name):
-  """Casts to the dtypes of ``like``, which must have the same shapes."""
+  """Casts and reshards to ``like``, which must have the same shapes."""
   shapes = [jax.tree.map(jnp.shape, t) for t in (tree, like)]
   if shapes[0] != shapes[1]:
     raise ValueError(
       f'tx must keep the structure and shapes of its {name}: got {shapes[0]}'
       f' for {shapes[1]}.'
     )
-  return jax.tree.map(
-    lambda leaf, old: jnp.asarray(leaf).astype(old.dtype), tree, like
-  )
+
+  def cast(leaf, old):
+    leaf, sharding = (
+      jnp.asarray(leaf).astype(old.dtype),
+      jax.typeof(old).sharding,
+    )
+    if jax.typeof(leaf).sharding == sharding:
+      return leaf
+    return jax.sharding.reshard(leaf, sharding)
+
+  return jax.tree.map(cast, tree, like)
 
 
 def _to_floats(leaf):
@@ -362,15 +439,19 @@ def _to_floats(leaf):
 def _from_floats(leaf, like, calls):
   """The mean of ``calls`` leaves that were added up, of the dtype of ``like``.
 
-  Exact for integers that are equal in all of up to 512 calls.
+  Exact for integers that are equal in all calls, up to 512, also where the sum
+  was averaged since, to rounding.
   """
-  calls = calls.astype(leaf.dtype)
+  calls = jnp.expand_dims(calls, tuple(range(calls.ndim, leaf.ndim)))
+  mean = leaf / calls.astype(leaf.dtype)
   if _norms.is_inexact(like):
-    return leaf / calls
-  high = jnp.floor(leaf[..., 0] / calls)
-  rest = leaf[..., 0] - high * calls
-  low = jnp.round((rest * 2**16 + leaf[..., 1]) / calls)
-  words = high.astype(jnp.int32) * 2**16 + low.astype(jnp.int32)
+    return mean
+  high, low = mean[..., 0], mean[..., 1]
+  whole = jnp.round(high)
+  whole = jnp.where(jnp.abs(high - whole) < 0.01, whole, jnp.floor(high))
+  rest = jnp.where(jnp.abs(high - whole) < 0.01, 0, high - whole)
+  low = jnp.round(rest * 2**16 + low)
+  words = whole.astype(jnp.int32) * 2**16 + low.astype(jnp.int32)
   if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
     data = jax.lax.bitcast_convert_type(words, jnp.uint32)
     impl = jax.random.key_impl(jnp.empty((), like.dtype))

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm import density as _density, norms as _norms
+from optax_ghm import (
+  backward as _backward,
+  density as _density,
+  norms as _norms,
+)
 
 PARAMETER_DENSITY = _density.WindowedDensity(
   low=1e-8, high=1e8, log=True, width=0.5
@@ -142,6 +146,7 @@ def _harmonize_bwd(density, axes, axis_name, residuals, cotangent):
   if mask is not None:
     counts = jnp.expand_dims(_density.counts(mask), axes)
     weighed = jnp.where(counts, weighed, jnp.zeros_like(weighed))
+  next_state = _backward.ride(next_state, cotangent)
   return weighed.astype(cotangent.dtype), next_state, None, None
 
 

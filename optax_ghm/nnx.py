@@ -156,6 +156,7 @@ class InBackward(nnx.Module):
 
   def __init__(self, tx: optax.GradientTransformation, x: Any = None):
     self.mounted = _backward.in_backward(tx)
+    self.knows_x = x is not None
     x = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), x)
     self.state = OverwriteWithGradient(self.mounted.init(x))
 
@@ -168,7 +169,16 @@ class InBackward(nnx.Module):
 
     Returns:
       ``x``.
+
+    Raises:
+      ValueError: if ``tx`` keeps a state and the constructor was given no x.
     """
+    if not self.knows_x and enabled:
+      expected = jax.eval_shape(self.mounted.init, x)
+      if jax.tree.leaves(expected.carried):
+        raise ValueError(
+          'tx keeps a state: give InBackward(tx, x) an example of what passes.'
+        )
     return self.mounted(x, self.state.get_value(), enabled=enabled)
 
 

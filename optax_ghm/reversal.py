@@ -21,11 +21,12 @@ def reverse_gradient(x: Any, scale: ArrayLike = 1.0) -> Any:
   domains apart while the features are trained to prevent it. Its law is
   :math:`\nabla (f \circ R_\lambda) = -\lambda\, (\nabla f) \circ R_\lambda`, in
   every mode of differentiation and of any order: the Hessian of
-  :math:`f \circ R_\lambda` is :math:`\lambda^2` times that of f.
+  :math:`f \circ R_\lambda` is :math:`\lambda^2` times that of f. (Only
+  ``jax.linear_transpose``, which does not differentiate, sees the identity.)
 
   Args:
-    x: array or pytree of arrays. Leaves that are neither floating nor complex
-      (integers, PRNG keys) pass unchanged.
+    x: array or pytree of arrays. Leaves that are not floating or complex arrays
+      (integers, PRNG keys, Python numbers) pass unchanged.
     scale: λ, a real number or an array, cast to the dtype of each leaf: a
       scalar, traced or not, such as the value of :func:`dann_reversal_schedule`
       at this step; or one per example, its axes those that ``x`` begins with,
@@ -53,8 +54,7 @@ def reverse_gradient(x: Any, scale: ArrayLike = 1.0) -> Any:
     Ganin and Lempitsky, `Unsupervised Domain Adaptation by Backpropagation
     <https://arxiv.org/abs/1409.7495>`_, 2015
   """
-  if jnp.issubdtype(jnp.result_type(scale), jnp.complexfloating):
-    raise TypeError(f'scale must be real, got {jnp.result_type(scale)}.')
+  scale = _real(scale)
 
   def reverse_leaf(leaf):
     if not _norms.is_inexact(leaf):
@@ -75,12 +75,25 @@ def _reverse(x, factor):
 def _reverse_jvp(primals, tangents):
   x, factor = primals
   # Linear in the tangent, so its transpose is the rule of the backward pass.
-  return _reverse(x, factor), tangents[0] * factor
+  return _reverse(x, factor), _multiply(tangents[0], factor)
+
+
+def _real(scale):
+  scale = jnp.asarray(scale)
+  if jnp.issubdtype(scale.dtype, jnp.complexfloating):
+    raise TypeError(f'scale must be real, got dtype {scale.dtype}.')
+  return scale
+
+
+def _multiply(x, factor):
+  if jnp.iscomplexobj(x):  # by a real number, so that inf + 0i stays so
+    return jax.lax.complex(x.real * factor, x.imag * factor)
+  return x * factor
 
 
 def _factor(leaf, scale):
-  """Minus the scale, in the leaf's dtype, its axes the leaf's leading ones."""
-  factor = -jnp.asarray(scale, dtype=leaf.dtype)
+  """Minus the scale, in the leaf's precision, over the leaf's leading axes."""
+  factor = -scale.astype(jnp.finfo(leaf.dtype).dtype)
   fits = factor.ndim <= leaf.ndim and all(
     n in (1, m) for n, m in zip(factor.shape, leaf.shape, strict=False)
   )
@@ -112,15 +125,18 @@ def reverse(
   In a chain, the adversary of a min-max problem, which climbs the loss that the
   others descend; take its parameters apart with ``optax.partition`` or
   ``optax.masked``. Inside the backward pass, ``in_backward(reverse(scale))`` is
-  :func:`reverse_gradient`.
+  :func:`reverse_gradient` to reverse mode.
 
   Args:
     scale: λ, a number, or a schedule of the number of updates so far.
 
   Returns:
     A ``GradientTransformationExtraArgs``. Its state is ``EmptyState`` for a
-    number and :class:`ReverseState` for a schedule. Leaves that are neither
-    floating nor complex pass unchanged.
+    number and :class:`ReverseState` for a schedule. Leaves that are not
+    floating or complex arrays pass unchanged.
+
+  Raises:
+    TypeError: if ``scale`` is complex.
 
   Examples:
     The saddle point of x² + 2xy − y², x minimising and y maximising:
@@ -146,6 +162,8 @@ def reverse(
     Ganin et al., `Domain-Adversarial Training of Neural Networks
     <https://arxiv.org/abs/1505.07818>`_, 2016
   """
+  if not callable(scale):
+    scale = _real(scale)
 
   def init_fn(params):
     del params
@@ -157,12 +175,16 @@ def reverse(
     del params, extra_args
     current = scale
     if callable(scale):
-      current = scale(state.reversals)
+      current = _real(scale(state.reversals))
       state = ReverseState(jnp.asarray(optax.safe_increment(state.reversals)))
-    updates = jax.tree.map(
-      lambda u: u * _factor(u, current) if _norms.is_inexact(u) else u, updates
-    )
-    return updates, state
+
+    def reverse_leaf(leaf):
+      if not _norms.is_inexact(leaf):
+        return leaf
+      leaf = jnp.asarray(leaf)
+      return _multiply(leaf, _factor(leaf, current))
+
+    return jax.tree.map(reverse_leaf, updates), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -213,7 +235,8 @@ def dann_reversal_schedule(
   def schedule(count):
     # 2 / (1 + exp(-z)) - 1 = tanh(z / 2), without the cancellation near 0.
     rise = jnp.tanh(gamma * progress(count) / 2)
-    return init_value + (peak_value - init_value) * rise
+    first = jnp.asarray(init_value, jnp.float32)
+    return first + (jnp.asarray(peak_value, jnp.float32) - first) * rise
 
   return schedule
 
@@ -258,19 +281,24 @@ def dann_learning_rate_schedule(
   progress = _progress(transition_steps)
 
   def schedule(count):
-    return init_value * (1 + alpha * progress(count)) ** -beta
+    first = jnp.asarray(init_value, jnp.float32)
+    return first * (1 + alpha * progress(count)) ** -beta
 
   return schedule
 
 
 def _progress(steps: int, begin: int = 0) -> Callable[[ArrayLike], jax.Array]:
   """The share of the steps that is done, from 0 to 1."""
-  if steps <= 0:
+  if not steps > 0:
     raise ValueError(f'transition_steps must be positive, got {steps}.')
 
   def progress(count):
-    # Subtracted as integers: float32 cannot tell step 2**24 + 1 from 2**24.
-    done = jnp.asarray(count) - begin
+    # Subtracted as integers: float32 cannot tell step 2**24 + 1 from 2**24,
+    # and as signed ones, which do not wrap.
+    count = jnp.asarray(count)
+    if count.dtype.kind in 'biu' and count.dtype != jnp.int64:
+      count = count.astype(jnp.int32)
+    done = count - begin
     return jnp.clip(done.astype(jnp.float32) / steps, 0.0, 1.0)
 
   return progress

@@ -383,3 +383,26 @@ def test_aggregate_names_wrong_updates():
     tx.update({'a': jnp.ones((4, 2)), 'b': jnp.ones(3)}, tx.init({}))
   with pytest.raises(ValueError, match='updates'):
     tx.update({'a': jnp.ones(())}, tx.init({}))
+
+
+def test_examples_that_share_a_state_under_vmap_carry_the_mean():
+  density = optax_ghm.BinnedDensity(bins=4, momentum=0.5)
+  rows = jnp.linspace(0.1, 2.0, 12).reshape(4, 3)
+
+  def each(row, state):
+    x = optax_ghm.harmonize(row, state, density=density, scale=1.0)
+    return jnp.sum(jnp.square(x)) / 8
+
+  def loop(rows, state):
+    return sum(each(row, state) for row in rows)
+
+  def mapped(rows, state):
+    return jnp.sum(jax.vmap(each, (0, None))(rows, state))
+
+  states = [density.init()] * 2
+  for _ in range(3):
+    states = [
+      jax.grad(loss, argnums=1)(rows, state)
+      for loss, state in zip((loop, mapped), states, strict=True)
+    ]
+    chex.assert_trees_all_close(*states, rtol=1e-6)

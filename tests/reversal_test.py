@@ -204,6 +204,14 @@ def test_a_scale_that_does_not_fit_is_named(shape):
 def test_a_complex_scale_is_named():
   with pytest.raises(TypeError, match='scale must be real'):
     optax_ghm.reverse_gradient(X, 1j)
+  with pytest.raises(TypeError, match='scale must be real'):
+    optax_ghm.reverse(1j)
+
+
+def test_an_infinite_complex_cotangent_stays_as_it_is():
+  _, vjp = jax.vjp(optax_ghm.reverse_gradient, jnp.ones(1, jnp.complex64))
+  (cotangent,) = vjp(jnp.array([np.inf + 0j], jnp.complex64))
+  np.testing.assert_array_equal(cotangent, [-np.inf - 0j])
 
 
 def reversed_loss(x, scale):
@@ -442,7 +450,14 @@ def test_schedules_are_precise_where_floats_are_coarse():
   np.testing.assert_allclose(early(1), 5e-9, rtol=1e-6)  # no cancellation
 
 
-@pytest.mark.parametrize('steps', [0, -1])
+@pytest.mark.parametrize('dtype', [np.int8, np.uint8, np.uint32, np.int32])
+def test_steps_of_every_dtype_do_not_wrap(dtype):
+  schedule = optax_ghm.dann_reversal_schedule(1000, transition_begin=200)
+  assert schedule(dtype(50)) == 0
+  assert schedule(np.asarray(100, dtype)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize('steps', [0, -1, float('nan')])
 @pytest.mark.parametrize(
   'schedule',
   [
