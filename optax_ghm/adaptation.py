@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_ghm import density as _density, norms as _norms
@@ -46,7 +47,7 @@ def domain_loss(
     One loss per example, (N,), in the dtype of ``logits``.
 
   Raises:
-    TypeError: if ``domains`` are not integers.
+    TypeError: if ``domains`` are not integers or ``logits`` not floating.
     ValueError: if the shapes do not fit.
 
   Examples:
@@ -61,14 +62,22 @@ def domain_loss(
     Ganin et al., `Domain-Adversarial Training of Neural Networks
     <https://arxiv.org/abs/1505.07818>`_, 2016, equation 9
   """
+  logits, domains = jnp.asarray(logits), jnp.asarray(domains)
   if not jnp.issubdtype(domains.dtype, jnp.integer):
     raise TypeError(f'domains must be integers, got dtype {domains.dtype}.')
+  if not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise TypeError(f'logits must be floating, got dtype {logits.dtype}.')
   if logits.ndim not in (1, 2) or logits.shape[:1] != domains.shape:
     raise ValueError(
       'logits must be of shape (N,) or (N, D) for domains of shape (N,), got'
       f' {logits.shape} and {domains.shape}.'
     )
   count = 2 if logits.ndim == 1 else logits.shape[1]
+  if count < 2:
+    raise ValueError(
+      'logits of shape (N, D) must be those of two domains or more, got'
+      f' {logits.shape}: for one logit, give (N,).'
+    )
   if domain_weights is None:
     domain_weights = jnp.full((count,), 1 / count, jnp.float32)
   elif jnp.shape(domain_weights) != (count,):
@@ -84,28 +93,30 @@ def domain_loss(
       f' {jnp.shape(example_weights)}.'
     )
   dtype = _norms.at_least_float32(logits.dtype)
-  logits_in, logits = logits, logits.astype(dtype)
+  domains = domains.astype(jnp.int32)
   known = (domains >= 0) & (domains < count)
-  label = jnp.where(known, domains, jnp.zeros_like(domains))
+  label = jnp.where(known, domains, 0)
+  # Masked before the loss, so that no gradient of it is NaN times 0.
+  seen = jnp.expand_dims(known, tuple(range(1, logits.ndim)))
+  z = jnp.where(seen, logits.astype(dtype), 0)
   if logits.ndim == 1:
-    losses = optax.sigmoid_binary_cross_entropy(logits, label.astype(dtype))
+    losses = optax.sigmoid_binary_cross_entropy(z, label.astype(dtype))
   else:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    losses = optax.softmax_cross_entropy_with_integer_labels(z, label)
 
   # (N, D): which domain, so that sums over it need no gather when sharded.
-  member = (domains[:, None] == jnp.arange(count, dtype=domains.dtype)).astype(
-    dtype
-  )
+  member = known[:, None] & (label[:, None] == jnp.arange(count)[None])
   weights = jax.lax.stop_gradient(jnp.asarray(example_weights).astype(dtype))
-  amount = weights[:, None] * member
+  amount = jnp.where(member, weights[:, None], 0)
   total, size = jnp.sum(amount, axis=0), jnp.asarray(domains.size, dtype)
   if axis_name is not None:
     total, size = jax.lax.psum((total, size), axis_name)
+  # A domain of no weight contributes 0, one with a NaN among them NaN.
   share = jnp.asarray(domain_weights).astype(dtype) / jnp.where(
-    total > 0, total, 1
+    total == 0, 1, total
   )
-  factor = size * jnp.sum(amount * share[None], axis=1)
-  return jnp.where(known, factor * losses, 0).astype(logits_in.dtype)
+  factor = jnp.sum(jnp.where(member, amount * share[None], 0), axis=1)
+  return jnp.where(known, size * factor * losses, 0).astype(logits.dtype)
 
 
 def multilinear_map(features: jax.Array, predictions: jax.Array) -> jax.Array:
@@ -140,7 +151,8 @@ def multilinear_map(features: jax.Array, predictions: jax.Array) -> jax.Array:
   """
   _check_leading(features, predictions)
   product = features[..., :, None] * predictions[..., None, :]
-  return product.reshape(*features.shape[:-1], -1)
+  *leading, count, classes = product.shape
+  return product.reshape(*leading, count * classes)
 
 
 def multilinear_projections(
@@ -173,8 +185,8 @@ def multilinear_projections(
   """
   one, two = jax.random.split(key)
   return (
-    jax.random.normal(one, (features, outputs)),
-    jax.random.normal(two, (classes, outputs)),
+    jax.random.normal(one, (features, outputs), jnp.float32),
+    jax.random.normal(two, (classes, outputs), jnp.float32),
   )
 
 
@@ -258,9 +270,10 @@ def entropy_weights(logits: jax.Array) -> jax.Array:
     logits: (..., C), of the class predictor. No gradient flows back.
 
   Returns:
-    (...), in (1, 2], in the dtype of ``logits``. Give it to
-    :func:`domain_loss` as ``example_weights``, which divides by their sum in
-    each domain, as the authors' code does.
+    (...), in (1, 2], in the dtype of ``logits``; 0 where these are NaN or have
+    no largest finite one. Give it to :func:`domain_loss` as
+    ``example_weights``, which divides by their sum in each domain, as the
+    authors' code does.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -280,7 +293,9 @@ def entropy_weights(logits: jax.Array) -> jax.Array:
   # A class that is ruled out has p = 0 and log p = -inf: it adds nothing.
   p = jnp.exp(log_p)
   terms = jnp.where(p > 0, p * jnp.where(p > 0, log_p, 0), 0)
-  return (1 + jnp.exp(jnp.sum(terms, axis=-1))).astype(logits.dtype)
+  weights = 1 + jnp.exp(jnp.sum(terms, axis=-1))
+  sound = ~jnp.any(jnp.isnan(p), axis=-1)
+  return jnp.where(sound, weights, 0).astype(logits.dtype)
 
 
 def conflict_weights(
@@ -316,8 +331,9 @@ def conflict_weights(
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    :math:`(\tau_1, \tau_2)`, float32 scalars. Both are 1 where a gradient is 0
-    or not finite.
+    :math:`(\tau_1, \tau_2)`, float32 scalars (float64 where a leaf is of 64
+    bits), no larger than that holds. Both are 1 where a gradient is 0 or not
+    finite.
 
   Raises:
     ValueError: if the rule is unknown or the structures differ.
@@ -339,27 +355,31 @@ def conflict_weights(
   """
   if rule not in ('gh', 'gh++'):
     raise ValueError(f"rule must be 'gh' or 'gh++', got {rule!r}.")
-  one = _norms.global_norm(first, axis_name)
-  two = _norms.global_norm(second, axis_name)
-  cosine = _dot(_divide(first, one), _divide(second, two))
-  if axis_name is not None:
-    cosine = jax.lax.psum(cosine, axis_name)
-  against = cosine < 0  # False where it is NaN
+  kinds = [jax.tree.map(jnp.shape, tree) for tree in (first, second)]
+  if kinds[0] != kinds[1]:
+    raise ValueError(
+      'first and second must have the same structure and shapes, got'
+      f' {kinds[0]} and {kinds[1]}.'
+    )
+  cosine, one, two = _cosine(first, second, axis_name)
+  against = cosine < 0
   if rule == 'gh':
-    # The quotient of norms is bounded, so that 0 times it is never NaN.
-    largest = jnp.finfo(jnp.float32).max
-    quotient = jnp.minimum(two / jnp.where(one > 0, one, 1), largest)
-    inverse = jnp.minimum(one / jnp.where(two > 0, two, 1), largest)
-    weights = 1 - cosine * quotient, 1 - cosine * inverse
+    weights = 1 - cosine * two / one, 1 - cosine * one / two
   else:
-    excess = jnp.arccos(jnp.clip(cosine, -1, 1)) - math.pi / 2
+    # The derivative of the arc cosine is infinite at either end.
+    inside = against & (cosine > -1)
+    angle = jnp.arccos(jnp.where(inside, cosine, 0))
+    excess = jnp.where(inside, angle, math.pi) - math.pi / 2
     beta = harmonic_range * excess
     weights = (
       1 + 2 * jnp.sin(beta / 2),
       1 - 2 * jnp.sin((excess - beta) / 2),
     )
-  one, two = (jnp.where(against, w, 1).astype(jnp.float32) for w in weights)
-  return one, two
+  largest = jnp.finfo(cosine.dtype).max
+  tau_1, tau_2 = (
+    jnp.where(against, jnp.minimum(w, largest), 1) for w in weights
+  )
+  return tau_1, tau_2
 
 
 def harmonized_fork(
@@ -454,9 +474,9 @@ def _fork_bwd(rule, harmonic_range, axis_name, residuals, cotangents):
 
   def combine(g1, g2):
     dtype = _norms.at_least_float32(g1.dtype)
-    sum_ = one.astype(dtype) * g1.astype(dtype) + two.astype(dtype) * g2.astype(
-      dtype
-    )
+    real = jnp.finfo(dtype).dtype
+    sum_ = _norms.multiply(g1.astype(dtype), one.astype(real))
+    sum_ += _norms.multiply(g2.astype(dtype), two.astype(real))
     return sum_.astype(g1.dtype)
 
   return (jax.tree.map(combine, first, second),)
@@ -465,28 +485,33 @@ def _fork_bwd(rule, harmonic_range, axis_name, residuals, cotangents):
 _fork.defvjp(_fork_fwd, _fork_bwd)
 
 
-def _divide(tree, norm):
-  """The tree over its norm, or as it is where that is 0."""
-  norm = jnp.where(norm > 0, norm, 1)
+def _cosine(first, second, axis_name):
+  """The cosine of the angle between two trees, from -1 to 1, and their norms.
 
-  def divide(leaf):
-    dtype = _norms.at_least_float32(leaf.dtype)
-    return leaf.astype(dtype) / norm.astype(dtype)
+  0, and norms of 1, where a tree is 0 or not finite.
+  """
+  norms = [_norms.global_norm(tree, axis_name) for tree in (first, second)]
+  dtype = np.promote_types(*(n.dtype for n in norms))
+  sound = (norms[0] > 0) & (norms[1] > 0)
+  sound &= jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
+  one, two = (jnp.where(sound, n.astype(dtype), 1) for n in norms)
+  by = [jnp.clip(n, max=_norms.LARGEST_DIVISOR) for n in (one, two)]
+  dot = jnp.zeros([], dtype)
+  for g1, g2 in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+    if not _norms.is_inexact(g1):
+      continue
+    # Divided each, not multiplied by 1 / by: XLA would pull those factors out
+    # of the product, which then overflows.
+    for u, v in zip(_parts(g1), _parts(g2), strict=True):
+      dot += jnp.sum((u.astype(dtype) / by[0]) * (v.astype(dtype) / by[1]))
+  if axis_name is not None:
+    dot = jax.lax.psum(dot, axis_name)
+  # Kept apart from it: XLA would make it dot * by / norm, which overflows.
+  rest = jax.lax.optimization_barrier((one / by[0]) * (two / by[1]))
+  cosine = jnp.clip(dot / rest, -1, 1)
+  return jnp.where(sound, cosine, 0), one, two
 
-  return [divide(u) for u in jax.tree.leaves(tree) if _norms.is_inexact(u)]
 
-
-def _dot(first, second):
-  """The real inner product of two lists of arrays."""
-  if [u.shape for u in first] != [u.shape for u in second]:
-    raise ValueError(
-      'first and second must have the same structure, got leaves of shapes'
-      f' {[u.shape for u in first]} and {[u.shape for u in second]}.'
-    )
-  products = [
-    jnp.sum(u.real * v.real + u.imag * v.imag)
-    if jnp.iscomplexobj(u)
-    else jnp.sum(u * v)
-    for u, v in zip(first, second, strict=True)
-  ]
-  return functools.reduce(jnp.add, products, jnp.zeros([], jnp.float32))
+def _parts(x):
+  """The real parts that a number has."""
+  return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LARGEST_DIVISOR = 2.0**120
+"""XLA divides by multiplying with the reciprocal: that of more is flushed."""
+
 
 def is_inexact(x: Any) -> bool:
   """Whether it has a gradient: a floating or complex array, nothing else."""
@@ -15,6 +18,13 @@ def is_inexact(x: Any) -> bool:
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
   """The dtype to compute in: 16-bit floats become float32, others stay."""
   return np.promote_types(dtype, np.float32)
+
+
+def multiply(x: jax.Array, factor: jax.Array) -> jax.Array:
+  """X times a real number of its precision; complex infinities stay so."""
+  if jnp.iscomplexobj(x):
+    return jax.lax.complex(x.real * factor, x.imag * factor)
+  return x * factor
 
 
 def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
@@ -49,10 +59,17 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
   largest = jnp.max(magnitude, axis=axis, keepdims=True, initial=0)
   # Dividing by 1 where the largest is 0 or not finite lets 0, inf and NaN be.
   unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+  unit = jnp.minimum(unit, LARGEST_DIVISOR)
   sum_of_squares = jnp.sum(
     jnp.square(magnitude / unit), axis=axis, keepdims=True
   )
-  return jnp.squeeze(unit * jnp.sqrt(sum_of_squares), axis=axis)
+  return jnp.squeeze(unit * _sqrt(sum_of_squares), axis=axis)
+
+
+def _sqrt(x):
+  """The root, with derivative 0 instead of infinity where it is 0."""
+  positive = jnp.where(x == 0, 1, x)
+  return jnp.where(x == 0, x, jnp.sqrt(positive))
 
 
 def global_norm(tree: Any, axis_name: Any = None) -> jax.Array:
@@ -81,4 +98,5 @@ def global_norm(tree: Any, axis_name: Any = None) -> jax.Array:
     return here
   largest = jax.lax.pmax(here, axis_name)
   unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-  return unit * jnp.sqrt(jax.lax.psum(jnp.square(here / unit), axis_name))
+  unit = jnp.minimum(unit, LARGEST_DIVISOR)
+  return unit * _sqrt(jax.lax.psum(jnp.square(here / unit), axis_name))

@@ -75,7 +75,7 @@ def _reverse(x, factor):
 def _reverse_jvp(primals, tangents):
   x, factor = primals
   # Linear in the tangent, so its transpose is the rule of the backward pass.
-  return _reverse(x, factor), _multiply(tangents[0], factor)
+  return _reverse(x, factor), _norms.multiply(tangents[0], factor)
 
 
 def _real(scale):
@@ -83,12 +83,6 @@ def _real(scale):
   if jnp.issubdtype(scale.dtype, jnp.complexfloating):
     raise TypeError(f'scale must be real, got dtype {scale.dtype}.')
   return scale
-
-
-def _multiply(x, factor):
-  if jnp.iscomplexobj(x):  # by a real number, so that inf + 0i stays so
-    return jax.lax.complex(x.real * factor, x.imag * factor)
-  return x * factor
 
 
 def _factor(leaf, scale):
@@ -182,7 +176,7 @@ def reverse(
       if not _norms.is_inexact(leaf):
         return leaf
       leaf = jnp.asarray(leaf)
-      return _multiply(leaf, _factor(leaf, current))
+      return _norms.multiply(leaf, _factor(leaf, current))
 
     return jax.tree.map(reverse_leaf, updates), state
 

@@ -909,9 +909,7 @@ def test_the_combined_cotangent_raises_neither_loss(first, second):
   )
 
 
-@pytest.mark.parametrize(
-  'scales', [*SCALES, (1e25, 1e-25), (1e-25, 1e25)], ids=str
-)
+@pytest.mark.parametrize('scales', SCALES, ids=str)
 def test_the_law_holds_for_losses_of_any_two_sizes(scales):
   first = np.float32([1.0, 1.3, 0.7, 0.1]) * np.float32(scales[0])
   for other in ([-1.0, -1.3, -0.7, -0.1], [-1.0, 1.0, -2.0, 0.0]):
