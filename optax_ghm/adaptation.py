@@ -366,10 +366,10 @@ def conflict_weights(
   if rule == 'gh':
     weights = 1 - cosine * two / one, 1 - cosine * one / two
   else:
-    # The derivative of the arc cosine is infinite at either end.
+    # The derivative of the arc sine is infinite at -1, of opposite gradients.
     inside = against & (cosine > -1)
-    angle = jnp.arccos(jnp.where(inside, cosine, 0))
-    excess = jnp.where(inside, angle, math.pi) - math.pi / 2
+    excess = jnp.arcsin(jnp.where(inside, -cosine, 0))
+    excess = jnp.where(inside, excess, math.pi / 2)
     beta = harmonic_range * excess
     weights = (
       1 + 2 * jnp.sin(beta / 2),

@@ -10,6 +10,10 @@ LARGEST_DIVISOR = 2.0**120
 """XLA divides by multiplying with the reciprocal: that of more is flushed."""
 
 
+AxisName = str | tuple[str, ...] | None
+"""Mapped axes over which an array is split."""
+
+
 def is_inexact(x: Any) -> bool:
   """Whether it has a gradient: a floating or complex array, nothing else."""
   return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)
@@ -57,9 +61,7 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
   if axis == ():
     return magnitude
   largest = jnp.max(magnitude, axis=axis, keepdims=True, initial=0)
-  # Dividing by 1 where the largest is 0 or not finite lets 0, inf and NaN be.
-  unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-  unit = jnp.minimum(unit, LARGEST_DIVISOR)
+  unit = _divisor(largest)
   sum_of_squares = jnp.sum(
     jnp.square(magnitude / unit), axis=axis, keepdims=True
   )
@@ -72,15 +74,16 @@ def _sqrt(x):
   return jnp.where(x == 0, x, jnp.sqrt(positive))
 
 
-def global_norm(tree: Any, axis_name: Any = None) -> jax.Array:
-  """Euclidean norm of all leaves together, as :func:`norm` takes it.
+def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
+  """Euclidean norm of all leaves together, in one pass over the numbers.
 
   Args:
     tree: pytree; leaves that are neither floating nor complex do not count.
     axis_name: mapped axis, or axes, over which the leaves are split.
 
   Returns:
-    A scalar, float32 (float64 where a leaf is of 64 bits).
+    A scalar, float32 (float64 where a leaf is of 64 bits). NaN where an element
+    is NaN, else inf where one is infinite.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -88,15 +91,138 @@ def global_norm(tree: Any, axis_name: Any = None) -> jax.Array:
     >>> print(norms.global_norm({'a': jnp.array(3e30), 'b': jnp.array([4e30])}))
     5e+30
   """
-  leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+  leaves = counted(tree)
+  return group_norms(leaves, np.zeros(len(leaves), int), 1, axis_name)[0]
+
+
+def counted(tree: Any) -> list[jax.Array]:
+  """The leaves that have a norm: floating or complex, and not empty."""
+  return [u for u in jax.tree.leaves(tree) if is_inexact(u) and u.size]
+
+
+def group_norms(
+  leaves: list[jax.Array],
+  groups: np.ndarray,
+  count: int,
+  axis_name: AxisName = None,
+) -> jax.Array:
+  r"""Norms of groups of leaves, all in one pass over the numbers.
+
+  Squares are summed in float32 as they are. Only where a sum leaves the range
+  in which that is right to rounding (it overflows, vanishes or is NaN) is a
+  second, rescaled pass run, that of :func:`norm`. Where small leaves are many,
+  those of about one size are joined first, so that thousands of them compile
+  quickly; larger ones stay as they are, sharded or not.
+
+  Args:
+    leaves: as :func:`counted` gives them.
+    groups: integers, the group of every leaf, from 0 to ``count`` - 1.
+    count: how many groups there are.
+    axis_name: mapped axis, or axes, over which the leaves are split.
+
+  Returns:
+    (count,), float32 (float64 where a leaf is of 64 bits).
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from optax_ghm import norms
+    >>> leaves = [jnp.array([3.0]), jnp.full(4, 1e30), jnp.array([4.0])]
+    >>> norms.group_norms(leaves, np.array([0, 1, 0]), 2)
+    Array([5.e+00, 2.e+30], dtype=float32)
+  """
   if not leaves:
-    return jnp.zeros([], jnp.float32)
-  each = [norm(leaf) for leaf in leaves]
-  dtype = np.result_type(*(n.dtype for n in each))
-  here = norm(jnp.stack([n.astype(dtype) for n in each]))
-  if axis_name is None:
-    return here
-  largest = jax.lax.pmax(here, axis_name)
+    return jnp.zeros([count], jnp.float32)
+  dtype = np.result_type(
+    *(jnp.finfo(at_least_float32(u.dtype)).dtype for u in leaves)
+  )
+  rows, of_rows = _rows(leaves, groups)
+
+  def per_row(reduce):
+    parts = [reduce(row, tuple(range(1, row.ndim))) for row in rows]
+    return jnp.concatenate([part.astype(dtype) for part in parts])
+
+  def per_group(combine, values):
+    if count == 1:
+      combine = {'sum': jnp.sum, 'max': jnp.max}[combine]
+      return combine(values)[None]
+    at = jnp.zeros([count], dtype).at[of_rows]
+    return at.add(values) if combine == 'sum' else at.max(values)
+
+  def rescaled():
+    each = per_row(norm)
+    largest = per_group('max', each)
+    unit = _divisor(largest)
+    return unit, per_group('sum', jnp.square(each / unit[of_rows]))
+
+  total = per_group('sum', per_row(_sum_of_squares))
+  exact = jnp.all((total > 1e-30) & (total < jnp.inf))
+  unit, total = jax.lax.cond(
+    exact, lambda: (jnp.ones_like(total), total), rescaled
+  )
+  if axis_name is not None:
+    here, unit = unit, jax.lax.pmax(unit, axis_name)
+    total = jax.lax.psum(total * jnp.square(here / unit), axis_name)
+  return unit * _sqrt(total)
+
+
+def _divisor(largest):
+  """What to divide by so that nothing overflows: 1 for 0, inf and NaN."""
   unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-  unit = jnp.minimum(unit, LARGEST_DIVISOR)
-  return unit * _sqrt(jax.lax.psum(jnp.square(here / unit), axis_name))
+  return jnp.minimum(unit, LARGEST_DIVISOR)
+
+
+def _sum_of_squares(x, axis):
+  x = x.astype(at_least_float32(x.dtype))
+  if jnp.iscomplexobj(x):
+    return jnp.sum(jnp.square(x.real) + jnp.square(x.imag), axis)
+  return jnp.sum(jnp.square(x), axis)
+
+
+SMALL, MANY = 2**14, 32
+"""Leaves of up to so many elements are joined where there are so many."""
+
+
+def _rows(leaves, groups):
+  """The leaves, each in a row of an array with a new first axis.
+
+  Small leaves of one group share a row, if there is but one group; if there are
+  several, each has a row to itself, filled up with zeros.
+
+  Returns:
+    The arrays, and the group of every row of them.
+  """
+  small = [
+    i
+    for i, leaf in enumerate(leaves)
+    if leaf.size <= SMALL and not _is_split(leaf)
+  ]
+  if len(small) < MANY:
+    small = []
+  one_group = len(set(groups[small])) == 1
+  rows, of_rows, classes = [], [], {}
+  for i in small:
+    size = 0 if one_group else 1 << (leaves[i].size - 1).bit_length()
+    classes.setdefault((leaves[i].dtype, size), []).append(i)
+  for (dtype, size), members in classes.items():
+    # One flat concatenation, which XLA copies piece by piece.
+    pieces = []
+    for i in members:
+      pieces.append(leaves[i].ravel())
+      if leaves[i].size < size:
+        pieces.append(jnp.zeros(size - leaves[i].size, dtype))
+    rows.append(
+      jnp.concatenate(pieces).reshape(
+        -1, size or sum(leaves[i].size for i in members)
+      )
+    )
+    of_rows += [groups[i] for i in (members[:1] if one_group else members)]
+  for i in sorted(set(range(len(leaves))) - set(small)):
+    rows.append(leaves[i][None])
+    of_rows.append(groups[i])
+  return rows, np.array(of_rows)
+
+
+def _is_split(leaf):
+  """Whether it is known, by explicit axes, to be sharded."""
+  return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)

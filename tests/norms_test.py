@@ -59,3 +59,43 @@ def test_no_axis_is_the_magnitude():
 def test_float64_stays_float64():
   with jax.enable_x64(True):
     assert norms.norm(jnp.ones(3, jnp.float64)).dtype == jnp.float64
+
+
+@given(st.lists(hnp.arrays(np.float32, SHAPES, elements=FLOATS), max_size=5))
+def test_the_global_norm_is_that_of_float64(leaves):
+  flat = np.concatenate([u.astype(np.float64).ravel() for u in leaves] or [[]])
+  actual = norms.global_norm([jnp.asarray(u) for u in leaves])
+  np.testing.assert_allclose(
+    actual, np.linalg.norm(flat), rtol=1e-6, atol=1e-37
+  )
+
+
+def test_bfloat16_is_squared_in_float32(rng):
+  x = jnp.asarray(rng.normal(size=(1000, 512)), jnp.bfloat16)
+  exact = np.linalg.norm(np.asarray(x, np.float64))
+  np.testing.assert_allclose(norms.global_norm(x), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize('many', [False, True])
+def test_group_norms(scale, many, rng):
+  """Few leaves as they are, many small ones joined."""
+  sizes = rng.integers(1, 50, 100 if many else 7)
+  arrays = [np.float32(scale) * rng.normal(size=n) for n in sizes]
+  leaves = [jnp.asarray(u, jnp.float32) for u in arrays]
+  each = np.array([np.linalg.norm(u) for u in arrays])
+  groups = rng.integers(0, 3, len(leaves))
+  of_groups = [np.linalg.norm(each[groups == g]) for g in range(4)]
+  for of_leaf, count, expected in (
+    (np.arange(len(leaves)), len(leaves), each),
+    (groups, 4, of_groups),
+    (np.zeros(len(leaves), int), 1, [np.linalg.norm(each)]),
+  ):
+    actual = norms.group_norms(leaves, of_leaf, count)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_group_norms_of_bad_numbers():
+  leaves = [jnp.array([jnp.nan]), jnp.array([jnp.inf, 1.0]), jnp.array([3e38])]
+  actual = norms.group_norms(leaves, np.arange(3), 3)
+  np.testing.assert_array_equal(actual, np.float32([np.nan, np.inf, 3e38]))

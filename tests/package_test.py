@@ -42,12 +42,15 @@ def test_every_public_name_has_a_docstring_and_is_in_the_readme(name):
 def test_public_functions_have_an_example(name):
   value = getattr(optax_ghm, name)
   plain_records = {
+    'CalibratedState',
+    'ClipState',
     'Crowd',
     'DensityState',
     'HarmonizedAggregateState',
     'DensityEstimator',
     'InBackward',
     'InBackwardState',
+    'PercentileEstimator',
     'ReverseState',
   }
   if name not in plain_records:

@@ -84,4 +84,56 @@ ENTRIES = (
     'reverse_scheduled',
     functools.partial(optax_ghm.reverse, optax.constant_schedule(0.5)),
   ),
+  Entry('clip_by_norm', optax_ghm.clip_by_norm, keywords={'max_norm': 2.0}),
+  Entry(
+    'clip_by_norm_of_groups',
+    functools.partial(
+      optax_ghm.clip_by_norm,
+      2.0,
+      scope=optax_ghm.Groups(
+        lambda tree: jax.tree.map(lambda u: f'rank {u.ndim}', tree)
+      ),
+    ),
+  ),
+  Entry(
+    'clip_by_percentile',
+    functools.partial(
+      optax_ghm.clip_by_percentile,
+      estimator=optax_ghm.WindowPercentile(length=4),
+    ),
+    keywords={'percentile': 40.0},
+  ),
+  Entry(
+    'clip_by_quantile_of_leaves',
+    functools.partial(
+      optax_ghm.clip_by_percentile,
+      estimator=optax_ghm.GeometricQuantile(),
+      scope='leaf',
+    ),
+    keywords={'percentile': 40.0},
+  ),
+  Entry(
+    'clip_by_zscore',
+    optax_ghm.clip_by_zscore,
+    keywords={'z_threshold': 0.5, 'decay': 0.9, 'warmup_steps': 1},
+  ),
+  Entry(
+    'clip_by_norm_ema',
+    optax_ghm.clip_by_norm_ema,
+    keywords={
+      'ratio': 1.05,
+      'decay': 0.9,
+      'max_norm': 3.0,
+      'warmup_steps': 1,
+    },
+  ),
+  Entry(
+    'calibrated',
+    functools.partial(
+      optax_ghm.calibrated,
+      _guarded_trace(0.5),
+      optax_ghm.clip_by_zscore(0.5, warmup_steps=1),
+    ),
+    own=False,  # its optimizer is Optax's
+  ),
 )
