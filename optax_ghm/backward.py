@@ -11,7 +11,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import optax
 
@@ -395,9 +394,10 @@ def _open(f, *args):
 
   def opened(*args_and_consts):
     *args, consts = args_and_consts
-    program = jax.extend.core.ClosedJaxpr(closed.jaxpr, consts)
     leaves = jax.tree.leaves(args)
-    return structure.unflatten(jax.extend.core.jaxpr_as_fun(program)(*leaves))
+    return structure.unflatten(
+      jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves)
+    )
 
   return opened, list(closed.consts)
 
