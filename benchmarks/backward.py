@@ -103,15 +103,16 @@ CASES = (
     for n in (10**5, 10**6, 10**7)
   }
   | {
-    f'in_backward({name}) N=1e6': harness.Case(
+    f'in_backward({name}) N={n:.0e}': harness.Case(
       {
         'tx.update': functools.partial(updated, tx),
         'in_backward(tx)': functools.partial(pulled_back, tx),
       },
-      functools.partial(mount_data, tx, 10**6),
-      10**6,
+      functools.partial(mount_data, tx, n),
+      n,
     )
     for name, tx in TRANSFORMATIONS.items()
+    for n in (10**6, 10**7)
   }
 )
 

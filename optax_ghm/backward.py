@@ -412,10 +412,8 @@ def _cast_like(tree, like, name):
     )
 
   def cast(leaf, old):
-    leaf, sharding = (
-      jnp.asarray(leaf).astype(old.dtype),
-      jax.typeof(old).sharding,
-    )
+    leaf = jnp.asarray(leaf).astype(old.dtype)
+    sharding = jax.typeof(old).sharding
     if jax.typeof(leaf).sharding == sharding:
       return leaf
     return jax.sharding.reshard(leaf, sharding)
