@@ -1,10 +1,8 @@
 """optax_ghm: shape and watch gradients, with Optax and JAX."""
 
 from optax_ghm.adaptation import (
-  conflict_weights,
   domain_loss,
   entropy_weights,
-  harmonized_fork,
   multilinear_map,
   multilinear_projections,
   randomized_multilinear_map,
@@ -17,19 +15,16 @@ from optax_ghm.backward import (
   in_backward,
   overwrite_with_gradient,
 )
+from optax_ghm.calibrating import CalibratedState, calibrated
 from optax_ghm.clipping import (
-  CalibratedState,
   ClipState,
-  GeometricQuantile,
   Groups,
-  PercentileEstimator,
-  WindowPercentile,
-  calibrated,
   clip_by_norm,
   clip_by_norm_ema,
   clip_by_percentile,
   clip_by_zscore,
 )
+from optax_ghm.conflict import conflict_weights, harmonized_fork
 from optax_ghm.density import (
   DEFAULT_DENSITY,
   BinnedDensity,
@@ -52,6 +47,11 @@ from optax_ghm.losses import (
   sigmoid_ghm_loss_with_integer_labels,
   smooth_l1_ghm_loss,
   softmax_ghm_loss_with_integer_labels,
+)
+from optax_ghm.percentiles import (
+  GeometricQuantile,
+  PercentileEstimator,
+  WindowPercentile,
 )
 from optax_ghm.reversal import (
   ReverseState,

@@ -1,7 +1,7 @@
 """Clipping gradients by what their norms have been doing."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm import norms as _norms
+from optax_ghm import norms as _norms, percentiles as _percentiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Groups:
 
 Scope = Literal['global', 'leaf'] | Groups
 """What is clipped together: the whole tree, every leaf by itself, or groups."""
+
+DEFAULT_PERCENTILE = _percentiles.WindowPercentile()
 
 ABSURD = 1e4
 """So many times the usual norm is no gradient but an error."""
@@ -141,8 +143,7 @@ def _clip(init, judge, scope, axis_name):
 
 def _count(count, event=True):
   """One more where it happened, as long as int32 holds it."""
-  room = count < jnp.iinfo(jnp.int32).max
-  return count + (room & event).astype(jnp.int32)
+  return jnp.where(event, optax.safe_increment(count), count)
 
 
 def _scale(updates, factor, groups):
@@ -231,136 +232,10 @@ def clip_by_norm(
   return _clip(lambda shape: (), judge, scope, axis_name)
 
 
-class PercentileEstimator(Protocol):
-  """How a percentile of the norms so far is estimated."""
-
-  def init(self, shape: tuple[int, ...]) -> Any:
-    """The statistics at the start, arrays whose first axes are ``shape``."""
-
-  def judge(
-    self, norm: jax.Array, percentile: ArrayLike, memory: Any
-  ) -> tuple[jax.Array, jax.Array, Any]:
-    """The percentile for this step, what was usual, and the next statistics."""
-
-
-class PastNorms(NamedTuple):
-  """Statistics of :class:`WindowPercentile`.
-
-  Attributes:
-    past: the norms of the last good steps, 0 where there are none yet.
-    recorded: int32, how many good steps there were.
-  """
-
-  past: jax.Array
-  recorded: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WindowPercentile:
-  """The exact percentile of the last norms, this step's among them.
-
-  Linear between neighbours, as ``numpy.percentile``.
-
-  Attributes:
-    length: how many norms are kept.
-
-  Examples:
-    >>> import optax_ghm
-    >>> estimator = optax_ghm.WindowPercentile(length=100)
-    >>> tx = optax_ghm.clip_by_percentile(50.0, estimator=estimator)
-  """
-
-  length: int = 1000
-
-  def __post_init__(self):
-    if self.length < 1:
-      raise ValueError(f'length must be at least 1, got {self.length}.')
-
-  def init(self, shape):
-    """See :class:`PercentileEstimator`."""
-    return PastNorms(
-      past=jnp.zeros((*shape, self.length), jnp.float32),
-      recorded=jnp.zeros(shape, jnp.int32),
-    )
-
-  def judge(self, norm, percentile, memory):
-    """See :class:`PercentileEstimator`."""
-    slots = jnp.arange(self.length, dtype=jnp.int32)
-    slots = slots.reshape((1,) * norm.ndim + (-1,))
-    here = slots == jnp.expand_dims(memory.recorded % self.length, -1)
-    past = jnp.where(here, jnp.expand_dims(norm, -1), memory.past)
-    recorded = _count(memory.recorded)
-    kept = slots < jnp.expand_dims(recorded, -1)
-    ranked = jnp.sort(jnp.where(kept, past, jnp.inf), axis=-1)
-    last = jnp.minimum(recorded, self.length).astype(jnp.float32) - 1
-    rank = jnp.asarray(percentile, jnp.float32) / 100 * last
-    low = jnp.floor(rank)
-    below, above = (
-      jnp.take_along_axis(
-        ranked, jnp.expand_dims(i.astype(jnp.int32), -1), axis=-1
-      )[..., 0]
-      for i in (low, jnp.ceil(rank))
-    )
-    threshold = below + (rank - low) * (above - below)
-    largest = jnp.max(memory.past, axis=-1)
-    usual = jnp.where(memory.recorded > 0, largest, jnp.inf)
-    return threshold, usual, PastNorms(past, recorded)
-
-
-class QuantileEstimate(NamedTuple):
-  """Statistics of :class:`GeometricQuantile`.
-
-  Attributes:
-    estimate: of the percentile, inf before the first good step.
-  """
-
-  estimate: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GeometricQuantile:
-  r"""A percentile tracked by one number, moved up or down at each step.
-
-  .. math::
-    C \leftarrow C \exp\left(-\eta
-      (\mathbb 1[\lVert g \rVert \le C] - \gamma)\right)
-
-  which rests where a share γ of the norms is below C. It starts at the first
-  norm.
-
-  Attributes:
-    learning_rate: η.
-
-  Examples:
-    >>> import optax_ghm
-    >>> tx = optax_ghm.clip_by_percentile(
-    ...   50.0, estimator=optax_ghm.GeometricQuantile()
-    ... )
-
-  References:
-    Andrew et al., `Differentially Private Learning with Adaptive Clipping
-    <https://arxiv.org/abs/1905.03871>`_, 2021
-  """
-
-  learning_rate: float = 0.2
-
-  def init(self, shape):
-    """See :class:`PercentileEstimator`."""
-    return QuantileEstimate(jnp.full(shape, jnp.inf, jnp.float32))
-
-  def judge(self, norm, percentile, memory):
-    """See :class:`PercentileEstimator`."""
-    threshold = jnp.where(jnp.isinf(memory.estimate), norm, memory.estimate)
-    below = (norm <= threshold).astype(jnp.float32)
-    share = jnp.asarray(percentile, jnp.float32) / 100
-    moved = threshold * jnp.exp(-self.learning_rate * (below - share))
-    return threshold, memory.estimate, QuantileEstimate(moved)
-
-
 def clip_by_percentile(
   percentile: ArrayLike = 10.0,
   *,
-  estimator: PercentileEstimator = WindowPercentile(),  # noqa: B008
+  estimator: _percentiles.PercentileEstimator = DEFAULT_PERCENTILE,
   scope: Scope = 'global',
   axis_name: _norms.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -588,74 +463,3 @@ def clip_by_norm_ema(
     )
 
   return _clip(init, judge, scope, axis_name)
-
-
-class CalibratedState(NamedTuple):
-  """State of :func:`calibrated`.
-
-  Attributes:
-    clip: a :class:`ClipState`, with the measurements.
-    optimizer: the state of the optimizer.
-  """
-
-  clip: Any
-  optimizer: optax.OptState
-
-
-def calibrated(
-  optimizer: optax.GradientTransformation,
-  clip: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
-  """An optimizer that survives spikes and bad steps, and says so.
-
-  Clips adaptively before the optimizer, and leaves the whole update out, the
-  optimizer's state untouched, where a gradient holds NaN or inf: one norm pass
-  for the guard, the clip and the measurements.
-
-  Args:
-    optimizer: any Optax optimizer.
-    clip: one of this module's; :func:`clip_by_zscore` with the paper's settings
-      by default.
-
-  Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`CalibratedState`.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax
-    >>> import optax_ghm
-    >>> tx = optax_ghm.calibrated(optax.sgd(0.1, momentum=0.9))
-    >>> params = {'w': jnp.ones(2)}
-    >>> state = tx.init(params)
-    >>> bad = {'w': jnp.array([jnp.nan, 1.0])}
-    >>> updates, state = tx.update(bad, state, params)
-    >>> print(updates['w'], state.clip.skipped, state.optimizer[0].trace['w'])
-    [0. 0.] 1 [0. 0.]
-  """
-  inner = optax.with_extra_args_support(optimizer)
-  before = optax.with_extra_args_support(
-    clip_by_zscore() if clip is None else clip
-  )
-
-  def init_fn(params):
-    return CalibratedState(before.init(params), inner.init(params))
-
-  def update_fn(updates, state, params=None, **extra_args):
-    clipping: Any = before.update(updates, state.clip, params, **extra_args)
-    clipped, clip_state = clipping
-    stepped, inner_state = inner.update(
-      clipped, state.optimizer, params, **extra_args
-    )
-    sound = jnp.all(clip_state.factor > 0)
-    inner_state = jax.tree.map(
-      lambda new, old: jnp.where(sound, new, old), inner_state, state.optimizer
-    )
-    stepped = jax.tree.map(
-      lambda u: (
-        jnp.where(sound, u, jnp.zeros_like(u)) if _norms.is_inexact(u) else u
-      ),
-      stepped,
-    )
-    return stepped, CalibratedState(clip_state, inner_state)
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

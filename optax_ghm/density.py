@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-AxisName = str | tuple[str, ...] | None
+from optax_ghm import norms as _norms
 
 
 class DensityState(NamedTuple):
@@ -102,7 +102,7 @@ class DensityEstimator(Protocol):
     norms: jax.Array,
     state: DensityState,
     mask: jax.Array | None = None,
-    axis_name: AxisName = None,
+    axis_name: _norms.AxisName = None,
     train: bool = True,
   ) -> tuple[Crowd, DensityState]:
     """The batch's regions and their densities, and the next state."""
@@ -113,7 +113,7 @@ class DensityEstimator(Protocol):
     norms: jax.Array,
     state: DensityState,
     mask: jax.Array | None = None,
-    axis_name: AxisName = None,
+    axis_name: _norms.AxisName = None,
   ) -> tuple[jax.Array, DensityState]:
     """The density at every norm, and the next state."""
     ...
@@ -158,7 +158,7 @@ class _Histogram:
     norms: jax.Array,
     state: DensityState,
     mask: jax.Array | None = None,
-    axis_name: AxisName = None,
+    axis_name: _norms.AxisName = None,
   ) -> tuple[jax.Array, DensityState]:
     """The density at every norm, and the next state.
 
@@ -182,7 +182,7 @@ class _Histogram:
     norms: jax.Array,
     state: DensityState,
     mask: jax.Array | None = None,
-    axis_name: AxisName = None,
+    axis_name: _norms.AxisName = None,
     train: bool = True,
   ) -> tuple[Crowd, DensityState]:
     """The batch's regions and their densities, and the next state.
@@ -476,7 +476,7 @@ class ExactDensity:
     norms: jax.Array,
     state: DensityState,
     mask: jax.Array | None = None,
-    axis_name: AxisName = None,
+    axis_name: _norms.AxisName = None,
   ) -> tuple[jax.Array, DensityState]:
     """As :meth:`WindowedDensity.update`; ``axis_name`` must be None."""
     crowd, state = self.observe(norms, state, mask, axis_name)
@@ -487,7 +487,7 @@ class ExactDensity:
     norms: jax.Array,
     state: DensityState,
     mask: jax.Array | None = None,
-    axis_name: AxisName = None,
+    axis_name: _norms.AxisName = None,
     train: bool = True,
   ) -> tuple[Crowd, DensityState]:
     """As :meth:`WindowedDensity.observe`; every example is its own region."""
@@ -664,7 +664,7 @@ def harmony_weights(
   *,
   density: DensityEstimator = DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: AxisName = None,
+  axis_name: _norms.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, DensityState]:
   r"""Weighs every example by how sparse its gradient norm is.

@@ -28,7 +28,7 @@ def harmonize(
   axis: int | tuple[int, ...] | None = None,
   scale: float | jax.Array | None = None,
   mask: jax.Array | None = None,
-  axis_name: _density.AxisName = None,
+  axis_name: _norms.AxisName = None,
   enabled: bool = True,
 ) -> jax.Array:
   r"""Identity forward; backward, every example's cotangent times its harmony.
@@ -162,7 +162,7 @@ class HarmonizedAggregateState(NamedTuple):
 def harmonized_aggregate(
   density: _density.DensityEstimator = PARAMETER_DENSITY,
   *,
-  axis_name: _density.AxisName = None,
+  axis_name: _norms.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Averages per-example gradients by the harmony of their global norms.
 

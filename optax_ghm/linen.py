@@ -12,6 +12,7 @@ from optax_ghm import (
   backward as _backward,
   density as _density,
   harmonizing as _harmonizing,
+  norms as _norms,
   reversal as _reversal,
 )
 
@@ -61,7 +62,7 @@ class Harmonize(nn.Module):
   density: _density.DensityEstimator = _density.DEFAULT_DENSITY
   axis: int | tuple[int, ...] | None = None
   scale: float | None = None
-  axis_name: _density.AxisName = None
+  axis_name: _norms.AxisName = None
 
   @nn.compact
   def __call__(

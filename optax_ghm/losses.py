@@ -20,7 +20,7 @@ def sigmoid_ghm_loss(
   *,
   density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: _density.AxisName = None,
+  axis_name: _norms.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
   r"""GHM-C for binary and multi-label logits: harmonised cross-entropy.
@@ -85,7 +85,7 @@ def sigmoid_ghm_loss_with_integer_labels(
   *,
   density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: _density.AxisName = None,
+  axis_name: _norms.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
   r"""GHM-C for one-vs-rest logits and integer labels with a background class.
@@ -146,7 +146,7 @@ def softmax_ghm_loss_with_integer_labels(
   *,
   density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: _density.AxisName = None,
+  axis_name: _norms.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
   r"""GHM-C for multi-class logits: harmonised softmax cross-entropy.
@@ -211,7 +211,7 @@ def smooth_l1_ghm_loss(
   mu: float = 0.02,
   density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: _density.AxisName = None,
+  axis_name: _norms.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
   r"""GHM-R: harmonised authentic smooth L1 loss (ASL1) for regression.

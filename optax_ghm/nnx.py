@@ -11,6 +11,7 @@ from optax_ghm import (
   backward as _backward,
   density as _density,
   harmonizing as _harmonizing,
+  norms as _norms,
   reversal as _reversal,
 )
 
@@ -59,7 +60,7 @@ class Harmonize(nnx.Module):
     density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
     axis: int | tuple[int, ...] | None = None,
     scale: float | None = None,
-    axis_name: _density.AxisName = None,
+    axis_name: _norms.AxisName = None,
   ):
     self.density = density
     self.axis = axis

@@ -1,0 +1,80 @@
+"""One safe default: any optimizer, with a guard, a clip and measurements."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ghm import clipping as _clipping, norms as _norms
+
+
+class CalibratedState(NamedTuple):
+  """State of :func:`calibrated`.
+
+  Attributes:
+    clip: a :class:`ClipState`, with the measurements.
+    optimizer: the state of the optimizer.
+  """
+
+  clip: Any
+  optimizer: optax.OptState
+
+
+def calibrated(
+  optimizer: optax.GradientTransformation,
+  clip: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """An optimizer that survives spikes and bad steps, and says so.
+
+  Clips adaptively before the optimizer, and leaves the whole update out, the
+  optimizer's state untouched, where a gradient holds NaN or inf: one norm pass
+  for the guard, the clip and the measurements.
+
+  Args:
+    optimizer: any Optax optimizer.
+    clip: one that keeps a :class:`ClipState`; by default
+      :func:`clip_by_zscore`, with the paper's settings.
+
+  Returns:
+    A ``GradientTransformationExtraArgs`` with a :class:`CalibratedState`.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm
+    >>> tx = optax_ghm.calibrated(optax.sgd(0.1, momentum=0.9))
+    >>> params = {'w': jnp.ones(2)}
+    >>> state = tx.init(params)
+    >>> bad = {'w': jnp.array([jnp.nan, 1.0])}
+    >>> updates, state = tx.update(bad, state, params)
+    >>> print(updates['w'], state.clip.skipped, state.optimizer[0].trace['w'])
+    [0. 0.] 1 [0. 0.]
+  """
+  inner = optax.with_extra_args_support(optimizer)
+  before = optax.with_extra_args_support(
+    _clipping.clip_by_zscore() if clip is None else clip
+  )
+
+  def init_fn(params):
+    return CalibratedState(before.init(params), inner.init(params))
+
+  def update_fn(updates, state, params=None, **extra_args):
+    clipping: Any = before.update(updates, state.clip, params, **extra_args)
+    clipped, clip_state = clipping
+    stepped, inner_state = inner.update(
+      clipped, state.optimizer, params, **extra_args
+    )
+    sound = jnp.all(clip_state.factor > 0)
+    inner_state = jax.tree.map(
+      lambda new, old: jnp.where(sound, new, old), inner_state, state.optimizer
+    )
+    stepped = jax.tree.map(
+      lambda u: (
+        jnp.where(sound, u, jnp.zeros_like(u)) if _norms.is_inexact(u) else u
+      ),
+      stepped,
+    )
+    return stepped, CalibratedState(clip_state, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
