@@ -133,12 +133,18 @@ def test_spikes_are_clipped_as_the_paper_says(name, factor):
 BAD = {'nan': np.nan, 'inf': np.inf, '1e30': 1e30, '3e38': 3e38, 'zero': 0.0}
 
 
-@every_clip
-@pytest.mark.parametrize('bad', BAD)
+@pytest.mark.parametrize(
+  ('name', 'bad'),
+  [
+    (name, bad)
+    for name in CLIPS
+    for bad in BAD
+    # a constant clip has no statistics, and so no usual norm
+    if name != 'norm' or bad not in ('1e30', '3e38')
+  ],
+)
 @pytest.mark.parametrize('at', [10, 100])
 def test_a_bad_step_leaves_no_trace(name, bad, at):
-  if name == 'norm' and bad in ('1e30', '3e38'):
-    pytest.skip('a constant clip has no usual norm, and no statistics')
   calm = stream()
   updates, states = run(name, np.insert(calm, at, BAD[bad]))
   expected, expected_states = run(name, calm)
