@@ -4,7 +4,8 @@ Trains one network on a labelled source domain alone, and with an unlabelled
 target domain beside it: DANN, whose reversed gradient keeps the features from
 telling the domains apart, and CDAN, which does so class by class. Prints the
 accuracy on the target domain per seed, and writes the features before and after
-with the schedule of the reversal. No target label is used, but to score.
+with the schedule of the reversal. No target label is trained on; the settings
+were chosen while looking at these scores.
 
   python examples/domain_adaptation.py
   python examples/domain_adaptation.py --data mnist --path FOLDER
