@@ -202,6 +202,11 @@ class InBackward:
     state = jax.tree.map(_to_floats, self.tx.init(_inexact_part(x)))
     return InBackwardState(carried=state, calls=jnp.zeros([], jnp.float32))
 
+  def keeps_state(self, x: Any) -> bool:
+    """Whether ``tx`` keeps a state for such activations."""
+    expected = jax.eval_shape(self.init, _inexact_part(x))
+    return bool(jax.tree.leaves(expected.carried))
+
   def unpack(self, state: InBackwardState, x: Any) -> optax.OptState:
     """The state of ``tx`` itself, integers and all.
 
@@ -247,7 +252,7 @@ class InBackward:
     floats = _inexact_part(x)
     expected = jax.eval_shape(self.init, floats)
     if state is None:
-      if jax.tree.leaves(expected.carried):
+      if self.keeps_state(x):
         raise ValueError(
           'tx keeps a state: give in_backward(tx)(x, state) one from'
           ' in_backward(tx).init(x), and take its gradient as the next one.'

@@ -91,8 +91,7 @@ def _clip(init, judge, scope, axis_name):
   """
 
   def init_fn(params):
-    groups, count = _groups(scope, params)
-    del groups
+    _, count = _groups(scope, params)
     shape = () if count is None else (count,)
     return ClipState(
       norm=jnp.zeros(shape, jnp.float32),

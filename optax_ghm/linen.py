@@ -164,7 +164,7 @@ class InBackward(nn.Module):
       ``x``.
     """
     mounted = _backward.in_backward(self.tx)
-    if not jax.tree.leaves(jax.eval_shape(mounted.init, x).carried):
+    if not mounted.keeps_state(x):
       return mounted(x, enabled=enabled)
     state = self.variable(
       OVERWRITE_WITH_GRADIENT, 'in_backward', mounted.init, x

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
@@ -158,7 +159,7 @@ class InBackward(nnx.Module):
   def __init__(self, tx: optax.GradientTransformation, x: Any = None):
     self.mounted = _backward.in_backward(tx)
     self.knows_x = x is not None
-    x = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), x)
+    x = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
     self.state = OverwriteWithGradient(self.mounted.init(x))
 
   def __call__(self, x: Any, enabled: bool = True) -> Any:
@@ -174,12 +175,10 @@ class InBackward(nnx.Module):
     Raises:
       ValueError: if ``tx`` keeps a state and the constructor was given no x.
     """
-    if not self.knows_x and enabled:
-      expected = jax.eval_shape(self.mounted.init, x)
-      if jax.tree.leaves(expected.carried):
-        raise ValueError(
-          'tx keeps a state: give InBackward(tx, x) an example of what passes.'
-        )
+    if enabled and not self.knows_x and self.mounted.keeps_state(x):
+      raise ValueError(
+        'tx keeps a state: give InBackward(tx, x) an example of what passes.'
+      )
     return self.mounted(x, self.state.get_value(), enabled=enabled)
 
 

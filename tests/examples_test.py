@@ -17,18 +17,23 @@ def load(name):
   return module
 
 
-@pytest.mark.slow
-def test_adversarial_training_finds_the_other_domain():
-  example = load('domain_adaptation')
+@pytest.fixture(autouse=True)
+def as_users_run_jax():
   with (
     jax.numpy_dtype_promotion('standard'),
     jax.numpy_rank_promotion('allow'),
   ):
-    task = example.load_digits(0)
-    accuracy = {
-      name: example.run(task, example.METHODS[name], seed=0, steps=200)[0]
-      for name in ('source only', '+ entropy weights (CDAN+E)')
-    }
+    yield
+
+
+@pytest.mark.slow
+def test_adversarial_training_finds_the_other_domain():
+  example = load('domain_adaptation')
+  task = example.load_digits(0)
+  accuracy = {
+    name: example.run(task, example.METHODS[name], seed=0, steps=200)[0]
+    for name in ('source only', '+ entropy weights (CDAN+E)')
+  }
   assert accuracy['+ entropy weights (CDAN+E)'] > accuracy['source only'] + 0.2
 
 
@@ -36,14 +41,10 @@ def test_adversarial_training_finds_the_other_domain():
 def test_target_labels_are_never_seen():
   """Training on other target labels gives the same predictions' features."""
   example = load('domain_adaptation')
-  with (
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    task = example.load_digits(0)
-    wrong = task._replace(y_test=(task.y_test + 1) % 10)
-    method = example.Method(conflict='gh')
-    _, features = example.run(task, method, seed=0, steps=3)
-    _, same = example.run(wrong, method, seed=0, steps=3)
+  task = example.load_digits(0)
+  wrong = task._replace(y_test=(task.y_test + 1) % 10)
+  method = example.Method(conflict='gh')
+  _, features = example.run(task, method, seed=0, steps=3)
+  _, same = example.run(wrong, method, seed=0, steps=3)
   for a, b in zip(features, same, strict=True):
     np.testing.assert_array_equal(a, b)
