@@ -31,12 +31,16 @@ class Case(NamedTuple):
     data: makes the arguments.
     elements: of the data, to give memory per element.
     floor: the name of the program that nothing can be faster than, if any.
+    init: for training steps: what a program of a name carries from one call to
+      the next, made of the data. A program then takes that first, donated, and
+      returns it.
   """
 
   programs: Mapping[str, Callable[..., Any]]
   data: Callable[[], tuple]
   elements: int
   floor: str | None = None
+  init: Callable[[str, tuple], Any] | None = None
 
 
 def main(name: str, description: str, cases: Mapping[str, Case]) -> None:
@@ -86,18 +90,29 @@ def main(name: str, description: str, cases: Mapping[str, Case]) -> None:
 def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
   """One row of figures per program."""
   data = jax.block_until_ready(case.data())
-  programs = {
-    name: jax.jit(f).lower(*data).compile() for name, f in case.programs.items()
-  }
-  for program in programs.values():
+  carried, programs = {}, {}
+  for name, f in case.programs.items():
+    donated: tuple[int, ...] = ()
+    carried[name] = ()
+    if case.init is not None:
+      donated, carried[name] = (0,), (case.init(name, data),)
+    step = jax.jit(f, donate_argnums=donated)
+    programs[name] = step.lower(*carried[name], *data).compile()
+
+  def call(name):
+    start = time.perf_counter()
+    result = jax.block_until_ready(programs[name](*carried[name], *data))
+    if case.init is not None:
+      carried[name] = (result,)
+    return time.perf_counter() - start
+
+  for name in programs:
     for _ in range(3):
-      jax.block_until_ready(program(*data))
+      call(name)
   seconds = {name: np.empty(rounds) for name in programs}
   for i in range(rounds):
-    for name, program in programs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(program(*data))
-      seconds[name][i] = time.perf_counter() - start
+    for name in programs:
+      seconds[name][i] = call(name)
   first, rows = next(iter(seconds.values())), {}
   for name, program in programs.items():
     memory = program.memory_analysis()

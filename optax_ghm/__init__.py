@@ -7,6 +7,13 @@ from optax_ghm.adaptation import (
   multilinear_projections,
   randomized_multilinear_map,
 )
+from optax_ghm.adaptive_clipping import (
+  SecondMomentState,
+  clip_by_norm_ema,
+  clip_by_percentile,
+  clip_by_second_moment,
+  clip_by_zscore,
+)
 from optax_ghm.backward import (
   OVERWRITE_WITH_GRADIENT,
   InBackward,
@@ -18,11 +25,9 @@ from optax_ghm.backward import (
 from optax_ghm.calibrating import CalibratedState, calibrated
 from optax_ghm.clipping import (
   ClipState,
-  Groups,
   clip_by_norm,
-  clip_by_norm_ema,
-  clip_by_percentile,
-  clip_by_zscore,
+  clip_by_parameter_norm,
+  clip_update_rms,
 )
 from optax_ghm.conflict import conflict_weights, harmonized_fork
 from optax_ghm.density import (
@@ -48,6 +53,12 @@ from optax_ghm.losses import (
   smooth_l1_ghm_loss,
   softmax_ghm_loss_with_integer_labels,
 )
+from optax_ghm.normalizing import (
+  NormalizeState,
+  centralize,
+  normalize_by_norm,
+  standardize,
+)
 from optax_ghm.percentiles import (
   GeometricQuantile,
   PercentileEstimator,
@@ -60,6 +71,8 @@ from optax_ghm.reversal import (
   reverse,
   reverse_gradient,
 )
+from optax_ghm.scopes import Groups, Units, flax_unit_axes
+from optax_ghm.skipping import SkipState, SpikeWindow, skip_spikes
 
 __version__ = '0.1.0'
 
@@ -80,21 +93,31 @@ __all__ = [
   'InBackward',
   'InBackwardState',
   'MMDetectionDensity',
+  'NormalizeState',
   'PercentileEstimator',
   'ReverseState',
+  'SecondMomentState',
+  'SkipState',
+  'SpikeWindow',
+  'Units',
   'WindowPercentile',
   'WindowedDensity',
   'apply_gradients',
   'calibrated',
+  'centralize',
   'clip_by_norm',
   'clip_by_norm_ema',
+  'clip_by_parameter_norm',
   'clip_by_percentile',
+  'clip_by_second_moment',
   'clip_by_zscore',
+  'clip_update_rms',
   'conflict_weights',
   'dann_learning_rate_schedule',
   'dann_reversal_schedule',
   'domain_loss',
   'entropy_weights',
+  'flax_unit_axes',
   'harmonize',
   'harmonized_aggregate',
   'harmonized_fork',
@@ -102,12 +125,15 @@ __all__ = [
   'in_backward',
   'multilinear_map',
   'multilinear_projections',
+  'normalize_by_norm',
   'overwrite_with_gradient',
   'randomized_multilinear_map',
   'reverse',
   'reverse_gradient',
   'sigmoid_ghm_loss',
   'sigmoid_ghm_loss_with_integer_labels',
+  'skip_spikes',
   'smooth_l1_ghm_loss',
   'softmax_ghm_loss_with_integer_labels',
+  'standardize',
 ]

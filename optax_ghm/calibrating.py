@@ -2,11 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm import clipping as _clipping, norms as _norms
+from optax_ghm import adaptive_clipping as _adaptive_clipping, gating as _gating
 
 
 class CalibratedState(NamedTuple):
@@ -53,7 +52,7 @@ def calibrated(
   """
   inner = optax.with_extra_args_support(optimizer)
   before = optax.with_extra_args_support(
-    _clipping.clip_by_zscore() if clip is None else clip
+    _adaptive_clipping.clip_by_zscore() if clip is None else clip
   )
 
   def init_fn(params):
@@ -62,18 +61,13 @@ def calibrated(
   def update_fn(updates, state, params=None, **extra_args):
     clipping: Any = before.update(updates, state.clip, params, **extra_args)
     clipped, clip_state = clipping
-    stepped, inner_state = inner.update(
-      clipped, state.optimizer, params, **extra_args
-    )
-    sound = jnp.all(clip_state.factor > 0)
-    inner_state = jax.tree.map(
-      lambda new, old: jnp.where(sound, new, old), inner_state, state.optimizer
-    )
-    stepped = jax.tree.map(
-      lambda u: (
-        jnp.where(sound, u, jnp.zeros_like(u)) if _norms.is_inexact(u) else u
-      ),
-      stepped,
+    stepped, inner_state = _gating.update_where(
+      jnp.all(clip_state.factor > 0),
+      inner.update,
+      clipped,
+      state.optimizer,
+      params,
+      **extra_args,
     )
     return stepped, CalibratedState(clip_state, inner_state)
 

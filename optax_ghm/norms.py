@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 LARGEST_DIVISOR = 2.0**120
 """XLA divides by multiplying with the reciprocal: that of more is flushed."""
@@ -57,14 +58,13 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     >>> norms.norm(jnp.array([[3.0, 4.0], [0.0, 0.0]]), axis=-1)
     Array([5., 0.], dtype=float32)
   """
-  magnitude = jnp.abs(x.astype(at_least_float32(x.dtype)))
+  x = x.astype(at_least_float32(x.dtype))
   if axis == ():
-    return magnitude
-  largest = jnp.max(magnitude, axis=axis, keepdims=True, initial=0)
+    return jnp.abs(x)
+  # The magnitudes are for the maximum only: nothing is written out in between.
+  largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
   unit = _divisor(largest)
-  sum_of_squares = jnp.sum(
-    jnp.square(magnitude / unit), axis=axis, keepdims=True
-  )
+  sum_of_squares = jnp.sum(_squares(x, unit), axis=axis, keepdims=True)
   return jnp.squeeze(unit * _sqrt(sum_of_squares), axis=axis)
 
 
@@ -133,9 +133,7 @@ def group_norms(
   """
   if not leaves:
     return jnp.zeros([count], jnp.float32)
-  dtype = np.result_type(
-    *(jnp.finfo(at_least_float32(u.dtype)).dtype for u in leaves)
-  )
+  dtype = _result_dtype(leaves)
   rows, of_rows = _rows(leaves, groups)
 
   def per_row(reduce):
@@ -156,6 +154,59 @@ def group_norms(
     return unit, per_group('sum', jnp.square(each / unit[of_rows]))
 
   total = per_group('sum', per_row(_sum_of_squares))
+  return _root(total, rescaled, axis_name)
+
+
+def unit_norms(
+  leaves: list[jax.Array],
+  axes: list[tuple[int, ...]],
+  axis_name: AxisName = None,
+) -> list[jax.Array]:
+  """Norms over some axes of every leaf, in one pass as :func:`group_norms`.
+
+  Args:
+    leaves: as :func:`counted` gives them.
+    axes: of every leaf, those to reduce over.
+    axis_name: mapped axis, or axes, over which those are split.
+
+  Returns:
+    A vector: the norms of all leaves in a row, each leaf's raveled.
+  """
+  if not leaves:
+    return jnp.zeros([0], jnp.float32)
+  dtype = _result_dtype(leaves)
+
+  def units(reduce):
+    parts = map(reduce, leaves, axes)
+    return jnp.concatenate(
+      [
+        (
+          jax.sharding.reshard(part, PartitionSpec())
+          if is_split(part)
+          else part
+        )
+        .ravel()
+        .astype(dtype)
+        for part in parts
+      ]
+    )
+
+  def rescaled():
+    largest = units(norm)
+    unit = _divisor(largest)
+    return unit, jnp.square(largest / unit)
+
+  return _root(units(_sum_of_squares), rescaled, axis_name)
+
+
+def _result_dtype(leaves):
+  return np.result_type(
+    *(jnp.finfo(at_least_float32(leaf.dtype)).dtype for leaf in leaves)
+  )
+
+
+def _root(total, rescaled, axis_name):
+  """The roots of sums of squares; rescaled ones if any is out of range."""
   exact = jnp.all((total > 1e-30) & (total < jnp.inf))
   unit, total = jax.lax.cond(
     exact, lambda: (jnp.ones_like(total), total), rescaled
@@ -173,10 +224,14 @@ def _divisor(largest):
 
 
 def _sum_of_squares(x, axis):
-  x = x.astype(at_least_float32(x.dtype))
+  return jnp.sum(_squares(x.astype(at_least_float32(x.dtype))), axis)
+
+
+def _squares(x, unit=1):
+  """Of the magnitudes, each divided by the unit."""
   if jnp.iscomplexobj(x):
-    return jnp.sum(jnp.square(x.real) + jnp.square(x.imag), axis)
-  return jnp.sum(jnp.square(x), axis)
+    return jnp.square(x.real / unit) + jnp.square(x.imag / unit)
+  return jnp.square(x / unit)
 
 
 SMALL, MANY = 2**14, 32
@@ -195,7 +250,7 @@ def _rows(leaves, groups):
   small = [
     i
     for i, leaf in enumerate(leaves)
-    if leaf.size <= SMALL and not _is_split(leaf)
+    if leaf.size <= SMALL and not is_split(leaf)
   ]
   if len(small) < MANY:
     small = []
@@ -223,6 +278,6 @@ def _rows(leaves, groups):
   return rows, np.array(of_rows)
 
 
-def _is_split(leaf):
-  """Whether it is known, by explicit axes, to be sharded."""
+def is_split(leaf):
+  """Whether the array is known, by explicit axes, to be sharded."""
   return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)

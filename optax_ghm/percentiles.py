@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -21,15 +22,21 @@ class PercentileEstimator(Protocol):
     """The percentile for this step, what was usual, and the next statistics."""
 
 
+_NONE_YET = float(np.finfo(np.float32).max)
+
+
 class PastNorms(NamedTuple):
   """Statistics of :class:`WindowPercentile`.
 
   Attributes:
-    past: the norms of the last good steps, 0 where there are none yet.
+    past: the norms of the last good steps, one after the other around the
+      window; the largest float32 where there are none yet.
+    ranked: the same, from the smallest to the largest.
     recorded: int32, how many good steps there were.
   """
 
   past: jax.Array
+  ranked: jax.Array
   recorded: jax.Array
 
 
@@ -56,33 +63,59 @@ class WindowPercentile:
 
   def init(self, shape):
     """See :class:`PercentileEstimator`."""
+    empty = jnp.full((*shape, self.length), _NONE_YET, jnp.float32)
     return PastNorms(
-      past=jnp.zeros((*shape, self.length), jnp.float32),
+      past=empty,
+      ranked=jnp.copy(empty),
       recorded=jnp.zeros(shape, jnp.int32),
     )
 
   def judge(self, norm, percentile, memory):
     """See :class:`PercentileEstimator`."""
-    slots = jnp.arange(self.length, dtype=jnp.int32)
-    slots = slots.reshape((1,) * norm.ndim + (-1,))
-    here = slots == jnp.expand_dims(memory.recorded % self.length, -1)
-    past = jnp.where(here, jnp.expand_dims(norm, -1), memory.past)
-    recorded = jnp.asarray(optax.safe_increment(memory.recorded))
-    kept = slots < jnp.expand_dims(recorded, -1)
-    ranked = jnp.sort(jnp.where(kept, past, jnp.inf), axis=-1)
-    last = jnp.minimum(recorded, self.length).astype(jnp.float32) - 1
+    following = slide(memory, norm)
+    last = jnp.minimum(following.recorded, self.length).astype(jnp.float32) - 1
     rank = jnp.asarray(percentile, jnp.float32) / 100 * last
     low = jnp.floor(rank)
-    below, above = (
-      jnp.take_along_axis(
-        ranked, jnp.expand_dims(i.astype(jnp.int32), -1), axis=-1
-      )[..., 0]
-      for i in (low, jnp.ceil(rank))
-    )
+    below = _at(following.ranked, low.astype(jnp.int32))
+    above = _at(following.ranked, jnp.ceil(rank).astype(jnp.int32))
     threshold = below + (rank - low) * (above - below)
-    largest = jnp.max(memory.past, axis=-1)
+    newest = jnp.minimum(memory.recorded, self.length) - 1
+    largest = _at(memory.ranked, jnp.maximum(newest, 0))
     usual = jnp.where(memory.recorded > 0, largest, jnp.inf)
-    return threshold, usual, PastNorms(past, recorded)
+    return threshold, usual, following
+
+
+def slide(memory: PastNorms, norm: jax.Array) -> PastNorms:
+  """The window one step on: the oldest norm out, this one in.
+
+  The ranking is kept up to date by two shifts, which is far cheaper than to
+  sort it anew.
+  """
+  length = memory.past.shape[-1]
+  slots = jnp.arange(length, dtype=jnp.int32)
+  norm = jnp.expand_dims(norm, -1)
+  slot = jnp.expand_dims(memory.recorded % length, -1)
+  oldest = jnp.take_along_axis(memory.past, slot, axis=-1)
+  end = jnp.full_like(norm, _NONE_YET)
+
+  ranked = memory.ranked
+  out = jnp.sum(ranked < oldest, axis=-1, keepdims=True, dtype=jnp.int32)
+  later = jnp.concatenate([ranked[..., 1:], end], axis=-1)
+  ranked = jnp.where(slots < out, ranked, later)
+  into = jnp.sum(ranked < norm, axis=-1, keepdims=True, dtype=jnp.int32)
+  earlier = jnp.concatenate([end, ranked[..., :-1]], axis=-1)
+  ranked = jnp.where(
+    slots < into, ranked, jnp.where(slots == into, norm, earlier)
+  )
+  return PastNorms(
+    past=jnp.where(slots == slot, norm, memory.past),
+    ranked=ranked,
+    recorded=jnp.asarray(optax.safe_increment(memory.recorded)),
+  )
+
+
+def _at(ranked, index):
+  return jnp.take_along_axis(ranked, jnp.expand_dims(index, -1), -1)[..., 0]
 
 
 class QuantileEstimate(NamedTuple):

@@ -128,6 +128,41 @@ ENTRIES = (
     },
   ),
   Entry(
+    'clip_by_parameter_norm',
+    optax_ghm.clip_by_parameter_norm,
+    keywords={'ratio': 0.1, 'eps': 1e-3},
+  ),
+  Entry(
+    'clip_update_rms',
+    optax_ghm.clip_update_rms,
+    keywords={'max_rms': 0.5},
+  ),
+  Entry(
+    'clip_by_second_moment',
+    optax_ghm.clip_by_second_moment,
+    keywords={'ratio': 2.0, 'decay': 0.9},
+  ),
+  Entry(
+    'normalize_by_norm',
+    functools.partial(optax_ghm.normalize_by_norm, 'leaf'),
+  ),
+  Entry(
+    'normalize_by_norm_of_units',
+    functools.partial(optax_ghm.normalize_by_norm, 'unit'),
+  ),
+  Entry('standardize', optax_ghm.standardize),
+  Entry('centralize', optax_ghm.centralize),
+  Entry(
+    'skip_spikes',
+    functools.partial(
+      optax_ghm.skip_spikes,
+      _guarded_trace(0.5),
+      window=optax_ghm.SpikeWindow(length=4),
+    ),
+    keywords={'sigmas': 3.0, 'max_consecutive': 2},
+    own=False,  # its optimizer is Optax's
+  ),
+  Entry(
     'calibrated',
     functools.partial(
       optax_ghm.calibrated,

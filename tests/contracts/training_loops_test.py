@@ -23,8 +23,9 @@ from tests.contracts.trial import (
 
 def _trained(entry, params):
   """Where a plain Optax loop takes the params, and its state."""
-  every_update, state = run(entry.tx, make_steps(entry))
-  for updates in every_update:
+  update, state = jax.jit(entry.tx.update), entry.tx.init(params)
+  for gradients in make_steps(entry):
+    updates, state = update(gradients, state, params)
     params = optax.apply_updates(params, scale(updates, -LEARNING_RATE))
   return params, state
 
