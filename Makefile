@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml
 demo: setup  ## train on digits, print the comparisons, write the pictures
 	$(BIN)/python examples/harmonize.py
 	$(BIN)/python examples/domain_adaptation.py
+	$(BIN)/python examples/spikes.py
 
 test: setup  ## the whole suite, doctests included
 	$(BIN)/python -m pytest -n 2
@@ -23,6 +24,7 @@ test: setup  ## the whole suite, doctests included
 bench: setup  ## ratios against what one would use instead
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/backward.py
+	$(BIN)/python benchmarks/clipping.py
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .

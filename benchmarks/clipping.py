@@ -5,6 +5,7 @@ One donated training step of AdamW on given gradients: the tree of a transformer
 """
 
 import functools
+from typing import Any
 
 import harness
 import jax
@@ -41,19 +42,20 @@ def resnet_50():
       'norm': {'scale': (n,), 'bias': (n,)},
     }
 
-  tree, channels = {'stem': convolved(7, 3, 64)}, 64
+  tree: dict[str, Any] = {'stem': convolved(7, 3, 64)}
+  channels = 64
   for stage, (blocks, width) in enumerate(
     [(3, 64), (4, 128), (6, 256), (3, 512)]
   ):
     for block in range(blocks):
-      tree[f'block_{stage}_{block}'] = {
+      convolutions = {
         'reduce': convolved(1, channels, width),
         'conv': convolved(3, width, width),
         'expand': convolved(1, width, 4 * width),
       }
       if block == 0:
-        shortcut = convolved(1, channels, 4 * width)
-        tree[f'block_{stage}_{block}']['shortcut'] = shortcut
+        convolutions['shortcut'] = convolved(1, channels, 4 * width)
+      tree[f'block_{stage}_{block}'] = convolutions
       channels = 4 * width
   return tree | {'head': {'kernel': (2048, 1000), 'bias': (1000,)}}
 

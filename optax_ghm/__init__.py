@@ -53,6 +53,12 @@ from optax_ghm.losses import (
   smooth_l1_ghm_loss,
   softmax_ghm_loss_with_integer_labels,
 )
+from optax_ghm.noise_scale import (
+  GradientNoise,
+  NoiseScaleState,
+  gradient_noise,
+  noise_scale_aggregate,
+)
 from optax_ghm.normalizing import (
   NormalizeState,
   centralize,
@@ -64,6 +70,7 @@ from optax_ghm.percentiles import (
   PercentileEstimator,
   WindowPercentile,
 )
+from optax_ghm.range_test import RangeTest, learning_rate_range_test
 from optax_ghm.reversal import (
   ReverseState,
   dann_learning_rate_schedule,
@@ -88,13 +95,16 @@ __all__ = [
   'DensityState',
   'ExactDensity',
   'GeometricQuantile',
+  'GradientNoise',
   'Groups',
   'HarmonizedAggregateState',
   'InBackward',
   'InBackwardState',
   'MMDetectionDensity',
+  'NoiseScaleState',
   'NormalizeState',
   'PercentileEstimator',
+  'RangeTest',
   'ReverseState',
   'SecondMomentState',
   'SkipState',
@@ -118,13 +128,16 @@ __all__ = [
   'domain_loss',
   'entropy_weights',
   'flax_unit_axes',
+  'gradient_noise',
   'harmonize',
   'harmonized_aggregate',
   'harmonized_fork',
   'harmony_weights',
   'in_backward',
+  'learning_rate_range_test',
   'multilinear_map',
   'multilinear_projections',
+  'noise_scale_aggregate',
   'normalize_by_norm',
   'overwrite_with_gradient',
   'randomized_multilinear_map',

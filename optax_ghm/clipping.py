@@ -46,13 +46,13 @@ class Step(NamedTuple):
   Attributes:
     norm: of the gradients; 1 in place of what is 0 or not finite.
     total: the norm of all that is finite, a scalar.
-    size: how many numbers each norm is of.
+    sizes: makes them: how many numbers each norm is of.
     of_params: makes the norms of the parameters.
   """
 
   norm: jax.Array
   total: jax.Array
-  size: jax.Array
+  sizes: Callable[[], jax.Array]
   of_params: Callable[[], jax.Array]
 
 
@@ -110,7 +110,7 @@ def clip_by_rule(
         # The statistics never see a bad number, not even to throw it away.
         norm=(seen := jnp.where(finite & (norm > 0), norm, 1)),
         total=_norms.norm(jnp.where(finite, norm, 0)),
-        size=scoped.sizes(updates, axis_name),
+        sizes=lambda: scoped.sizes(updates, axis_name),
         of_params=lambda: scoped.norms(_given(params, updates), axis_name),
       ),
       state.statistics,
@@ -304,7 +304,7 @@ def clip_update_rms(
   """
 
   def judge(step, statistics):
-    limit = jnp.asarray(max_rms, jnp.float32) * jnp.sqrt(step.size)
+    limit = jnp.asarray(max_rms, jnp.float32) * jnp.sqrt(step.sizes())
     return _known(limit, statistics)
 
   return clip_by_rule(judge, scope=scope, axis_name=axis_name)

@@ -12,6 +12,7 @@ from optax_ghm import (
   backward as _backward,
   density as _density,
   norms as _norms,
+  per_example as _per_example,
 )
 
 PARAMETER_DENSITY = _density.WindowedDensity(
@@ -217,26 +218,13 @@ def harmonized_aggregate(
 
   def update_fn(updates, state, params=None, *, mask=None, **extra_args):
     del extra_args
-    examples = [u for u in jax.tree.leaves(updates) if _norms.is_inexact(u)]
-    if not examples:
+    if not any(map(_norms.is_inexact, jax.tree.leaves(updates))):
       return updates, state
-    sizes = {u.shape[0] if u.ndim else None for u in examples}
-    if len(sizes) > 1 or None in sizes:
-      raise ValueError(
-        'updates must be per-example gradients with one leading batch axis,'
-        f' got shapes {[u.shape for u in examples]}.'
-      )
-    (size,) = sizes
-    _check_per_example(updates, params)
-    per_leaf = [
-      _norms.norm(u, tuple(range(1, u.ndim))).astype(jnp.float32)
-      for u in examples
-    ]
-    norms = _norms.norm(jnp.stack(per_leaf, -1), axis=-1)
+    norms = _per_example.norms(updates, params)
     weights, density_state = _density.harmony_weights(
       norms, state.density, density=density, mask=mask, axis_name=axis_name
     )
-    amount = jnp.ones((size,), bool) if mask is None else mask
+    amount = jnp.ones_like(norms, bool) if mask is None else mask
     amount = jnp.where(
       weights > 0, jnp.asarray(amount).astype(jnp.float32), 0.0
     )
@@ -245,20 +233,8 @@ def harmonized_aggregate(
       total = jax.lax.psum(total, axis_name)
     share = weights * amount / jnp.where(total > 0, total, 1.0)
 
-    def average(update):
-      if not _norms.is_inexact(update):
-        return update
-      dtype = _norms.at_least_float32(update.dtype)
-      each = jnp.expand_dims(share, range(1, update.ndim)).astype(dtype)
-      each = jnp.where(each != 0, each * update.astype(dtype), 0)
-      mean = jnp.sum(each, axis=0)
-      if axis_name is not None:
-        mean = jax.lax.psum(mean, axis_name)
-      return mean.astype(update.dtype)
-
-    return jax.tree.map(average, updates), HarmonizedAggregateState(
-      density_state
-    )
+    averaged = _per_example.weighted_sum(updates, share, axis_name)
+    return averaged, HarmonizedAggregateState(density_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -268,17 +244,3 @@ def _example_axes(x, axis):
   if axis is None:
     return tuple(range(1, x.ndim))
   return np.lib.array_utils.normalize_axis_tuple(axis, x.ndim, 'axis')
-
-
-def _check_per_example(updates, params):
-  """Catches gradients that were averaged before, where params can tell."""
-  updates, params = jax.tree.leaves(updates), jax.tree.leaves(params)
-  if len(updates) != len(params):
-    return
-  for update, param in zip(updates, params, strict=True):
-    if _norms.is_inexact(update) and update.shape[1:] != jnp.shape(param):
-      raise ValueError(
-        'updates must be per-example gradients, a batch axis before the shape'
-        f' of the parameter: got {update.shape} for {jnp.shape(param)}. Make'
-        ' them with jax.vmap(jax.grad(...)).'
-      )

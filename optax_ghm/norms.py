@@ -161,7 +161,7 @@ def unit_norms(
   leaves: list[jax.Array],
   axes: list[tuple[int, ...]],
   axis_name: AxisName = None,
-) -> list[jax.Array]:
+) -> jax.Array:
   """Norms over some axes of every leaf, in one pass as :func:`group_norms`.
 
   Args:

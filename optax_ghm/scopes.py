@@ -126,7 +126,7 @@ class Scoped(NamedTuple):
         for leaf, axes in zip(leaves, self.axes, strict=True)
       ]
       sizes = np.repeat(
-        np.float32(per_leaf),
+        np.array(per_leaf, np.float32),
         [leaf.size // n for leaf, n in zip(leaves, per_leaf, strict=True)],
       )
     if axis_name is not None:

@@ -22,8 +22,8 @@ class SpikeWindow:
   """How many steps back :func:`skip_spikes` looks.
 
   Attributes:
-    length: how many good steps are kept; nothing is called a spike before half
-      of them are there.
+    length: how many good steps are kept; nothing is called a spike before an
+      eighth of them are there, two at least.
 
   Examples:
     >>> import optax
@@ -97,9 +97,11 @@ def skip_spikes(
     \mu, \sigma \text{ of } x_{t - n}, \dots, x_{t - 1}
 
   for x the gradient norm and, if it is given, the loss, as large language
-  models are trained. The update is then 0 and the optimizer's state what it
-  was: moments, counts and schedules do not know of that step. So it is where
-  either has NaN or inf, and where the norm is beyond 10,000 times the mean.
+  models are trained. (OLMo waits for half a window before it calls anything a
+  spike; here an eighth is enough, as bad batches do not wait.) The update is
+  then 0 and the optimizer's state what it was: moments, counts and schedules do
+  not know of that step. So it is where either has NaN or inf, and where the
+  norm is beyond 10,000 times the mean.
 
   What was left out does not enter the window. Lest a lasting change of level
   stop the training for good, the window starts anew after ``max_consecutive``
@@ -164,7 +166,7 @@ def skip_spikes(
     # Equal values differ by rounding: that is no deviation.
     deviation = jnp.maximum(deviation, 1e-6 * jnp.abs(mean))
     limit = mean + jnp.asarray(sigmas, jnp.float32) * deviation
-    enough = 2 * recent.recorded >= window.length
+    enough = recent.recorded >= max(window.length // 8, 2)
     return (
       jnp.where(recent.recorded > 0, mean, jnp.inf),
       jnp.where(enough, limit, _NONE),

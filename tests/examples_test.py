@@ -1,9 +1,11 @@
 """The examples do what they say, in a small edition."""
 
+import functools
 import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,3 +50,19 @@ def test_target_labels_are_never_seen():
   _, same = example.run(wrong, method, seed=0, steps=3)
   for a, b in zip(features, same, strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_an_adaptive_clip_saves_a_training_from_bad_batches():
+  example = load('spikes')
+  text = example.make_text(22_000)
+  texts = jnp.asarray(text[:20_000]), jnp.asarray(text[20_000:])
+  losses = {
+    name: jax.jit(
+      functools.partial(
+        example.train, example.methods(0.01)[name], 250, 0.05, texts
+      )
+    )(1.0, jax.random.key(0))[0]
+    for name in ('no clip', 'calibrated (clip_by_zscore)')
+  }
+  assert losses['calibrated (clip_by_zscore)'] < losses['no clip'] - 0.5

@@ -78,6 +78,12 @@ ENTRIES = (
     ),
     per_example=True,
   ),
+  Entry(
+    'noise_scale_aggregate',
+    functools.partial(optax_ghm.noise_scale_aggregate, 2),
+    per_example=True,
+    keywords={'decay': 0.5},
+  ),
   Entry('reverse', optax_ghm.reverse, keywords={'scale': 0.5}),
   Entry(
     # constant, since a schedule counts bad steps as Optax's do: it is a clock

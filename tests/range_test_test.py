@@ -1,0 +1,167 @@
+"""The range test on problems whose largest learning rate is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ghm
+
+RNG = np.random.default_rng(0)
+
+
+def quadratic(w, batch):
+  """Sharpest curvature 4: gradient descent diverges beyond 2 / 4."""
+  return 0.5 * jnp.sum(jnp.array([4.0, 1.0]) * jnp.square(w - batch))
+
+
+CENTERS = jnp.asarray(RNG.normal(3.0, 0.3, (16, 2)), jnp.float32)
+START = jnp.zeros(2)
+
+
+def test_suggests_less_than_what_diverges_and_not_little():
+  test = optax_ghm.learning_rate_range_test(quadratic, START, CENTERS)
+  assert 0.02 < test.suggestion < 0.5
+  lowest = test.learning_rates[np.nanargmin(test.smoothed)]
+  np.testing.assert_allclose(test.suggestion, lowest / 3)
+  assert f'{lowest:.1e}' in test.reason
+  diverged = float(test.reason.split('from ')[1].split()[0])
+  assert 0.4 < diverged < 2.0
+
+
+def test_the_curve_is_that_of_the_optimizer_under_the_schedule():
+  rates = np.geomspace(1e-3, 1.0, 30)
+  test = optax_ghm.learning_rate_range_test(
+    quadratic,
+    START,
+    CENTERS,
+    lambda rate: optax.sgd(rate, momentum=0.9),
+    low=1e-3,
+    high=1.0,
+    steps=30,
+  )
+  np.testing.assert_allclose(test.learning_rates, rates)
+  w, trace, curvature = np.zeros(2), np.zeros(2), np.array([4.0, 1.0])
+  for t, rate in enumerate(rates):
+    center = np.float64(CENTERS[t % 16])
+    gradient = curvature * (w - center)
+    loss = 0.5 * np.sum(curvature * np.square(w - center))
+    np.testing.assert_allclose(test.losses[t], loss, rtol=1e-3)
+    np.testing.assert_allclose(
+      test.gradient_norms[t], np.linalg.norm(gradient), rtol=1e-3
+    )
+    trace = 0.9 * trace + gradient
+    w -= rate * trace
+
+
+def test_smoothing_has_no_lag():
+  """A line in the logarithm of the learning rate stays that line inside."""
+  test = optax_ghm.learning_rate_range_test(
+    lambda w, batch: batch + 0.0 * w,
+    jnp.zeros([]),
+    jnp.arange(100.0, 0, -1),
+    steps=100,
+  )
+  np.testing.assert_allclose(
+    test.smoothed[20:80], test.losses[20:80], rtol=1e-5
+  )
+
+
+def test_parameters_and_batches_may_be_any_trees():
+  params = {'w': jnp.zeros((2, 1)), 'b': jnp.zeros([])}
+  x = jnp.asarray(RNG.normal(size=(8, 16, 2)), jnp.float32)
+  batches = {
+    'x': x,
+    'y': x.sum(-1),
+    'key': jax.random.split(jax.random.key(0), 8),
+  }
+
+  def loss(params, batch):
+    noise = 0.1 * jax.random.normal(batch['key'], batch['y'].shape)
+    predicted = (batch['x'] @ params['w'])[:, 0] + params['b']
+    return jnp.mean(jnp.square(predicted + noise - batch['y']))
+
+  before = jax.tree.map(np.array, params)
+  test = optax_ghm.learning_rate_range_test(loss, params, batches)
+  assert test.suggestion is not None
+  jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+@pytest.mark.parametrize(
+  'loss, word',
+  [
+    (lambda w, batch: jnp.nan * w.sum(), 'not finite'),
+    (lambda w, batch: 0.0 * w.sum(), 'fell by'),
+    (lambda w, batch: batch[0] + 0.0 * w.sum(), 'fell by'),  # noise alone
+  ],
+)
+def test_no_suggestion_without_a_reason(loss, word):
+  test = optax_ghm.learning_rate_range_test(loss, START, CENTERS)
+  assert test.suggestion is None
+  assert word in test.reason and 'no suggestion' in test.reason
+
+
+@pytest.mark.parametrize('scale', [1e-20, 1e15])
+def test_losses_of_any_scale(scale):
+  with jax.numpy_dtype_promotion('standard'):  # Optax's Adam mixes types
+    test, plain = (
+      optax_ghm.learning_rate_range_test(
+        lambda w, batch, factor=factor: factor * quadratic(w, batch),
+        START,
+        CENTERS,
+        optax.adam,
+        low=1e-4,
+      )
+      for factor in (scale, 1.0)
+    )
+  if scale > 1:
+    np.testing.assert_allclose(test.suggestion, plain.suggestion, rtol=0.2)
+  else:  # Adam's ε holds it still
+    assert test.suggestion is None
+
+
+def test_a_range_that_is_too_low_says_so():
+  test = optax_ghm.learning_rate_range_test(
+    quadratic, START, CENTERS, low=1e-4, high=1e-2
+  )
+  assert 'higher range' in test.reason
+
+
+def test_the_clips_bear_more():
+  """With the loss as the extra argument that skip_spikes takes."""
+  test = optax_ghm.learning_rate_range_test(
+    quadratic,
+    START,
+    CENTERS,
+    lambda rate: optax_ghm.skip_spikes(optax.sgd(rate)),
+  )
+  assert test.suggestion is not None
+
+
+def test_plot():
+  matplotlib = pytest.importorskip('matplotlib')
+  matplotlib.use('Agg')
+  test = optax_ghm.learning_rate_range_test(quadratic, START, CENTERS)
+  axes = test.plot()
+  assert axes.get_xscale() == 'log'
+  assert axes.get_xlabel() == 'learning rate'
+  assert f'{test.suggestion:.1e}' in axes.get_legend().texts[0].get_text()
+  assert test.plot(axes) is axes
+
+
+@pytest.mark.parametrize(
+  'keywords, word',
+  [
+    ({'low': 0.0}, 'low'),
+    ({'low': 1.0, 'high': 0.1}, 'high'),
+    ({'steps': 5}, 'steps'),
+    ({'batches': jnp.zeros([])}, 'batches'),
+    ({'batches': jnp.zeros([0, 2])}, 'batches'),
+    ({'batches': (jnp.zeros([3, 2]), jnp.zeros([4]))}, 'batches'),
+  ],
+)
+def test_errors_name_the_argument(keywords, word):
+  arguments = {'loss': quadratic, 'params': START, 'batches': CENTERS}
+  with pytest.raises(ValueError, match=word):
+    optax_ghm.learning_rate_range_test(**arguments | keywords)
