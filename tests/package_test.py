@@ -48,10 +48,16 @@ def test_public_functions_have_an_example(name):
     'DensityState',
     'HarmonizedAggregateState',
     'DensityEstimator',
+    'GradientNoise',
     'InBackward',
     'InBackwardState',
+    'NoiseScaleState',
+    'NormalizeState',
     'PercentileEstimator',
+    'RangeTest',
     'ReverseState',
+    'SecondMomentState',
+    'SkipState',
   }
   if name not in plain_records:
     assert '>>> ' in value.__doc__
