@@ -25,6 +25,7 @@ bench: setup  ## ratios against what one would use instead
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/backward.py
 	$(BIN)/python benchmarks/clipping.py
+	$(BIN)/python benchmarks/compile_time.py
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -64,8 +64,8 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
   # The magnitudes are for the maximum only: nothing is written out in between.
   largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
   unit = _divisor(largest)
-  sum_of_squares = jnp.sum(_squares(x, unit), axis=axis, keepdims=True)
-  return jnp.squeeze(unit * _sqrt(sum_of_squares), axis=axis)
+  root = _sqrt(_sum_of_squares(x, axis, unit))
+  return jnp.squeeze(unit, axis=axis) * root
 
 
 def _sqrt(x):
@@ -136,8 +136,13 @@ def group_norms(
   dtype = _result_dtype(leaves)
   rows, of_rows = _rows(leaves, groups)
 
-  def per_row(reduce):
-    parts = [reduce(row, tuple(range(1, row.ndim))) for row in rows]
+  def per_row(reduce, *values):
+    parts, start = [], 0
+    for row in rows:
+      own = [v[start : start + len(row)] for v in values]
+      own = [v.reshape(-1, *[1] * (row.ndim - 1)) for v in own]
+      parts.append(reduce(row, tuple(range(1, row.ndim)), *own))
+      start += len(row)
     return jnp.concatenate([part.astype(dtype) for part in parts])
 
   def per_group(combine, values):
@@ -148,10 +153,13 @@ def group_norms(
     return at.add(values) if combine == 'sum' else at.max(values)
 
   def rescaled():
-    each = per_row(norm)
-    largest = per_group('max', each)
-    unit = _divisor(largest)
-    return unit, per_group('sum', jnp.square(each / unit[of_rows]))
+    # Each row in its own unit: XLA would write out one that they share.
+    largest = per_row(_largest)
+    own = _divisor(largest)
+    unit = _divisor(per_group('max', largest))
+    ratio = jnp.where(largest == 0, 0, own / unit[of_rows])
+    squares = per_row(_sum_of_squares, own)
+    return unit, per_group('sum', squares * jnp.square(ratio))
 
   total = per_group('sum', per_row(_sum_of_squares))
   return _root(total, rescaled, axis_name)
@@ -223,19 +231,22 @@ def _divisor(largest):
   return jnp.minimum(unit, LARGEST_DIVISOR)
 
 
-def _sum_of_squares(x, axis):
-  return jnp.sum(_squares(x.astype(at_least_float32(x.dtype))), axis)
+def _largest(x, axis):
+  return jnp.max(jnp.abs(x.astype(at_least_float32(x.dtype))), axis)
 
 
-def _squares(x, unit=1):
+def _sum_of_squares(x, axis, unit=None):
   """Of the magnitudes, each divided by the unit."""
-  if jnp.iscomplexobj(x):
-    return jnp.square(x.real / unit) + jnp.square(x.imag / unit)
-  return jnp.square(x / unit)
+  x = x.astype(at_least_float32(x.dtype))
+  parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+  if unit is not None:
+    parts = [part / unit.astype(part.dtype) for part in parts]
+  return sum(jnp.sum(jnp.square(part), axis) for part in parts)
 
 
-SMALL, MANY = 2**14, 32
-"""Leaves of up to so many elements are joined where there are so many."""
+SMALL, MANY, TOGETHER = 2**14, 32, 64
+"""Leaves of up to so many elements are joined where there are so many, and so
+many at a time: XLA compiles a few dozen operands per concatenation soonest."""
 
 
 def _rows(leaves, groups):
@@ -260,18 +271,17 @@ def _rows(leaves, groups):
     size = 0 if one_group else 1 << (leaves[i].size - 1).bit_length()
     classes.setdefault((leaves[i].dtype, size), []).append(i)
   for (dtype, size), members in classes.items():
-    # One flat concatenation, which XLA copies piece by piece.
-    pieces = []
-    for i in members:
-      pieces.append(leaves[i].ravel())
-      if leaves[i].size < size:
-        pieces.append(jnp.zeros(size - leaves[i].size, dtype))
-    rows.append(
-      jnp.concatenate(pieces).reshape(
-        -1, size or sum(leaves[i].size for i in members)
-      )
-    )
-    of_rows += [groups[i] for i in (members[:1] if one_group else members)]
+    for start in range(0, len(members), TOGETHER):
+      some = members[start : start + TOGETHER]
+      # One flat concatenation, which XLA copies piece by piece.
+      pieces = []
+      for i in some:
+        pieces.append(leaves[i].ravel())
+        if leaves[i].size < size:
+          pieces.append(jnp.zeros(size - leaves[i].size, dtype))
+      joined = jnp.concatenate(pieces)
+      rows.append(joined.reshape(-1, size or joined.size))
+      of_rows += [groups[i] for i in (some[:1] if one_group else some)]
   for i in sorted(set(range(len(leaves))) - set(small)):
     rows.append(leaves[i][None])
     of_rows.append(groups[i])

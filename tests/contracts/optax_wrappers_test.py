@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 from tests.contracts.trial import (
   BATCH,
@@ -10,12 +11,14 @@ from tests.contracts.trial import (
   assert_close,
   assert_same,
   every,
+  make_gradients,
   make_params,
   make_steps,
   per_example,
   run,
   scale,
   scheduled,
+  types,
   whole,
 )
 
@@ -83,6 +86,29 @@ def test_inject_hyperparams_of_schedules(entry):
   assert_close(updates, halved.update(last, state, make_params())[0])
 
 
+@scheduled
+def test_inject_hyperparams_of_schedules_on_mixed_leaves(entry):
+  """Optax casts hyperparameters to the first leaf's dtype, here bfloat16."""
+  if entry.name == 'reference_trace':
+    pytest.skip('There optax.trace makes float32 of bfloat16.')
+  mixed = make_params() | {'bias': make_params(jnp.bfloat16)['bias']}
+  steps = [make_gradients(entry, step, mixed) for step in range(2)]
+  schedules = {
+    name: optax.constant_schedule(value)
+    for name, value in entry.keywords.items()
+  }
+  tx = optax.inject_hyperparams(entry.factory)(**schedules)
+  rounded = {
+    name: float(jnp.bfloat16(value)) for name, value in entry.keywords.items()
+  }
+  with jax.numpy_dtype_promotion('standard'):  # Optax itself mixes dtypes
+    updates, state = run(tx, steps, mixed)
+    assert types(state) == types(tx.init(mixed))
+    expected, _ = run(entry.factory(**rounded), steps, mixed)
+  assert types(updates[-1]) == types(mixed)
+  assert_close(updates, expected, rtol=0.02)
+
+
 def _multi_steps(tx):
   return optax.MultiSteps(tx, every_k_schedule=2).gradient_transformation()
 
@@ -97,6 +123,21 @@ def test_inside_multi_steps(entry):
     updates, state = run(_multi_steps(entry.tx), [first, second])
   assert_same(updates[0], scale(make_params(), 0))
   assert_close(updates[1], expected)
+  assert_close(state.inner_opt_state, expected_state)
+
+
+@whole
+def test_multi_steps_with_a_bad_micro_batch(entry):
+  """Optax can skip it; else its own accumulator would stay NaN for good."""
+  first, second = make_steps(entry)[:2]
+  mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
+  (expected,), expected_state = run(entry.tx, [mean])
+  tx = optax.MultiSteps(
+    entry.tx, 2, should_skip_update_fn=optax.skip_not_finite
+  ).gradient_transformation()
+  with jax.numpy_dtype_promotion('standard'):
+    updates, state = run(tx, [first, scale(second, jnp.nan), second])
+  assert_close(updates[2], expected)
   assert_close(state.inner_opt_state, expected_state)
 
 
