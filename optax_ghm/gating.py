@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ghm import norms as _norms
-
 
 def update_where(
   condition: jax.Array,
@@ -35,15 +33,22 @@ def update_where(
 
   Returns:
     Updates and state, as ``update`` gives them.
+
+  Raises:
+    ValueError: if ``update`` changes the structure of the state.
   """
   structure: Any = None
   aside: dict[int, Any] = {}  # float0 is no type for a trace
 
   def traced():
     nonlocal structure
-    leaves, structure = jax.tree.flatten(
-      update(updates, state, params, **extra_args)
-    )
+    result = update(updates, state, params, **extra_args)
+    if jax.tree.structure(result[1]) != jax.tree.structure(state):
+      raise ValueError(
+        'update must return a state of the structure that it took, got'
+        f' {jax.tree.structure(result[1])} for {jax.tree.structure(state)}.'
+      )
+    leaves, structure = jax.tree.flatten(result)
     aside.update((i, leaf) for i, leaf in enumerate(leaves) if _is_float0(leaf))
     return [leaf for i, leaf in enumerate(leaves) if i not in aside]
 
@@ -82,7 +87,7 @@ def update_where(
   for i, var in enumerate(jaxpr.outvars):
     if i >= begin and (_is_literal(var) or var not in selected):
       leaves[i] = jnp.where(condition, leaves[i], old[i - begin])
-    elif i < begin and _norms.is_inexact(leaves[i]):
+    elif i < begin:
       leaves[i] = jnp.where(condition, leaves[i], jnp.zeros_like(leaves[i]))
   for i in sorted(aside):
     leaves.insert(i, aside[i])

@@ -50,17 +50,14 @@ def noisy(key):
 OPTIMIZERS = {
   'adamw': lambda: optax.adamw(0.1, weight_decay=0.1),
   'adam with a bfloat16 moment': lambda: optax.adam(0.1, mu_dtype='bfloat16'),
-  'adam of a schedule': lambda: optax.adam(optax.linear_schedule(1, 0.1, 3)),
   'adafactor': lambda: optax.adafactor(
     0.1, min_dim_size_to_factor=2, momentum=0.9
   ),
   'lion': lambda: optax.lion(0.1),
-  'sgd': lambda: optax.sgd(0.1),
   'momentum': lambda: optax.sgd(0.1, 0.9, nesterov=True),
   'nadam': lambda: optax.nadam(0.1),
   'rmsprop': lambda: optax.rmsprop(0.1, centered=True, momentum=0.9),
   'lamb': lambda: optax.lamb(0.1),
-  'amsgrad': lambda: optax.amsgrad(0.1),
   'lbfgs': lambda: optax.scale_by_lbfgs(2),
   'muon': lambda: optax.contrib.muon(0.1),
   'schedule free': lambda: optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
@@ -475,17 +472,22 @@ def test_a_step_left_out_moves_no_integer_either(dtype):
     np.testing.assert_array_equal(actual['i'], np.full(3, condition, dtype))
 
 
+X = jnp.ones(2)
+
+
 @pytest.mark.parametrize(
   'state',
-  [{'a': jnp.ones(2)}, OLD | {'z': jnp.ones(2)}, {**OLD, 'n': None}],
-  ids=['fewer leaves', 'more leaves', 'none'],
+  [{'a': X}, {'a': X, 'b': X, 'c': X}, {'a': X, 'c': X}, [X, X], None],
+  ids=['fewer leaves', 'more leaves', 'other names', 'a list', 'none'],
 )
 def test_a_state_of_another_structure_is_an_error(state):
-  """As it is in ``jnp.where`` of the trees."""
+  """As it is in ``jnp.where`` of the trees; no update is taken for a state."""
+
+  def update(updates, old, params):
+    return updates, jax.tree.map(lambda x: x + old['a'], state)
+
   with pytest.raises(ValueError):
-    gating.update_where(
-      jnp.array(False), lambda u, s, p: (u, dict(state)), GRADS, OLD
-    )
+    gating.update_where(jnp.array(False), update, GRADS, {'a': X, 'b': X})
 
 
 def test_nothing_of_a_bad_step_comes_through():
@@ -591,7 +593,7 @@ def momentum(learning_rate):
 
 
 @pytest.mark.parametrize(
-  'make', [momentum, optax.rmsprop, optax.nadam, optax.lion, optax.adan]
+  'make', [momentum, optax.nadam, optax.lion]
 )
 def test_it_takes_no_more_memory_than_the_optimizer_alone(make):
   """Some need a copy of the momentum themselves."""
@@ -601,7 +603,7 @@ def test_it_takes_no_more_memory_than_the_optimizer_alone(make):
 
 
 @pytest.mark.parametrize('wrap', [optax_ghm.skip_spikes, optax_ghm.calibrated])
-@pytest.mark.parametrize('make', [optax.adamw, momentum, optax.rmsprop])
+@pytest.mark.parametrize('make', [optax.adamw, momentum])
 def test_the_wrappers_copy_no_moments(wrap, make):
   """With the norm they take, and all else they do."""
   wrapped = temporary_bytes(lambda rate: wrap(make(rate)), always)
