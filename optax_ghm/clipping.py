@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -12,6 +13,9 @@ from optax_ghm import norms as _norms, scopes as _scopes
 
 ABSURD = 1e4
 """So many times the usual norm is no gradient but an error."""
+
+
+_LEAST = float(np.finfo(np.float32).tiny)
 
 
 class ClipState(NamedTuple):
@@ -27,8 +31,9 @@ class ClipState(NamedTuple):
     factor: that the last update was multiplied by, 0 if it was left out.
     clipped: int32, how many good steps were clipped.
     skipped: int32, how many steps were kept out of the statistics: those with
-      NaN or inf, whose update is 0; those that are all zero; and those beyond
-      :data:`ABSURD` times the usual norm, which are clipped.
+      NaN or inf, or more than 1e37 times the limit, whose update is 0; those
+      that are all zero; and those beyond :data:`ABSURD` times the usual norm,
+      which are clipped.
     statistics: what the rule remembers.
   """
 
@@ -120,8 +125,9 @@ def clip_by_rule(
     # What is absurd before any threshold is known comes down to the usual.
     target = jnp.where(above, verdict.target, verdict.usual)
     factor = jnp.where(above | absurd, target / seen, 1)
-    factor = jnp.where(finite, factor, 0)
-    good = finite & (norm > 0) & ~absurd
+    # Below the least float32 there is no factor: that is left out as inf is.
+    factor = jnp.where(finite & (factor > _LEAST), factor, 0)
+    good = (factor > 0) & (norm > 0) & ~absurd
 
     def remember(old, new):
       at = jnp.expand_dims(good, tuple(range(good.ndim, new.ndim)))

@@ -43,7 +43,7 @@ def normalize_by_norm(
 
   Returns:
     A ``GradientTransformationExtraArgs`` with a :class:`NormalizeState`. What
-    is 0, or has NaN or inf, becomes 0.
+    is 0, has NaN or inf, or a norm beyond 8e37, becomes 0.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -73,8 +73,9 @@ def normalize_by_norm(
     scoped = _scopes.scoped(scope, updates)
     norm = scoped.norms(updates, axis_name)
     good = jnp.isfinite(norm) & (norm > 0)
+    good &= norm < _norms.LARGEST_RECIPROCAL
     factor = jnp.where(good, 1 / jnp.where(good, norm, 1), 0)
-    return scoped.scale(updates, factor), _next_state(state, norm, factor > 0)
+    return scoped.scale(updates, factor), _next_state(state, norm, good)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -147,11 +148,13 @@ def standardize(
     unit = jnp.minimum(unit, _norms.LARGEST_DIVISOR)
     x = _norms.multiply(x, 1 / unit)
     size = over_shards(jax.lax.psum, jnp.ones_like(unit) * leaf.size)
-    mean = over_shards(jax.lax.psum, jnp.sum(x)) / size
-    square = over_shards(jax.lax.psum, jnp.sum(jnp.square(jnp.abs(x - mean))))
+    for _ in range(2):  # the second time, what rounding left of the first mean
+      total = over_shards(jax.lax.psum, jnp.sum(x))
+      x -= _norms.multiply(total, 1 / size)
+    square = over_shards(jax.lax.psum, jnp.sum(jnp.square(jnp.abs(x))))
     deviation = jnp.sqrt(square / size)
     good = deviation > _NO_DEVIATION  # not if it is NaN
-    scaled = _norms.multiply(x - mean, 1 / jnp.where(good, deviation, 1))
+    scaled = _norms.multiply(x, 1 / jnp.where(good, deviation, 1))
     update = jnp.where(good, scaled, 0).astype(leaf.dtype)
     return update, jnp.where(good, deviation * unit, 0).astype(jnp.float32)
 

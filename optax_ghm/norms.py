@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec
 LARGEST_DIVISOR = 2.0**120
 """XLA divides by multiplying with the reciprocal: that of more is flushed."""
 
+LARGEST_RECIPROCAL = 8e37
+"""That of more is below the least normal float32."""
 
 AxisName = str | tuple[str, ...] | None
 """Mapped axes over which an array is split."""

@@ -92,8 +92,9 @@ def slide(memory: PastNorms, norm: jax.Array) -> PastNorms:
   sort it anew.
   """
   length = memory.past.shape[-1]
-  slots = jnp.arange(length, dtype=jnp.int32)
   norm = jnp.expand_dims(norm, -1)
+  slots = jnp.arange(length, dtype=jnp.int32)
+  slots = slots.reshape((1,) * (norm.ndim - 1) + (-1,))
   slot = jnp.expand_dims(memory.recorded % length, -1)
   oldest = jnp.take_along_axis(memory.past, slot, axis=-1)
   end = jnp.full_like(norm, _NONE_YET)

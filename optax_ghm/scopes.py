@@ -54,12 +54,15 @@ def flax_unit_axes(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...]:
     Brock et al., `High-Performance Large-Scale Image Recognition Without
     Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
   """
-  names = {str(getattr(key, 'key', getattr(key, 'name', key))) for key in path}
-  if leaf.ndim <= 1 or names & {'bias', 'scale'}:
+  names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    names.pop()  # of the box around a parameter: nnx's, or Linen's metadata
+  layer, parameter = ['', '', *names][-2:]
+  if leaf.ndim <= 1 or parameter in ('bias', 'scale'):
     return tuple(range(leaf.ndim))
-  if 'embedding' in names:
+  if parameter == 'embedding':
     return tuple(range(1, leaf.ndim))
-  if names & {'query', 'key', 'value'} and leaf.ndim == 3:
+  if layer in ('query', 'key', 'value') and leaf.ndim == 3:
     return (0,)
   return tuple(range(leaf.ndim - 1))
 
@@ -200,7 +203,7 @@ def _grouped(scope, tree):
 
 def _united(scope, tree):
   axes = [
-    tuple(scope.axes(path, leaf))
+    np.lib.array_utils.normalize_axis_tuple(scope.axes(path, leaf), leaf.ndim)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if _norms.is_inexact(leaf) and leaf.size
   ]

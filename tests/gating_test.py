@@ -592,9 +592,7 @@ def momentum(learning_rate):
   return optax.sgd(learning_rate, 0.9)
 
 
-@pytest.mark.parametrize(
-  'make', [momentum, optax.nadam, optax.lion]
-)
+@pytest.mark.parametrize('make', [momentum, optax.nadam, optax.lion])
 def test_it_takes_no_more_memory_than_the_optimizer_alone(make):
   """Some need a copy of the momentum themselves."""
   alone = temporary_bytes(make, always)

@@ -121,13 +121,13 @@ def test_the_norm_is_one_afterwards(name, scale):
 
 
 @pytest.mark.parametrize('name', ['global', 'leaf', 'unit'])
-@pytest.mark.parametrize('size', [8e37, 1e38, 3e38])
-def test_the_largest_norms_are_divided_by_too(name, size):
+@pytest.mark.parametrize('size', [1e38, 3e38])
+def test_the_largest_norms_are_bad_steps(name, size):
   """Their reciprocal is less than the least normal float32."""
   tree = {'kernel': jnp.array([[0.6], [-0.8]]) * jnp.float32(size)}
   updates, state = jitted(BY_NORM[name])(tree)
-  np.testing.assert_allclose(updates['kernel'], [[0.6], [-0.8]], rtol=1e-5)
-  assert not state.skipped.any()
+  assert not updates['kernel'].any()
+  assert state.skipped.all()
 
 
 def test_what_has_no_direction_becomes_zero_and_is_counted():
