@@ -199,7 +199,7 @@ def main():
   for column in ('', 'mean ± deviation', 'each seed', 'seconds'):
     table.add_column(column)
   seeds = jnp.arange(args.seeds)
-  histories = {}
+  histories, console = {}, Console()
   for name, maker in methods(args.learning_rate).items():
     start, setting = time.perf_counter(), 1.0
     run = jax.jit(
@@ -214,13 +214,13 @@ def main():
     losses, history = run(setting, jax.vmap(jax.random.key)(seeds))
     histories[name] = jax.tree.map(np.asarray, history)
     label = f'{name} at {setting:g}, the best of {len(CONSTANT_NORMS)}'
+    console.print(f'{name}: {losses.mean():.3f}')
     table.add_row(
       label if name == 'constant clip' else name,
       f'{losses.mean():.3f} ± {losses.std():.3f}',
       ' '.join(f'{loss:.3f}' for loss in losses),
       f'{time.perf_counter() - start:.0f}',
     )
-  console = Console()
   console.print(table)
   plot(histories, args.picture)
   console.print(f'written: {args.picture}')

@@ -57,6 +57,7 @@ def clip_by_percentile(
     Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source
     Separation Networks <https://arxiv.org/abs/2007.14469>`_, 2020
   """
+  _clipping.check_range('percentile', percentile, 0, 100)
 
   def judge(step, statistics):
     threshold, usual, following = estimator.judge(
@@ -105,10 +106,16 @@ def clip_by_zscore(
   it is brought. In the first steps nothing is clipped; their mean and variance
   start the averages.
 
+  What is clipped enters the averages as clipped, so that a lasting rise of the
+  norms, of three times or more, is clipped for as long as it lasts: this is the
+  paper's rule. Where that may happen, take :func:`clip_by_percentile` with a
+  percentile of 50.
+
   Args:
     z_threshold: :math:`z_\theta`.
     decay: α.
-    warmup_steps: how many steps the averages are started with.
+    warmup_steps: how many steps the averages are started with, one at least;
+      with two or more there is a deviation to begin with.
     scope: see :func:`clip_by_norm`.
     axis_name: mapped axis, or axes, over which the gradients are split.
 
@@ -130,6 +137,7 @@ def clip_by_zscore(
     Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
     <https://arxiv.org/abs/2504.02507>`_, 2025
   """
+  _clipping.check_range('decay', decay, 0, 1)
 
   def init(shape):
     zero = jnp.zeros(shape, jnp.float32)
@@ -139,7 +147,7 @@ def clip_by_zscore(
     norm = step.norm
     mean, variance, recorded = statistics
     count = recorded.astype(jnp.float32)
-    warm = count < jnp.asarray(warmup_steps, jnp.float32)
+    warm = count < jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1)
     # Equal norms differ by rounding: that is no deviation.
     deviation = jnp.maximum(jnp.sqrt(variance), 1e-6 * mean)
     theta = jnp.asarray(z_threshold, jnp.float32)
@@ -225,6 +233,7 @@ def clip_by_norm_ema(
     Wang et al., `AdaGC: Improving Training Stability for Large Language Model
     Pretraining <https://arxiv.org/abs/2502.11034>`_, 2025
   """
+  _clipping.check_range('decay', decay, 0, 1)
 
   def init(shape):
     return NormAverage(
@@ -246,9 +255,15 @@ def clip_by_norm_ema(
     following = jnp.where(
       warm, jnp.minimum(average, seen), beta * average + (1 - beta) * seen
     )
+    # The least of a few norms is not what is usual.
+    usual = jnp.where(
+      warm,
+      jnp.maximum(average, jnp.asarray(max_norm, jnp.float32)),
+      average,
+    )
     recorded = _clipping.count_if(True, recorded)
     return _clipping.Verdict(
-      threshold, threshold, average, NormAverage(following, recorded)
+      threshold, threshold, usual, NormAverage(following, recorded)
     )
 
   return _clipping.clip_by_rule(judge, init, scope=scope, axis_name=axis_name)
@@ -262,11 +277,14 @@ class SecondMomentState(NamedTuple):
       have no gradient.
     elements_clipped: float32, the share of the numbers of the last step.
     bad_steps: int32, how many had NaN or inf, in any leaf.
+    absurd_in_a_row: int32, how many steps just now had a leaf whose norm was
+      beyond 10,000 times that of the square roots of its v.
   """
 
   second_moment: Any
   elements_clipped: jax.Array
   bad_steps: jax.Array
+  absurd_in_a_row: jax.Array
 
 
 def clip_by_second_moment(
@@ -294,8 +312,8 @@ def clip_by_second_moment(
   Returns:
     A ``GradientTransformationExtraArgs`` with a :class:`SecondMomentState`. A
     leaf with NaN or inf becomes 0; that and one that is all zero leave its v as
-    it was; so does, for itself, a number beyond 10,000 times
-    :math:`\sqrt v`, which is clipped.
+    it was. So does one whose norm is beyond 10,000 times that of
+    :math:`\sqrt v`, which is clipped, unless there were 20 in a row.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -327,10 +345,11 @@ def clip_by_second_moment(
       ),
       elements_clipped=jnp.zeros([], jnp.float32),
       bad_steps=jnp.zeros([], jnp.int32),
+      absurd_in_a_row=jnp.zeros([], jnp.int32),
     )
 
-  def clip_leaf(g, v, norm):
-    """The clipped leaf, its next second moment, and how many were clipped."""
+  def clip_leaf(g, v, norm, patient):
+    """The clipped leaf, its next moment, how many were clipped, if absurd."""
     dtype = _norms.at_least_float32(g.dtype)
     theta = jnp.asarray(ratio, jnp.float32)
 
@@ -338,6 +357,10 @@ def clip_by_second_moment(
       limit = jnp.sqrt(theta) * jnp.sqrt(v)
       size = jnp.abs(g.astype(dtype)).astype(jnp.float32)
       above = (limit > 0) & (size > limit)
+      if not jnp.iscomplexobj(g):
+        x = g.astype(dtype)
+        bound = jnp.sign(x) * limit.astype(dtype)
+        return jnp.where(above, bound, x).astype(g.dtype)
       factor = jnp.where(above, limit / jnp.where(above, size, 1), 1)
       factor = factor.astype(jnp.finfo(dtype).dtype)
       return _norms.multiply(g.astype(dtype), factor).astype(g.dtype)
@@ -352,10 +375,15 @@ def clip_by_second_moment(
     beta = jnp.asarray(decay, jnp.float32)
     moved = beta * v + (1 - beta) * jnp.square(entering)
     moved = jnp.minimum(moved, jnp.finfo(jnp.float32).max)
-    absurd = (v > 0) & (size > _clipping.ABSURD * jnp.sqrt(v))
-    known = jnp.isfinite(norm) & (norm > 0) & ~absurd
+    usual = jnp.sum(v)
+    if axis_name is not None:
+      usual = jax.lax.psum(usual, axis_name)
+    absurd = jnp.isfinite(norm) & (usual > 0)
+    absurd &= norm > _clipping.ABSURD * jnp.sqrt(usual)
+    known = jnp.isfinite(norm) & (norm > 0) & ~(absurd & patient)
     count = jnp.sum(jnp.where(entering < size, 1, 0), dtype=jnp.float32)
-    return update, jnp.where(known, moved, v), count
+    count = jnp.where(jnp.isfinite(norm), count, 0)
+    return update, jnp.where(known, moved, v), count, absurd
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
@@ -364,12 +392,14 @@ def clip_by_second_moment(
     leaves, structure = jax.tree.flatten(updates)
     moments, of_moments = jax.tree.flatten(state.second_moment)
     at = [i for i, leaf in enumerate(leaves) if has_gradient(leaf)]
-    count = jnp.zeros([], jnp.float32)
+    count, any_absurd = jnp.zeros([], jnp.float32), jnp.zeros([], bool)
+    patient = state.absurd_in_a_row < _clipping.PATIENCE
     for k, i in enumerate(at):
-      leaves[i], moments[k], clipped = clip_leaf(
-        leaves[i], moments[k], norms[k]
+      leaves[i], moments[k], clipped, absurd = clip_leaf(
+        leaves[i], moments[k], norms[k], patient
       )
       count += clipped
+      any_absurd |= absurd
     if axis_name is not None:
       count = jax.lax.psum(count, axis_name)
     size = jnp.maximum(jnp.sum(scoped.sizes(updates, axis_name)), 1)
@@ -377,6 +407,7 @@ def clip_by_second_moment(
       of_moments.unflatten(moments),
       count / size,
       _clipping.count_if(~jnp.all(jnp.isfinite(norms)), state.bad_steps),
+      jnp.where(any_absurd, _clipping.count_if(True, state.absurd_in_a_row), 0),
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -2,10 +2,15 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm import adaptive_clipping as _adaptive_clipping, gating as _gating
+from optax_ghm import (
+  adaptive_clipping as _adaptive_clipping,
+  clipping as _clipping,
+  gating as _gating,
+)
 
 
 class CalibratedState(NamedTuple):
@@ -38,6 +43,9 @@ def calibrated(
   Returns:
     A ``GradientTransformationExtraArgs`` with a :class:`CalibratedState`.
 
+  Raises:
+    TypeError: on init, if the clip keeps another state.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax
@@ -56,19 +64,29 @@ def calibrated(
   )
 
   def init_fn(params):
-    return CalibratedState(before.init(params), inner.init(params))
+    clip_state = before.init(params)
+    if not isinstance(clip_state, _clipping.ClipState):
+      raise TypeError(
+        'clip must be one that keeps a ClipState, such as clip_by_zscore(); the'
+        f' state of this one is a {type(clip_state).__name__}.'
+      )
+    return CalibratedState(clip_state, inner.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
     clipping: Any = before.update(updates, state.clip, params, **extra_args)
     clipped, clip_state = clipping
+    sound = jnp.all(clip_state.factor > 0)
     stepped, inner_state = _gating.update_where(
-      jnp.all(clip_state.factor > 0),
-      inner.update,
-      clipped,
-      state.optimizer,
-      params,
-      **extra_args,
+      sound, inner.update, clipped, state.optimizer, params, **extra_args
     )
-    return stepped, CalibratedState(clip_state, inner_state)
+    # One bad leaf leaves out the step of all: then no other learns from it.
+    statistics = jax.tree.map(
+      lambda new, old: jnp.where(sound, new, old),
+      clip_state.statistics,
+      state.clip.statistics,
+    )
+    return stepped, CalibratedState(
+      clip_state._replace(statistics=statistics), inner_state
+    )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

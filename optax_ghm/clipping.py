@@ -1,5 +1,6 @@
 """Clipping gradients by their norms: one engine, and limits that are given."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from optax_ghm import norms as _norms, scopes as _scopes
 
 ABSURD = 1e4
 """So many times the usual norm is no gradient but an error."""
+
+PATIENCE = 20
+"""After so many of them in a row, it is what is usual that was wrong."""
 
 
 _LEAST = float(np.finfo(np.float32).tiny)
@@ -34,6 +38,8 @@ class ClipState(NamedTuple):
       NaN or inf, or more than 1e37 times the limit, whose update is 0; those
       that are all zero; and those beyond :data:`ABSURD` times the usual norm,
       which are clipped.
+    absurd_in_a_row: int32, how many steps were beyond it just now; after
+      :data:`PATIENCE` of them the statistics start anew.
     statistics: what the rule remembers.
   """
 
@@ -42,6 +48,7 @@ class ClipState(NamedTuple):
   factor: jax.Array
   clipped: jax.Array
   skipped: jax.Array
+  absurd_in_a_row: jax.Array
   statistics: Any
 
 
@@ -102,6 +109,7 @@ def clip_by_rule(
       factor=jnp.ones(shape, jnp.float32),
       clipped=jnp.zeros(shape, jnp.int32),
       skipped=jnp.zeros(shape, jnp.int32),
+      absurd_in_a_row=jnp.zeros(shape, jnp.int32),
       statistics=init(shape),
     )
 
@@ -129,17 +137,29 @@ def clip_by_rule(
     factor = jnp.where(finite & (factor > _LEAST), factor, 0)
     good = (factor > 0) & (norm > 0) & ~absurd
 
-    def remember(old, new):
-      at = jnp.expand_dims(good, tuple(range(good.ndim, new.ndim)))
-      return jnp.where(at, new, old)
+    in_a_row = jnp.where(
+      finite & absurd, count_if(True, state.absurd_in_a_row), 0
+    )
+    anew = in_a_row >= PATIENCE
+
+    def select(where, new, old):
+      where = jnp.expand_dims(where, tuple(range(where.ndim, new.ndim)))
+      return jnp.where(where, new, old)
+
+    remember = functools.partial(select, good)
+    statistics = jax.tree.map(remember, verdict.statistics, state.statistics)
+    start = init(scoped.shape)
 
     state = ClipState(
-      norm=remember(state.norm, norm),
-      threshold=remember(state.threshold, verdict.threshold),
+      norm=remember(norm, state.norm),
+      threshold=remember(verdict.threshold, state.threshold),
       factor=factor,
       clipped=count_if(above & good, state.clipped),
       skipped=count_if(~good, state.skipped),
-      statistics=jax.tree.map(remember, state.statistics, verdict.statistics),
+      absurd_in_a_row=jnp.where(anew, 0, in_a_row),
+      statistics=jax.tree.map(
+        functools.partial(select, anew), start, statistics
+      ),
     )
     return scoped.scale(updates, factor), state
 
@@ -150,6 +170,12 @@ def _given(params, updates):
   if params is None and updates is not None:
     raise ValueError('params must be given to update(), and were None.')
   return params
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+  """What is known while tracing, Python's own numbers, must be in the range."""
+  if isinstance(value, int | float) and not low <= value <= high:
+    raise ValueError(f'{name} must be from {low} to {high}, got {value}.')
 
 
 def count_if(event: ArrayLike, count: jax.Array) -> jax.Array:
@@ -194,6 +220,7 @@ def clip_by_norm(
     Pascanu et al., `On the difficulty of training Recurrent Neural Networks
     <https://arxiv.org/abs/1211.5063>`_, 2012
   """
+  check_range('max_norm', max_norm, 0, np.inf)
 
   def judge(step, statistics):
     limit = jnp.asarray(max_norm, jnp.float32)
@@ -274,11 +301,14 @@ def clip_update_rms(
     u \leftarrow u / \max(1, \operatorname{RMS}(u) / d), \qquad
     \operatorname{RMS}(u) = \lVert u \rVert / \sqrt n
 
-  Behind ``optax.scale_by_rms`` it is the rule of Adafactor and StableAdamW, who
-  take :math:`u = g / \sqrt v`. Behind ``optax.scale_by_adam`` it sees
-  :math:`m / \sqrt v` instead, which a spike moves less. The formula is
-  that of ``optax.clip_by_block_rms``; here it survives bad numbers and says
-  what it did.
+  Behind ``optax.scale_by_rms`` it is the rule of Adafactor, for
+  :math:`u = g / \sqrt v`. StableAdamW divides :math:`m / \sqrt v` by the root
+  mean square of :math:`g / \sqrt v`; behind ``optax.scale_by_adam`` this takes
+  that of :math:`m / \sqrt v` itself, which a spike moves less. The formula is
+  that of ``optax.clip_by_block_rms``; here it says what it did.
+
+  NaN and inf become 0, which hides moments that are broken for good: have a
+  guard around them, as in the example.
 
   Args:
     max_rms: d.
@@ -293,8 +323,12 @@ def clip_update_rms(
     >>> import jax.numpy as jnp
     >>> import optax
     >>> import optax_ghm
-    >>> tx = optax.chain(
-    ...   optax.scale_by_rms(), optax_ghm.clip_update_rms(), optax.scale(-1e-3)
+    >>> rms_prop = optax_ghm.calibrated(
+    ...   optax.chain(
+    ...     optax.scale_by_rms(),
+    ...     optax_ghm.clip_update_rms(),
+    ...     optax.scale(-1e-3),
+    ...   )
     ... )
     >>> tx = optax_ghm.clip_update_rms()
     >>> updates, _ = tx.update(jnp.array([1.0, -7.0]), tx.init(jnp.zeros(2)))

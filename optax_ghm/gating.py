@@ -35,7 +35,7 @@ def update_where(
     Updates and state, as ``update`` gives them.
 
   Raises:
-    ValueError: if ``update`` changes the structure of the state.
+    ValueError: if ``update`` changes the structure or the shapes of the state.
   """
   structure: Any = None
   aside: dict[int, Any] = {}  # float0 is no type for a trace
@@ -48,6 +48,12 @@ def update_where(
         'update must return a state of the structure that it took, got'
         f' {jax.tree.structure(result[1])} for {jax.tree.structure(state)}.'
       )
+    for new, old in zip(*map(jax.tree.leaves, (result[1], state)), strict=True):
+      if jnp.shape(new) != jnp.shape(old):
+        raise ValueError(
+          'update must return a state of the shapes that it took, got'
+          f' {jnp.shape(new)} for {jnp.shape(old)}.'
+        )
     leaves, structure = jax.tree.flatten(result)
     aside.update((i, leaf) for i, leaf in enumerate(leaves) if _is_float0(leaf))
     return [leaf for i, leaf in enumerate(leaves) if i not in aside]

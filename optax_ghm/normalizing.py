@@ -99,7 +99,7 @@ def standardize(
   .. math:: g \leftarrow (g - \mu) / \sigma
 
   with the mean and the deviation over all numbers of the leaf. Scalars and
-  vectors, that is biases and scales, pass unchanged.
+  vectors, that is biases and scales, pass unchanged, NaN among them.
 
   Args:
     axis_name: mapped axis, or axes, over which the gradients are split.
@@ -144,8 +144,7 @@ def standardize(
     x = leaf.astype(_norms.at_least_float32(leaf.dtype))
     # In units of the largest, so that nothing overflows.
     largest = over_shards(jax.lax.pmax, jnp.max(jnp.abs(x)))
-    unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
-    unit = jnp.minimum(unit, _norms.LARGEST_DIVISOR)
+    unit = _norms.divisor(largest)
     x = _norms.multiply(x, 1 / unit)
     size = over_shards(jax.lax.psum, jnp.ones_like(unit) * leaf.size)
     for _ in range(2):  # the second time, what rounding left of the first mean
@@ -210,11 +209,11 @@ def centralize(
   """
 
   def centralized(path, leaf):
-    if not (_norms.is_inexact(leaf) and leaf.size and leaf.ndim > 1):
+    if not (_norms.is_inexact(leaf) and leaf.size):
+      return leaf
+    if not _scopes.is_kernel(path, leaf):
       return leaf
     axes = units.axes(path, leaf)
-    if len(axes) == leaf.ndim:
-      return leaf
     x = leaf.astype(_norms.at_least_float32(leaf.dtype))
     mean = jnp.mean(x, axis=axes, keepdims=True)
     if axis_name is not None:

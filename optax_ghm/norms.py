@@ -65,7 +65,7 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     return jnp.abs(x)
   # The magnitudes are for the maximum only: nothing is written out in between.
   largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
-  unit = _divisor(largest)
+  unit = divisor(largest)
   root = _sqrt(_sum_of_squares(x, axis, unit))
   return jnp.squeeze(unit, axis=axis) * root
 
@@ -157,8 +157,8 @@ def group_norms(
   def rescaled():
     # Each row in its own unit: XLA would write out one that they share.
     largest = per_row(_largest)
-    own = _divisor(largest)
-    unit = _divisor(per_group('max', largest))
+    own = divisor(largest)
+    unit = divisor(per_group('max', largest))
     ratio = jnp.where(largest == 0, 0, own / unit[of_rows])
     squares = per_row(_sum_of_squares, own)
     return unit, per_group('sum', squares * jnp.square(ratio))
@@ -203,7 +203,7 @@ def unit_norms(
 
   def rescaled():
     largest = units(norm)
-    unit = _divisor(largest)
+    unit = divisor(largest)
     return unit, jnp.square(largest / unit)
 
   return _root(units(_sum_of_squares), rescaled, axis_name)
@@ -227,7 +227,7 @@ def _root(total, rescaled, axis_name):
   return unit * _sqrt(total)
 
 
-def _divisor(largest):
+def divisor(largest):
   """What to divide by so that nothing overflows: 1 for 0, inf and NaN."""
   unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
   return jnp.minimum(unit, LARGEST_DIVISOR)

@@ -75,7 +75,8 @@ def learning_rate_range_test(
   .. math:: \eta_t = \eta_\text{low}
     (\eta_\text{high} / \eta_\text{low})^{t / (T - 1)}
 
-  All steps are one compiled scan; ``params`` stay as they are.
+  All steps are one compiled scan; ``params`` stay as they are. (Smith lets it
+  grow linearly, and reads the bounds of a cycle off the curve by eye.)
 
   The losses are smoothed over a tenth of a decade or two steps, without the lag
   of a moving average. The suggestion is a third of the learning rate at their

@@ -28,13 +28,31 @@ class Groups:
   labels: Any
 
 
+_VECTORS = ('bias', 'scale')
+
+
+def _names(path):
+  """Of the layer and the parameter, or empty."""
+  names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    names.pop()  # of the box around a parameter: nnx's, or Linen's metadata
+  return ['', '', *names][-2:]
+
+
+def is_kernel(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+  """Whether it has a fan-in: two axes at least, and no bias or scale."""
+  return leaf.ndim > 1 and _names(path)[1] not in _VECTORS
+
+
 def flax_unit_axes(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...]:
   """The axes of a parameter of Flax that a unit sums over: its fan-in.
 
   A unit is what computes one output: a column of a dense kernel (in, out), a
   filter of a convolution (…, in, out), a column of one head of the query, key
   or value (in, heads, features), and the vector of one token of an embedding
-  (tokens, features). Biases, scales and all of rank 0 or 1 are one unit.
+  (tokens, features). Biases, scales and all of rank 0 or 1 are one unit. Not
+  known by their names, and to be told by :class:`Units`: other layers with
+  heads, such as a ``DenseGeneral``, and transposed kernels.
 
   Args:
     path: of the leaf, as ``jax.tree_util.tree_map_with_path`` gives it.
@@ -54,11 +72,8 @@ def flax_unit_axes(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...]:
     Brock et al., `High-Performance Large-Scale Image Recognition Without
     Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
   """
-  names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
-  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
-    names.pop()  # of the box around a parameter: nnx's, or Linen's metadata
-  layer, parameter = ['', '', *names][-2:]
-  if leaf.ndim <= 1 or parameter in ('bias', 'scale'):
+  layer, parameter = _names(path)
+  if not is_kernel(path, leaf):
     return tuple(range(leaf.ndim))
   if parameter == 'embedding':
     return tuple(range(1, leaf.ndim))
@@ -76,11 +91,13 @@ class Units:
       over, as :func:`flax_unit_axes`, which ``'unit'`` stands for.
 
   Examples:
+    >>> import jax
     >>> import optax_ghm
-    >>> # Kernels of layers in a row, (layers, in, out), as nn.scan makes them.
-    >>> stacked = optax_ghm.Units(
-    ...   lambda path, leaf: tuple(range(1, leaf.ndim - 1))
-    ... )
+    >>> def of_layers(path, leaf):
+    ...   # Layers in a row, as nn.scan makes them: (layers, in, out).
+    ...   layer = jax.eval_shape(lambda leaf: leaf[0], leaf)
+    ...   return tuple(i + 1 for i in optax_ghm.flax_unit_axes(path, layer))
+    >>> stacked = optax_ghm.Units(of_layers)
     >>> tx = optax_ghm.clip_by_parameter_norm(scope=stacked)
   """
 

@@ -103,9 +103,10 @@ def skip_spikes(
   not know of that step. So it is where either has NaN or inf, and where the
   norm is beyond 10,000 times the mean.
 
-  What was left out does not enter the window. Lest a lasting change of level
-  stop the training for good, the window starts anew after ``max_consecutive``
-  finite steps in a row were left out, and the last of them is taken.
+  What was left out does not enter the window (in OLMo's it does). Lest a
+  lasting change of level stop the training for good, the window starts anew
+  after ``max_consecutive`` finite steps in a row were left out: the next one is
+  taken.
 
   Args:
     optimizer: any Optax optimizer.
@@ -118,6 +119,9 @@ def skip_spikes(
     A ``GradientTransformationExtraArgs`` with a :class:`SkipState`. Its
     ``update`` takes the loss as the extra argument ``value``, a scalar, the
     same on all devices, and gives it on to the optimizer.
+
+  Raises:
+    ValueError: on update, if ``value`` is no scalar.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -177,15 +181,15 @@ def skip_spikes(
     recorded = jnp.where(anew, 0, recent.recorded)
     old = jnp.where(anew, 0, recent.values)
     values = jnp.where(slots == recorded % window.length, x, old)
+    following = jnp.asarray(optax.safe_increment(recorded))
     return RecentSteps(
-      jnp.where(enters, values, recent.values),
-      jnp.where(
-        enters, jnp.asarray(optax.safe_increment(recorded)), recent.recorded
-      ),
+      jnp.where(enters, values, old), jnp.where(enters, following, recorded)
     )
 
   def update_fn(updates, state, params=None, *, value=None, **extra_args):
     if value is not None:
+      if jnp.shape(value) != ():
+        raise ValueError(f'value must be a scalar, got {jnp.shape(value)}.')
       extra_args['value'] = value
     norm = _scopes.scoped('global', updates).norms(updates, axis_name)
     usual, norm_limit = threshold(state.recent_norms)

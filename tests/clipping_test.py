@@ -187,6 +187,37 @@ def test_the_quantile_comes_to_rest_at_the_percentile():
   np.testing.assert_allclose(thresholds.threshold[2000:].mean(), 1.3, atol=0.02)
 
 
+@pytest.mark.parametrize('name', [name for name in CLIPS if name != 'norm'])
+def test_a_tiny_first_step_is_forgotten(name):
+  """After twenty that were absurd beside it, it was the usual that was not."""
+  norms = np.concatenate([[1e-7], np.ones(79)])
+  updates, states = run(name, norms)
+  np.testing.assert_allclose(updates[-10:], 1, rtol=0.1)
+  assert (states.absurd_in_a_row[-10:] == 0).all()
+
+
+def test_a_clip_without_warm_up_starts_with_the_first_norm():
+  tx = optax_ghm.clip_by_zscore(warmup_steps=0)
+  update, state = tx.update(jnp.ones(1), tx.init(jnp.zeros(1)))
+  assert update == 1
+  update, _ = tx.update(3 * jnp.ones(1), state)
+  np.testing.assert_allclose(update, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'make, word',
+  [
+    (lambda: optax_ghm.clip_by_percentile(150.0), 'percentile'),
+    (lambda: optax_ghm.clip_by_norm(-1.0), 'max_norm'),
+    (lambda: optax_ghm.clip_by_zscore(decay=1.5), 'decay'),
+    (lambda: optax_ghm.clip_by_norm_ema(decay=-0.1), 'decay'),
+  ],
+)
+def test_numbers_out_of_range_are_named(make, word):
+  with pytest.raises(ValueError, match=word):
+    make()
+
+
 # Scopes.
 
 TREE = {
@@ -358,6 +389,21 @@ def test_calibrated_leaves_a_bad_step_out_altogether(bad, scope):
   chex.assert_trees_all_equal(state.optimizer, calm_state.optimizer)
 
 
+def test_calibrated_learns_nothing_from_a_step_that_one_leaf_spoils():
+  tx = optax_ghm.calibrated(
+    optax.sgd(1.0), optax_ghm.clip_by_zscore(scope='leaf')
+  )
+  bad = TREE | {'a': jnp.array([jnp.nan, 1.0])}
+  _, state = tx.update(bad, tx.init(TREE), TREE)
+  np.testing.assert_array_equal(state.clip.statistics.recorded, [0, 0])
+  np.testing.assert_array_equal(state.clip.skipped, [1, 0])
+
+
+def test_calibrated_names_a_clip_that_keeps_no_clip_state():
+  with pytest.raises(TypeError, match='clip'):
+    optax_ghm.calibrated(optax.sgd(1.0), optax.clip(1.0)).init(TREE)
+
+
 def test_every_clip_takes_counts_to_the_end_of_int32():
   top = jnp.iinfo(jnp.int32).max
   for tx in CLIPS.values():
@@ -369,5 +415,6 @@ def test_every_clip_takes_counts_to_the_end_of_int32():
     )
     for size in itertools.repeat(1.0, 2):
       _, state = tx.update(size * jnp.ones(3), state)
+    state = state._replace(absurd_in_a_row=jnp.int32(top))  # which begins again
     counts = [u for u in jax.tree.leaves(state) if u.dtype == jnp.int32]
     assert all((count == top).all() for count in counts)

@@ -442,7 +442,7 @@ def test_centralize_of_other_layouts(rng):
 
 
 def test_the_layout_of_layers_in_a_row_leaves_their_biases_alone(rng):
-  """That of the docstring of ``Units``: it must not erase their gradients."""
+  """It must not erase their gradients."""
   stacked = optax_ghm.Units(lambda path, leaf: tuple(range(1, leaf.ndim - 1)))
   tx = optax_ghm.centralize(stacked)
   grads = {
