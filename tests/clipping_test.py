@@ -413,8 +413,9 @@ def test_every_clip_takes_counts_to_the_end_of_int32():
       ),
       tx.init(jnp.zeros(3)),
     )
+    state = state._replace(absurd_in_a_row=jnp.int32(0))  # it begins again
     for size in itertools.repeat(1.0, 2):
       _, state = tx.update(size * jnp.ones(3), state)
-    state = state._replace(absurd_in_a_row=jnp.int32(top))  # which begins again
+    state = state._replace(absurd_in_a_row=jnp.int32(top))
     counts = [u for u in jax.tree.leaves(state) if u.dtype == jnp.int32]
     assert all((count == top).all() for count in counts)
