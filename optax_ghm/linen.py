@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
@@ -262,10 +261,11 @@ class Tapped:
       )
     if not layers:
       raise ValueError('no module was called that could be tapped.')
-    new = _flow.sink(histogram=self.histogram, examples=self.examples)
     return _flow.Taps(
       {
-        name: jax.tree.map(lambda u: jnp.zeros(stack + u.shape, u.dtype), new)
+        name: _flow.sink(
+          histogram=self.histogram, examples=self.examples, stack=stack
+        )
         for name, stack in stacks.items()
       },
       tuple(layers),

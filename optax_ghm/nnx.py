@@ -308,7 +308,6 @@ class Tapped:
         return _method(copy, method)(*args, **kwargs)
 
     jax.eval_shape(run, state)
-    new = _flow.sink(histogram=self.histogram, examples=self.examples)
     stats, layers = {}, []
     for name in dict.fromkeys([*stacks, *modules]):
       module = modules[name]
@@ -318,8 +317,8 @@ class Tapped:
       while stack is None:  # nothing to tell by: as the module around it
         around = around.rpartition('/')[0]
         stack = stacks.get(around) if around else ()
-      stats[name] = jax.tree.map(
-        lambda u, stack=stack: jnp.zeros(stack + u.shape, u.dtype), new
+      stats[name] = _flow.sink(
+        histogram=self.histogram, examples=self.examples, stack=stack
       )
       own = [v for v in vars(module).values() if isinstance(v, nnx.Param)]
       ranks = [getattr(v.get_value(), 'ndim', 0) - len(stack) for v in own]

@@ -28,6 +28,8 @@ _COLUMNS = (
   'largest',
 )
 
+COLUMN_COUNT = len(_COLUMNS)
+
 
 class TapStats(NamedTuple):
   r"""Statistics of the cotangents that went through a tap.
@@ -126,12 +128,18 @@ def _root(squares):
   return _norms.norm(roots, -1)
 
 
-def sink(*, histogram: bool = False, examples: int | None = None) -> TapStats:
+def sink(
+  *,
+  histogram: bool = False,
+  examples: int | None = None,
+  stack: tuple[int, ...] = (),
+) -> TapStats:
   """What :func:`tap` writes to: statistics of nothing yet, all zero.
 
   Args:
     histogram: whether to keep one of the magnitudes.
     examples: how many examples there are, to keep the norm of each.
+    stack: sizes of leading axes, for sinks that a loop over layers slices.
 
   Returns:
     The sink; its gradient is the statistics.
@@ -140,13 +148,17 @@ def sink(*, histogram: bool = False, examples: int | None = None) -> TapStats:
     >>> from optax_ghm import flow
     >>> flow.sink(examples=32).example_norms.shape
     (32,)
+    >>> flow.sink(stack=(12,)).norm.shape
+    (12,)
   """
+
+  def zeros(*shape):
+    return jnp.zeros(stack + shape, jnp.float32)
+
   return TapStats(
-    numbers=jnp.zeros([len(_COLUMNS)], jnp.float32),
-    histogram=jnp.zeros([CELLS], jnp.float32) if histogram else None,
-    example_squares=(
-      None if examples is None else jnp.zeros([examples, 3], jnp.float32)
-    ),
+    numbers=zeros(COLUMN_COUNT),
+    histogram=zeros(CELLS) if histogram else None,
+    example_squares=None if examples is None else zeros(examples, 3),
   )
 
 
@@ -227,7 +239,7 @@ def _tap_bwd(sink, cotangents):
   return cotangents, functools.reduce(_together, several)
 
 
-_tap.defvjp(_tap_fwd, _tap_bwd)
+_tapping.defvjp(_tap_fwd, _tap_bwd)
 
 
 def _measure(cotangent, sink):

@@ -1,0 +1,438 @@
+"""What taps and watched optimizers measured, kept on the host over time."""
+
+import collections
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_ghm.flow import tapping as _tapping, watching as _watching
+
+FORMAT = 'optax_ghm.flow 1'
+"""What saved records begin with."""
+
+PENDING = 64
+"""Steps that may be on their way to the host; more make ``add`` wait."""
+
+
+class _Step(NamedTuple):
+  number: int
+  tapped: Any  # (layers, 9), or None
+  histogram: Any  # (layers, 64), or None
+  watched: Any  # (leaves, 10), or None
+  scalars: dict[str, Any]
+
+
+class Record:
+  """The history of a training: what came of its taps and its watched optimizer.
+
+  :meth:`add` does not wait for the device: it starts the copy of the small
+  results and goes on; they are read when they have arrived. The history is
+  bounded: when it is full, every second step of it is dropped, so that what is
+  long ago is seldom and what is recent is dense; the first step with a number
+  that is not finite is never dropped.
+
+  Args:
+    params: the parameters, to name the rows of a watched optimizer; not kept.
+    capacity: most steps to keep.
+    writers: called with (step, numbers by name) as steps arrive, before
+      anything is dropped: :func:`optax_ghm.flow.json_lines` and the like.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from optax_ghm import flow
+    >>> def loss(params, taps):
+    ...   return jnp.sum(jnp.square(flow.tap(2 * params['w'], taps['hidden'])))
+    >>> params = {'w': jnp.ones(3)}
+    >>> tx = flow.watch(optax.sgd(0.1))
+    >>> state, record = tx.init(params), flow.Record(params)
+    >>> for step in range(3):
+    ...   value, (grads, taps) = jax.value_and_grad(loss, argnums=(0, 1))(
+    ...     params, flow.Taps.of(['hidden'])
+    ...   )
+    ...   updates, state = tx.update(grads, state, params)
+    ...   params = optax.apply_updates(params, updates)
+    ...   record.add(step, taps=taps, opt_state=state, loss=value)
+    >>> record.layer_stats['norm'][:, 0].round(3).tolist()
+    [6.928, 1.386, 0.277]
+    >>> record.leaf_stats['update_ratio'][:, 0].round(3).tolist()
+    [0.8, 0.8, 0.8]
+    >>> record.scalars['loss'].round(3).tolist()
+    [12.0, 0.48, 0.019]
+  """
+
+  def __init__(
+    self,
+    params: Any = None,
+    *,
+    capacity: int = 1000,
+    writers: Sequence[Callable[[int, dict[str, float]], None]] = (),
+  ):
+    if capacity < 4:
+      raise ValueError(f'capacity must be at least 4, got {capacity}.')
+    self.leaves: tuple[Leaf, ...] = () if params is None else _leaves(params)
+    self.layers: tuple[_tapping.Layer, ...] = ()
+    self._capacity = capacity
+    self._writers = tuple(writers)
+    self._pending: collections.deque[_Step] = collections.deque()
+    self._steps: list[_Step] = []
+
+  def __len__(self) -> int:
+    self._arrive(wait=True)
+    return len(self._steps)
+
+  def add(
+    self,
+    step: int,
+    *,
+    taps: _tapping.Taps | None = None,
+    opt_state: optax.OptState | None = None,
+    **scalars: Any,
+  ) -> None:
+    """Adds one step, without waiting for it to be computed.
+
+    Args:
+      step: its number, larger than those before.
+      taps: what came of the sinks.
+      opt_state: anything that holds one state of :func:`optax_ghm.flow.watch`.
+        It is copied, so the next step may have it donated.
+      **scalars: whatever else to keep, such as the loss.
+
+    Raises:
+      ValueError: if the number is not larger, if the layers are not those of
+        the steps before, or if ``opt_state`` holds no such state, or none that
+        fits ``params``.
+    """
+    last = [*self._steps[-1:], *self._pending][-1:]
+    if last and step <= last[0].number:
+      raise ValueError(f'step {step} comes after step {last[0].number}.')
+    measured = tapped = histogram = None
+    if opt_state is not None:
+      measured = self._measured(opt_state)
+    if taps is not None:
+      layers, order = _depth_order(taps)
+      if self.layers and layers != self.layers:
+        raise ValueError(
+          'the layers differ from those of the steps before:'
+          f' {[layer.name for layer in layers]} and'
+          f' {[layer.name for layer in self.layers]}.'
+        )
+      self.layers = layers
+      tapped, histogram = _gather(taps.stats, order)
+    copied = _copied((tapped, histogram, measured, dict(scalars)))
+    for leaf in jax.tree.leaves(copied):
+      leaf.copy_to_host_async()
+    self._pending.append(_Step(step, *copied))
+    self._arrive(wait=False)
+
+  def _measured(self, opt_state):
+    found = [
+      leaf
+      for leaf in jax.tree.leaves(
+        opt_state, is_leaf=lambda x: isinstance(x, _watching.WatchState)
+      )
+      if isinstance(leaf, _watching.WatchState)
+    ]
+    if len(found) != 1:
+      raise ValueError(
+        f'opt_state must hold one state of flow.watch, found {len(found)}.'
+      )
+    measured = found[0].measured
+    if len(self.leaves) != len(measured):
+      raise ValueError(
+        f'the optimizer watches {len(measured)} leaves, the record knows of'
+        f' {len(self.leaves)}: make it as Record(params).'
+      )
+    return measured
+
+  def _arrive(self, wait):
+    """Takes over what has been computed; all of it, if it is to wait."""
+    while self._pending:
+      head = self._pending[0]
+      late = len(self._pending) > PENDING
+      if not (
+        wait or late or all(u.is_ready() for u in jax.tree.leaves(head[1:]))
+      ):
+        break
+      self._pending.popleft()
+      step = jax.tree.map(np.asarray, head)._replace(number=head.number)
+      self._steps.append(step)
+      for write in self._writers:
+        write(step.number, self._named(step))
+      if len(self._steps) > self._capacity:
+        self._thin()
+
+  def _thin(self):
+    first_bad = next((s for s in self._steps if not _is_finite(s)), None)
+    kept = self._steps[::2]
+    if self._steps[-1] is not kept[-1]:
+      kept.append(self._steps[-1])
+    if first_bad is not None and not any(s is first_bad for s in kept):
+      kept.append(first_bad)
+      kept.sort(key=lambda step: step.number)
+    self._steps = kept
+
+  def _named(self, step):
+    """The numbers of a step that people plot, by name."""
+    named = {name: float(value) for name, value in step.scalars.items()}
+    if step.tapped is not None:
+      stats = layer_columns(step.tapped)
+      for i, layer in enumerate(self.layers):
+        for column in ('norm', 'non_finite'):
+          named[f'flow/{column}/{layer.name or "output"}'] = float(
+            stats[column][i]
+          )
+    if step.watched is not None:
+      stats = leaf_columns(step.watched)
+      for i, leaf in enumerate(self.leaves):
+        for column in ('gradient_norm', 'update_ratio', 'non_finite'):
+          named[f'parameters/{column}/{leaf.name}'] = float(stats[column][i])
+    return named
+
+  @property
+  def steps(self) -> np.ndarray:
+    """The numbers of the steps, (steps,)."""
+    self._arrive(wait=True)
+    return np.array([step.number for step in self._steps], np.int64)
+
+  @property
+  def scalars(self) -> dict[str, np.ndarray]:
+    """What else was added, (steps,) each; NaN where it was not."""
+    self._arrive(wait=True)
+    names = dict.fromkeys(name for s in self._steps for name in s.scalars)
+    return {
+      name: np.array([float(s.scalars.get(name, np.nan)) for s in self._steps])
+      for name in names
+    }
+
+  @property
+  def layer_stats(self) -> dict[str, np.ndarray]:
+    """By name of the statistic, (steps, layers) each.
+
+    ``calls``, ``elements``, ``sum``, ``zeros``, ``non_finite``, ``largest``,
+    ``norm`` and ``rms`` of :class:`optax_ghm.flow.TapStats`, for the layers in
+    ``layers``; NaN at steps without taps.
+    """
+    return layer_columns(
+      self._stacked('tapped', (len(self.layers), _tapping.COLUMN_COUNT))
+    )
+
+  @property
+  def leaf_stats(self) -> dict[str, np.ndarray]:
+    """By name of the statistic, (steps, leaves) each.
+
+    The properties of :class:`optax_ghm.flow.WatchState`, for the leaves in
+    ``leaves``; NaN at steps without an optimizer's state.
+    """
+    return leaf_columns(
+      self._stacked('watched', (len(self.leaves), len(_watching.COLUMNS)))
+    )
+
+  @property
+  def histograms(self) -> np.ndarray | None:
+    """(steps, layers, 64), as in :class:`optax_ghm.flow.TapStats`, or None."""
+    self._arrive(wait=True)
+    if all(step.histogram is None for step in self._steps):
+      return None
+    return self._stacked('histogram', (len(self.layers), _tapping.CELLS))
+
+  def _stacked(self, field, shape):
+    self._arrive(wait=True)
+    missing = np.full(shape, np.nan, np.float32)
+    values = [getattr(step, field) for step in self._steps]
+    values = [missing if value is None else value for value in values]
+    return np.array(values, np.float32).reshape(-1, *shape)
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes the record as an npz file of plain arrays, without pickle.
+
+    Args:
+      path: of the file.
+    """
+    arrays = {
+      'steps': self.steps,
+      'tapped': self._stacked(
+        'tapped', (len(self.layers), _tapping.COLUMN_COUNT)
+      ),
+      'watched': self._stacked(
+        'watched', (len(self.leaves), len(_watching.COLUMNS))
+      ),
+    }
+    if self.histograms is not None:
+      arrays['histogram'] = self.histograms
+    scalars = self.scalars
+    about = {
+      'format': FORMAT,
+      'capacity': self._capacity,
+      'layers': self.layers,
+      'leaves': self.leaves,
+      'scalars': list(scalars),
+    }
+    for i, values in enumerate(scalars.values()):
+      arrays[f'scalar_{i}'] = values
+    with open(path, 'wb') as file:
+      np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> 'Record':
+    """Reads what :meth:`save` wrote; steps can be added to it.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The record.
+
+    Raises:
+      ValueError: if the file is not one of these.
+    """
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+      about = json.loads(str(arrays['about']))
+    except (ValueError, KeyError, OSError, EOFError) as error:
+      if isinstance(error, FileNotFoundError):
+        raise
+      raise ValueError(f'{path} is not a record of optax_ghm.flow.') from error
+    if about.get('format') != FORMAT:
+      raise ValueError(
+        f'{path} is of the format {about.get("format")!r}, this is {FORMAT!r}.'
+      )
+    record = cls(capacity=about['capacity'])
+    record.layers = tuple(_tapping.Layer(*layer) for layer in about['layers'])
+    record.leaves = tuple(Leaf(*leaf) for leaf in about['leaves'])
+    for i, number in enumerate(arrays['steps']):
+      rows = [
+        arrays[name][i]
+        if name in arrays and not np.isnan(arrays[name][i]).all()
+        else None
+        for name in ('tapped', 'histogram', 'watched')
+      ]
+      scalars = {
+        name: arrays[f'scalar_{j}'][i]
+        for j, name in enumerate(about['scalars'])
+      }
+      tapped, histogram, watched = rows
+      record._steps.append(
+        _Step(int(number), tapped, histogram, watched, scalars)
+      )
+    return record
+
+
+class Leaf(NamedTuple):
+  """A parameter that a watched optimizer measures.
+
+  Attributes:
+    name: its path, joined by slashes.
+    rank: how many axes it has.
+  """
+
+  name: str
+  rank: int
+
+
+def _leaves(params):
+  return tuple(
+    Leaf(name, leaf.ndim) for name, leaf in _watching.counted_with_name(params)
+  )
+
+
+@jax.jit
+def _copied(tree):
+  """Results of their own, which no later step can have donated away."""
+  return jax.tree.map(jnp.copy, tree)
+
+
+def _is_finite(step):
+  return all(np.isfinite(u).all() for u in jax.tree.leaves(step[1:]))
+
+
+def _depth_order(taps):
+  """Layers by depth, a row for each of a stack, and where each comes from.
+
+  Stacked layers that are called together, those beneath the outermost stacked
+  module, follow one another step by step of their loop.
+  """
+  stacks = {name: taps[name].numbers.shape[:-1] for name in taps}
+  stacked = [name for name in taps if stacks[name]]
+
+  def root(name):
+    around = [
+      other
+      for other in stacked
+      if name == other or name.startswith(f'{other}/')
+    ]
+    return min(around, key=len)
+
+  rows, done = [], set()
+  for layer in taps.layers:
+    if not stacks[layer.name]:
+      rows.append((layer, ()))
+    elif (whole := root(layer.name)) not in done:
+      done.add(whole)
+      within = [
+        other
+        for other in taps.layers
+        if stacks[other.name] and root(other.name) == whole
+      ]
+      depths = {
+        other.name: list(np.ndindex(stacks[other.name])) for other in within
+      }
+      placed = [
+        (at[0], i, at, other)
+        for i, other in enumerate(within)
+        for at in depths[other.name]
+      ]
+      rows += [
+        (other, at) for _, _, at, other in sorted(placed, key=lambda p: p[:3])
+      ]
+  layers = tuple(
+    layer._replace(name=layer.name + ''.join(f'[{i}]' for i in at))
+    for layer, at in rows
+  )
+  return layers, tuple((layer.name, at) for layer, at in rows)
+
+
+@functools.partial(jax.jit, static_argnames='order')
+def _gather(stats, order):
+  """The numbers of all layers as one array, and the histograms."""
+  numbers = jnp.stack([stats[name].numbers[at] for name, at in order])
+  if any(s.histogram is None for s in stats.values()):
+    return numbers, None
+  return numbers, jnp.stack([stats[name].histogram[at] for name, at in order])
+
+
+def layer_columns(numbers: np.ndarray) -> dict[str, np.ndarray]:
+  """What the properties of TapStats say, in float64."""
+  stats = _tapping.TapStats(np.asarray(numbers, np.float64))
+  columns = {
+    name: np.asarray(stats._column(name))
+    for name in ('calls', 'elements', 'sum', 'zeros', 'non_finite')
+  }
+  small, middle, large = np.moveaxis(stats.numbers[..., 3:6], -1, 0)
+  columns['norm'] = np.sqrt(small * 2.0**-160 + middle + large * 2.0**192)
+  columns['rms'] = columns['norm'] / np.sqrt(np.maximum(columns['elements'], 1))
+  total = stats._column('largest')
+  columns['largest'] = np.where(
+    columns['calls'] > 1, np.minimum(total, columns['norm']), total
+  )
+  return columns
+
+
+def leaf_columns(measured: np.ndarray) -> dict[str, np.ndarray]:
+  """What the properties of WatchState say."""
+  columns = {
+    name: np.asarray(measured[..., i], np.float64)
+    for i, name in enumerate(_watching.COLUMNS)
+  }
+  with np.errstate(divide='ignore', invalid='ignore'):
+    columns['update_ratio'] = columns['update_norm'] / columns['parameter_norm']
+  return columns

@@ -1,0 +1,368 @@
+"""Watching an optimizer: gradients, updates and parameters, leaf by leaf."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_ghm import norms as _norms, scopes as _scopes
+
+PATIENCE = 10
+"""A unit is dead after so many measured steps in a row without a gradient."""
+
+COLUMNS = (
+  'gradient_norm',
+  'update_norm',
+  'parameter_norm',
+  'elements',
+  'zeros',
+  'non_finite',
+  'units',
+  'dead_units',
+  'signal_to_noise',
+  'cosine',
+)
+
+
+class WatchState(NamedTuple):
+  """State of :func:`watch`.
+
+  Attributes:
+    measured: (leaves, 10), float32: a row for every parameter that has a
+      gradient, in the order of ``jax.tree.leaves``; :func:`leaf_names` names
+      the rows, and the properties of this class read the columns.
+    quiet: of every unit, how many measured steps in a row it had no gradient.
+    watched: the state of the optimizer.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from optax_ghm import flow
+    >>> tx = flow.watch(optax.sgd(0.5))
+    >>> params = jnp.array([3.0, 4.0])
+    >>> updates, state = tx.update(
+    ...   jnp.array([0.0, 2.0]), tx.init(params), params
+    ... )
+    >>> print(state.gradient_norm, state.update_norm, state.update_ratio)
+    [2.] [1.] [0.2]
+  """
+
+  measured: jax.Array
+  quiet: jax.Array
+  watched: optax.OptState
+
+  @property
+  def gradient_norm(self) -> jax.Array:
+    """Of what came in."""
+    return self._column('gradient_norm')
+
+  @property
+  def update_norm(self) -> jax.Array:
+    """Of what went out."""
+    return self._column('update_norm')
+
+  @property
+  def parameter_norm(self) -> jax.Array:
+    """Of the parameters before the step."""
+    return self._column('parameter_norm')
+
+  @property
+  def update_ratio(self) -> jax.Array:
+    """Update norm over parameter norm; inf for parameters that are all 0."""
+    return self.update_norm / self.parameter_norm
+
+  @property
+  def elements(self) -> jax.Array:
+    """How many numbers the leaf has."""
+    return self._column('elements')
+
+  @property
+  def zeros(self) -> jax.Array:
+    """How many of its gradient are 0."""
+    return self._column('zeros')
+
+  @property
+  def non_finite(self) -> jax.Array:
+    """How many of its gradient are NaN or infinite."""
+    return self._column('non_finite')
+
+  @property
+  def units(self) -> jax.Array:
+    """How many units it has; 0 where these are not looked at (embeddings)."""
+    return self._column('units')
+
+  @property
+  def dead_units(self) -> jax.Array:
+    """Those without any gradient in the last 10 measured steps or more."""
+    return self._column('dead_units')
+
+  @property
+  def signal_to_noise(self) -> jax.Array:
+    """See :func:`watch`; 0 unless asked for."""
+    return self._column('signal_to_noise')
+
+  @property
+  def cosine(self) -> jax.Array:
+    """See :func:`watch`; 0 unless asked for."""
+    return self._column('cosine')
+
+  def _column(self, name):
+    return self.measured[..., COLUMNS.index(name)]
+
+
+def leaf_names(params: Any) -> list[str]:
+  """Names of the rows that :func:`watch` measures.
+
+  Args:
+    params: the parameters.
+
+  Returns:
+    For every leaf that has a gradient, its path joined by slashes.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_ghm import flow
+    >>> flow.leaf_names({'dense': {'kernel': jnp.ones((2, 2))}, 'step': 3})
+    ['dense/kernel']
+  """
+  return [name for name, _ in counted_with_name(params)]
+
+
+def watch(
+  optimizer: optax.GradientTransformation, *, moments: bool = False
+) -> optax.GradientTransformationExtraArgs:
+  r"""Measures what goes into and comes out of an optimizer, leaf by leaf.
+
+  For every leaf with gradient g, update u and parameter w, the state holds
+  :math:`\lVert g \rVert`, :math:`\lVert u \rVert`, :math:`\lVert w \rVert`, the
+  zeros and the non-finite numbers of g, and how many units are dead: the
+  columns of a kernel, or entries of a vector, whose gradient was 0 in the last
+  10 measured steps (:func:`optax_ghm.flax_unit_axes` says what a column is; of
+  layers stacked in one kernel, a unit is dead if it is in all).
+
+  With ``moments``, also, of Adam's own moments after the step,
+
+  .. math::
+    \text{signal to noise} = \frac{\sum \mu^2}{\sum \nu}, \qquad
+    \text{cosine} = \frac{\langle g, \mu \rangle}
+      {\lVert g \rVert \lVert \mu \rVert}
+
+  Some 1 / (1 - b2) steps after the start, they are both 1 for a gradient that
+  never changes, and for one that is pure noise (1 - b1) / (1 + b1) = 0.05 and
+  :math:`\sqrt{1 - b_1^2}` = 0.44.
+
+  Updates are those of the optimizer, bit for bit. To measure every n-th step
+  only, make ``update``'s extra argument ``measure`` False in the others. It is
+  a Python bool, a static argument of the step: two steps are compiled, and the
+  one that does not measure does nothing more than the optimizer.
+
+  Args:
+    optimizer: any Optax transformation.
+    moments: whether to measure those; they are read from the only fields ``mu``
+      and ``nu`` in the optimizer's state.
+
+  Returns:
+    The optimizer, watched. ``update`` needs ``params``.
+
+  Raises:
+    ValueError: in ``init``, if there are no such moments; in ``update``, if
+      ``params`` is None.
+    TypeError: in ``update``, if ``measure`` is not a Python bool.
+
+  Examples:
+    >>> import functools
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from optax_ghm import flow
+    >>> tx = flow.watch(optax.adam(1e-3))
+    >>> params = {'kernel': jnp.ones((4, 2)), 'bias': jnp.zeros(2)}
+    >>> @functools.partial(jax.jit, static_argnames='measure')
+    ... def step(grads, state, params, measure):
+    ...   updates, state = tx.update(grads, state, params, measure=measure)
+    ...   return optax.apply_updates(params, updates), state
+    >>> state = tx.init(params)
+    >>> for i in range(3):
+    ...   params, state = step(params, state, params, measure=i % 2 == 0)
+    >>> flow.leaf_names(params)
+    ['bias', 'kernel']
+    >>> state.update_norm
+    Array([0.        , 0.00282822], dtype=float32)
+  """
+  optimizer = optax.with_extra_args_support(optimizer)
+
+  def init_fn(params):
+    watched = optimizer.init(params)
+    if moments:
+      _moments(watched, params)
+    leaves = _counted_with_path(params)
+    return WatchState(
+      measured=jnp.zeros([max(len(leaves), 1), len(COLUMNS)], jnp.float32),
+      quiet=jnp.zeros([max(sum(map(_unit_count, leaves)), 1)], jnp.float32),
+      watched=watched,
+    )
+
+  def update_fn(updates, state, params=None, *, measure=True, **extra_args):
+    if params is None:
+      raise ValueError(optax.NO_PARAMS_MSG)
+    if not isinstance(measure, bool):
+      raise TypeError(
+        'measure must be a Python bool, a static argument of the compiled'
+        f' step, got {measure!r}.'
+      )
+    gradients = updates
+    updates, watched = optimizer.update(
+      gradients, state.watched, params, **extra_args
+    )
+    if not measure or not _norms.counted(gradients):
+      return updates, state._replace(watched=watched)
+    columns, quiet = _measure(gradients, updates, params, state.quiet)
+    if moments:
+      columns |= _of_moments(gradients, watched)
+    rows = columns['gradient_norm'].shape
+    return updates, WatchState(
+      measured=jnp.stack(
+        [
+          jnp.asarray(columns.get(name, np.zeros(rows)), jnp.float32)
+          for name in COLUMNS
+        ],
+        axis=1,
+      ),
+      quiet=quiet,
+      watched=watched,
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _measure(gradients, updates, params, quiet):
+  """The columns that any optimizer has, and the next ``quiet``."""
+  leaves = _norms.counted(gradients)
+
+  def each_norm(tree):
+    leaves = _norms.counted(tree)
+    return _norms.group_norms(leaves, np.arange(len(leaves)), len(leaves))
+
+  gradient_norm = each_norm(gradients)
+
+  def count_non_finite():
+    counts = [jnp.sum(~jnp.isfinite(u), dtype=jnp.float32) for u in leaves]
+    return jnp.stack(counts)
+
+  zeros, is_quiet = [], []
+  with_path = _counted_with_path(gradients)
+  for path, leaf in with_path:
+    axes = _unit_axes(path, leaf)
+    count = jnp.sum((leaf == 0).astype(jnp.float32), axes or ())
+    zeros.append(jnp.sum(count))
+    if axes is not None:
+      fan_in = leaf.size // max(count.size, 1)
+      is_quiet.append(_replicated(count == fan_in).ravel())
+  units = [_unit_count(leaf) for leaf in with_path]
+  if is_quiet:
+    quiet = jnp.where(jnp.concatenate(is_quiet), quiet + 1, 0)
+  dead, parts = [], iter(jnp.split(quiet, np.cumsum([n for n in units if n])))
+  for count in units:
+    dead.append(jnp.sum(next(parts) >= PATIENCE) if count else 0)
+  return {
+    'gradient_norm': gradient_norm,
+    'update_norm': each_norm(updates),
+    'parameter_norm': each_norm(params),
+    'elements': np.array([leaf.size for leaf in leaves], np.float32),
+    'zeros': jnp.stack(zeros),
+    'non_finite': jax.lax.cond(
+      jnp.all(jnp.isfinite(gradient_norm)),
+      lambda: jnp.zeros([len(leaves)], jnp.float32),
+      count_non_finite,
+    ),
+    'units': np.array(units, np.float32),
+    'dead_units': jnp.stack([jnp.asarray(n, jnp.float32) for n in dead]),
+  }, quiet
+
+
+def _moments(watched, params):
+  """Adam's, from the state of an optimizer."""
+  found = [
+    [value for _, value in optax.tree.get_all_with_path(watched, name)]
+    for name in ('mu', 'nu')
+  ]
+  if any(len(values) != 1 for values in found) or any(
+    jax.tree.structure(values[0]) != jax.tree.structure(params)
+    for values in found
+  ):
+    raise ValueError(
+      'moments=True needs an optimizer whose state has one field mu and one'
+      f' field nu, shaped as the parameters; found {len(found[0])} and'
+      f' {len(found[1])}.'
+    )
+  return [values[0] for values in found]
+
+
+def _of_moments(gradients, watched):
+  mu, nu = _moments(watched, gradients)
+  signal_to_noise, cosine = [], []
+  for g, m, v in zip(*map(_norms.counted, (gradients, mu, nu)), strict=True):
+    squares = _inner(m, m)
+    signal_to_noise.append(_ratio(squares, jnp.sum(v.real, dtype=jnp.float32)))
+    cosine.append(_ratio(_inner(g, m), jnp.sqrt(_inner(g, g) * squares)))
+  return {
+    'signal_to_noise': jnp.stack(signal_to_noise),
+    'cosine': jnp.stack(cosine),
+  }
+
+
+def _inner(x, y):
+  dtype = _norms.at_least_float32(x.dtype)
+  return jnp.sum((x.astype(dtype).conj() * y.astype(dtype)).real)
+
+
+def _ratio(x, y):
+  return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
+
+
+def _counted_with_path(tree):
+  return [
+    (path, leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if _norms.is_inexact(leaf) and leaf.size
+  ]
+
+
+def counted_with_name(tree: Any) -> list[tuple[str, Any]]:
+  """The leaves that are measured, and their names."""
+  return [(_name(path), leaf) for path, leaf in _counted_with_path(tree)]
+
+
+def _name(path):
+  names = [
+    str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
+    for k in path
+  ]
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    names.pop()  # of the box around a parameter
+  return '/'.join(names)
+
+
+def _unit_axes(path, leaf):
+  """What a unit sums over; None where units may rest, as unused tokens do."""
+  if _name(path).rpartition('/')[2] == 'embedding':
+    return None
+  if not _scopes.is_kernel(path, leaf):
+    return ()
+  return _scopes.flax_unit_axes(path, leaf)
+
+
+def _unit_count(path_and_leaf):
+  path, leaf = path_and_leaf
+  axes = _unit_axes(path, leaf)
+  if axes is None:
+    return 0
+  return leaf.size // int(np.prod([leaf.shape[i] for i in axes]))
+
+
+def _replicated(x):
+  if not _norms.is_split(x):
+    return x
+  return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
