@@ -297,7 +297,7 @@ class Tapped:
       for path, module in nnx.iter_modules(model)
       if callable(module)
     }
-    stacks: dict[str, tuple[int, ...]] = {}  # in the order of returns
+    stacks: dict[str, tuple[int, ...] | None] = {}  # in the order of returns
 
     def found(name, module):
       stacks.setdefault(name, _stack(module, modules[name]))
@@ -355,6 +355,9 @@ class Tapped:
       return _method(model, method)(*args, **kwargs)
 
 
+_HELD = '_flow'
+
+
 class _Sink(nnx.Param):
   """A sink, sliced and carried by transformations as parameters are."""
 
@@ -400,12 +403,12 @@ def _watched(model, by_name):
       if what is not None:
         held.append((module, type(module)))
         object.__setattr__(module, '__class__', _watched_class(type(module)))
-        module._flow = what
+        setattr(module, _HELD, what)
     yield
   finally:
     for module, kind in held:
-      if hasattr(module, '_flow'):
-        del module._flow
+      if hasattr(module, _HELD):
+        delattr(module, _HELD)
       object.__setattr__(module, '__class__', kind)
 
 
@@ -415,10 +418,11 @@ def _watched_class(kind):
 
   def __call__(self, *args, **kwargs):
     output = kind.__call__(self, *args, **kwargs)
-    if isinstance(self._flow, _Sink):
-      return _flow.tap(output, self._flow.get_value())
+    held = getattr(self, _HELD)
+    if isinstance(held, _Sink):
+      return _flow.tap(output, held.get_value())
     if any(map(_norms.is_inexact, jax.tree.leaves(output))):
-      self._flow.found(self._flow.name, self)
+      held.found(held.name, self)
     return output
 
   names = ('__module__', '__qualname__', '__doc__')

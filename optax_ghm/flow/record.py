@@ -222,7 +222,7 @@ class Record:
     ``layers``; NaN at steps without taps.
     """
     return layer_columns(
-      self._stacked('tapped', (len(self.layers), _tapping.COLUMN_COUNT))
+      self._stacked('tapped', (len(self.layers), len(_tapping.COLUMNS)))
     )
 
   @property
@@ -260,7 +260,7 @@ class Record:
     arrays = {
       'steps': self.steps,
       'tapped': self._stacked(
-        'tapped', (len(self.layers), _tapping.COLUMN_COUNT)
+        'tapped', (len(self.layers), len(_tapping.COLUMNS))
       ),
       'watched': self._stacked(
         'watched', (len(self.leaves), len(_watching.COLUMNS))
@@ -412,17 +412,21 @@ def _gather(stats, order):
 
 def layer_columns(numbers: np.ndarray) -> dict[str, np.ndarray]:
   """What the properties of TapStats say, in float64."""
-  stats = _tapping.TapStats(np.asarray(numbers, np.float64))
   columns = {
-    name: np.asarray(stats._column(name))
-    for name in ('calls', 'elements', 'sum', 'zeros', 'non_finite')
+    name: np.asarray(numbers[..., i], np.float64)
+    for i, name in enumerate(_tapping.COLUMNS)
   }
-  small, middle, large = np.moveaxis(stats.numbers[..., 3:6], -1, 0)
-  columns['norm'] = np.sqrt(small * 2.0**-160 + middle + large * 2.0**192)
-  columns['rms'] = columns['norm'] / np.sqrt(np.maximum(columns['elements'], 1))
-  total = stats._column('largest')
+  norm = np.sqrt(
+    columns.pop('small_squares') * 2.0**-160
+    + columns.pop('squares')
+    + columns.pop('large_squares') * 2.0**192
+  )
+  columns['norm'] = norm
+  columns['rms'] = norm / np.sqrt(np.maximum(columns['elements'], 1))
   columns['largest'] = np.where(
-    columns['calls'] > 1, np.minimum(total, columns['norm']), total
+    columns['calls'] > 1,
+    np.minimum(columns['largest'], norm),
+    columns['largest'],
   )
   return columns
 

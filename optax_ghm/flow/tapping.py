@@ -16,7 +16,7 @@ LOWEST, OCTAVES, CELLS = -96, 2, 64
 _SMALL, _LARGE = 2.0**-80, 2.0**96
 """Units in which squares of small and of large numbers are summed."""
 
-_COLUMNS = (
+COLUMNS = (
   'calls',
   'elements',
   'sum',
@@ -27,8 +27,6 @@ _COLUMNS = (
   'non_finite',
   'largest',
 )
-
-COLUMN_COUNT = len(_COLUMNS)
 
 
 class TapStats(NamedTuple):
@@ -94,7 +92,7 @@ class TapStats(NamedTuple):
   @property
   def norm(self) -> jax.Array:
     """Euclidean norm, right from 1e-38 to the end of float32."""
-    start = _COLUMNS.index('small_squares')
+    start = COLUMNS.index('small_squares')
     return _root(self.numbers[..., start : start + 3])
 
   @property
@@ -120,7 +118,7 @@ class TapStats(NamedTuple):
     return _root(self.example_squares)
 
   def _column(self, name):
-    return self.numbers[..., _COLUMNS.index(name)]
+    return self.numbers[..., COLUMNS.index(name)]
 
 
 def _root(squares):
@@ -156,7 +154,7 @@ def sink(
     return jnp.zeros(stack + shape, jnp.float32)
 
   return TapStats(
-    numbers=zeros(COLUMN_COUNT),
+    numbers=zeros(len(COLUMNS)),
     histogram=zeros(CELLS) if histogram else None,
     example_squares=None if examples is None else zeros(examples, 3),
   )
@@ -239,7 +237,7 @@ def _tap_bwd(sink, cotangents):
   return cotangents, functools.reduce(_together, several)
 
 
-_tapping.defvjp(_tap_fwd, _tap_bwd)
+_tap.defvjp(_tap_fwd, _tap_bwd)
 
 
 def _measure(cotangent, sink):
@@ -305,9 +303,9 @@ def _histogram(magnitude):
 def _together(one, other):
   """The statistics of two arrays of one call."""
   numbers = one.numbers + other.numbers
-  numbers = numbers.at[_COLUMNS.index('calls')].set(1)
+  numbers = numbers.at[COLUMNS.index('calls')].set(1)
   return TapStats(
-    numbers=numbers.at[_COLUMNS.index('largest')].set(
+    numbers=numbers.at[COLUMNS.index('largest')].set(
       jnp.maximum(one.numbers[-1], other.numbers[-1])
     ),
     **{
