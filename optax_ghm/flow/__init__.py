@@ -1,6 +1,22 @@
-"""How gradients flow: measured, judged and shown."""
+"""How gradients flow: measured, judged and shown.
 
+Taps tell what the gradient is at the layers' outputs, :func:`watch` what the
+optimizer makes of it; a :class:`Record` keeps both, :func:`diagnose` says what
+is wrong, and :func:`print_report`, :func:`write_page` and :func:`figure` show
+it. ``optax_ghm.linen.Tapped`` and ``optax_ghm.nnx.Tapped`` tap unmodified
+models of Flax.
+"""
+
+from optax_ghm.flow.diagnosis import (
+  DepthProfile,
+  Verdict,
+  depth_profile,
+  diagnose,
+)
+from optax_ghm.flow.page import write_page
+from optax_ghm.flow.plot import figure
 from optax_ghm.flow.record import Leaf, Record
+from optax_ghm.flow.report import print_report
 from optax_ghm.flow.tapping import (
   Layer,
   Taps,
@@ -10,16 +26,28 @@ from optax_ghm.flow.tapping import (
   tap,
 )
 from optax_ghm.flow.watching import WatchState, leaf_names, watch
+from optax_ghm.flow.writers import json_lines, mlflow, tensorboard, wandb
 
 __all__ = [
+  'DepthProfile',
   'Layer',
   'Leaf',
   'Record',
   'TapStats',
   'Taps',
+  'Verdict',
   'WatchState',
+  'depth_profile',
+  'diagnose',
+  'figure',
+  'json_lines',
   'leaf_names',
+  'mlflow',
+  'print_report',
   'sink',
   'tap',
+  'tensorboard',
+  'wandb',
   'watch',
+  'write_page',
 ]

@@ -213,6 +213,11 @@ class Record:
       for name in names
     }
 
+  def has_scalar(self, name: str) -> np.ndarray:
+    """At which steps a scalar of this name was added, (steps,)."""
+    self._arrive(wait=True)
+    return np.array([name in step.scalars for step in self._steps], bool)
+
   @property
   def layer_stats(self) -> dict[str, np.ndarray]:
     """By name of the statistic, (steps, layers) each.
@@ -249,7 +254,7 @@ class Record:
     missing = np.full(shape, np.nan, np.float32)
     values = [getattr(step, field) for step in self._steps]
     values = [missing if value is None else value for value in values]
-    return np.array(values, np.float32).reshape(-1, *shape)
+    return np.array(values, np.float32).reshape(len(values), *shape)
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes the record as an npz file of plain arrays, without pickle.

@@ -206,7 +206,7 @@ def watch(
 
   def update_fn(updates, state, params=None, *, measure=True, **extra_args):
     if params is None:
-      raise ValueError('watch measures parameters: update needs params.')
+      raise ValueError('params must be given to update(), and were None.')
     if not isinstance(measure, bool):
       raise TypeError(
         'measure must be a Python bool, a static argument of the compiled'

@@ -1,0 +1,43 @@
+"""``python -m optax_ghm.flow report RECORD``: the page of a saved record."""
+
+import argparse
+import pathlib
+import sys
+
+from optax_ghm.flow.page import write_page
+from optax_ghm.flow.record import Record
+from optax_ghm.flow.report import print_report
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog='python -m optax_ghm.flow', description='Reports on gradient flow.'
+  )
+  commands = parser.add_subparsers(dest='command', required=True)
+  report = commands.add_parser(
+    'report', help='write the HTML page of saved records, print the tables'
+  )
+  report.add_argument('records', nargs='+', metavar='RECORD', type=pathlib.Path)
+  report.add_argument(
+    '-o', '--output', type=pathlib.Path, help='default: RECORD with .html'
+  )
+  report.add_argument('--title', default='Gradient flow')
+  args = parser.parse_args(arguments)
+  try:
+    records = {path.stem: Record.load(path) for path in args.records}
+    output = args.output or args.records[0].with_suffix('.html')
+    write_page(output, records, args.title)
+  except (OSError, ValueError) as error:
+    print(error, file=sys.stderr)
+    return 1
+  try:
+    print_report(records)
+  except ImportError:
+    print('(install rich for the tables)', file=sys.stderr)
+  print(f'written: {output}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,102 @@
+"""The report in the terminal."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optax_ghm.flow import diagnosis as _diagnosis, record as _record
+
+if TYPE_CHECKING:
+  from rich.console import Console
+
+
+def print_report(
+  records: _record.Record | Mapping[str, _record.Record],
+  console: 'Console | None' = None,
+) -> None:
+  """Prints the layers, the parameters and what is wrong, as tables.
+
+  Args:
+    records: one, or several by name.
+    console: rich's, to print to; needs ``rich``.
+
+  Raises:
+    ImportError: if ``rich`` is not installed.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from optax_ghm import flow
+    >>> names = [f'layer {i}' for i in range(8)]
+    >>> def loss(x, taps):
+    ...   for name in names:
+    ...     x = flow.tap(x / 2, taps[name])
+    ...   return jnp.sum(x)
+    >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), flow.Taps.of(names))
+    >>> record = flow.Record()
+    >>> record.add(0, taps=taps)
+    >>> flow.print_report(record)  # doctest: +ELLIPSIS
+    <BLANKLINE>...gradients at the layers...vanishing since step 0...
+  """
+  from rich.console import Console  # noqa: PLC0415
+  from rich.markup import escape  # noqa: PLC0415
+  from rich.table import Table  # noqa: PLC0415
+
+  console = console or Console()
+  if isinstance(records, _record.Record):
+    records = {'': records}
+  for name, record in records.items():
+    steps = record.steps
+    if not len(steps):
+      console.print(f'{escape(name)}: nothing is recorded')
+      continue
+    title = f'{name}: ' if name else ''
+    if record.layers:
+      table = Table(title=escape(f'{title}gradients at the layers'))
+      table.add_column('layer')
+      for column in ('norm', 'rms', 'largest', 'zeros', 'not finite'):
+        table.add_column(column, justify='right')
+      last = {k: v[-1] for k, v in record.layer_stats.items()}
+      for i, layer in enumerate(record.layers):
+        row = {k: v[i] for k, v in last.items()}
+        figures = ['no gradient arrives', '', '', '', '']
+        if row['calls'] != 0:
+          figures = [f'{row[k]:.2e}' for k in ('norm', 'rms', 'largest')]
+          figures.append(f'{row["zeros"] / max(row["elements"], 1):.0%}')
+          figures.append(f'{row["non_finite"]:.0f}')
+        table.add_row(escape(layer.name or '(the model)'), *figures)
+      console.print(table)
+    if record.leaves and not np.isnan(record.leaf_stats['elements'][-1]).all():
+      table = Table(title=escape(f'{title}parameters'))
+      table.add_column('parameter')
+      for column in ('gradient', 'update', 'parameter', 'ratio', 'dead units'):
+        table.add_column(column, justify='right')
+      last = {k: v[-1] for k, v in record.leaf_stats.items()}
+      for i, leaf in enumerate(record.leaves):
+        row = {k: v[i] for k, v in last.items()}
+        table.add_row(
+          escape(leaf.name),
+          *(
+            f'{row[k]:.2e}'
+            for k in (
+              'gradient_norm',
+              'update_norm',
+              'parameter_norm',
+              'update_ratio',
+            )
+          ),
+          f'{row["dead_units"]:.0f} of {row["units"]:.0f}',
+        )
+      console.print(table)
+    verdicts = _diagnosis.diagnose(record)
+    if not verdicts:
+      console.print(f'{escape(title)}[green]nothing is wrong[/green]')
+    for verdict in verdicts:
+      console.print(
+        f'{escape(title)}[bold red]{verdict.kind}[/bold red] since step'
+        f' {verdict.since}: {escape(verdict.evidence)}\n'
+        f'  try: {escape(verdict.suggestion)} [dim]({escape(verdict.source)})'
+        '[/dim]',
+        highlight=False,
+      )
