@@ -86,7 +86,7 @@ def write_page(
     ValueError: if there is no record, or nothing is recorded in one.
 
   Examples:
-    >>> import os, tempfile
+    >>> import pathlib, tempfile
     >>> import jax
     >>> import jax.numpy as jnp
     >>> from optax_ghm import flow
@@ -95,9 +95,9 @@ def write_page(
     >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), flow.Taps.of(['hidden']))
     >>> record = flow.Record()
     >>> record.add(0, taps=taps)
-    >>> path = os.path.join(tempfile.mkdtemp(), 'flow.html')
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / 'flow.html'
     >>> flow.write_page(path, {'plain': record})
-    >>> '<svg' in open(path).read()
+    >>> '<svg' in path.read_text()
     True
   """
   if isinstance(records, _record.Record):

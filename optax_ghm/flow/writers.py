@@ -22,14 +22,14 @@ def json_lines(path: str | os.PathLike) -> Writer:
     A writer for :class:`optax_ghm.flow.Record`.
 
   Examples:
-    >>> import os, tempfile
+    >>> import pathlib, tempfile
     >>> from optax_ghm import flow
-    >>> path = os.path.join(tempfile.mkdtemp(), 'flow.jsonl')
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / 'flow.jsonl'
     >>> record = flow.Record(writers=[flow.json_lines(path)])
     >>> record.add(0, loss=0.5)
     >>> len(record)
     1
-    >>> print(open(path).read().strip())
+    >>> print(path.read_text().strip())
     {"step": 0, "loss": 0.5}
   """
 
