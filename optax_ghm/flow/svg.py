@@ -15,12 +15,14 @@ LEFT, RIGHT, TOP, BOTTOM = 130, 16, 12, 40
 BAD, NOTHING = (255, 43, 128), (128, 128, 128)
 """Colors of what is not finite, and of no gradient at all."""
 
-# Dark to bright in even steps of lightness, in the colors of cividis.
+# Dark to bright in even steps of lightness, as matplotlib's viridis.
 _RAMP = np.array(
-  [(0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119)]
-  + [(200, 181, 106), (254, 232, 56)],
+  [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)],
   float,
 )
+
+# Of one lightness: lines stand out on a light and on a dark page.
+_LINES = np.array([(48, 120, 214), (176, 92, 170), (222, 124, 36)], float)
 
 
 def line_chart(
@@ -76,8 +78,7 @@ def line_chart(
       f' y1="{at_y(guide):.1f}" y2="{at_y(guide):.1f}"/>'
     )
   for i, (name, (x, y)) in enumerate(lines.items()):
-    # Along the ramp, without its ends, which one of the themes would hide.
-    color = _hex(_color(0.2 + 0.6 * i / max(len(lines) - 1, 1)))
+    color = _hex(_color(i / max(len(lines) - 1, 1), _LINES))
     pieces, pen = [], 'M'
     marks = []
     for u, v in zip(x, y, strict=True):
@@ -100,7 +101,7 @@ def line_chart(
   if 1 < len(lines) <= 16:
     keys = ''.join(
       '<span><i style="background:'
-      f'{_hex(_color(0.2 + 0.6 * i / (len(lines) - 1)))}"></i>'
+      f'{_hex(_color(i / (len(lines) - 1), _LINES))}"></i>'
       f'{html.escape(name)}</span>'
       for i, name in enumerate(lines)
     )
@@ -177,7 +178,7 @@ def heat_map(
     for t in (0, 0.25, 0.5, 0.75, 1)
   )
   return (
-    f'{figure}<p class="keys"><span>{low:.3g} {scale} {high:.3g}</span>'
+    f'{figure}<p class="keys"><span>{html.escape(label)}: {low:.3g} {scale} {high:.3g}</span>'
     f'<span><i style="background:{_hex(BAD)}"></i>not finite</span>'
     f'<span><i style="background:{_hex(NOTHING)}"></i>no gradient</span>'
     f'<output></output></p>'
@@ -213,12 +214,12 @@ def _labels(x_label, y_label, left):
   )
 
 
-def _color(t):
+def _color(t, ramp=_RAMP):
   """The ramp at t in [0, 1]: (…, 3) integers."""
-  t = np.asarray(t) * (len(_RAMP) - 1)
-  i = np.minimum(t.astype(int), len(_RAMP) - 2)
+  t = np.asarray(t) * (len(ramp) - 1)
+  i = np.minimum(t.astype(int), len(ramp) - 2)
   part = (t - i)[..., None]
-  return np.rint(_RAMP[i] * (1 - part) + _RAMP[i + 1] * part).astype(np.uint8)
+  return np.rint(ramp[i] * (1 - part) + ramp[i + 1] * part).astype(np.uint8)
 
 
 def _hex(color):
