@@ -17,6 +17,7 @@ demo: setup  ## train on digits, print the comparisons, write the pictures
 	$(BIN)/python examples/harmonize.py
 	$(BIN)/python examples/domain_adaptation.py
 	$(BIN)/python examples/spikes.py
+	$(BIN)/python examples/gradient_flow.py
 
 test: setup  ## the whole suite, doctests included
 	$(BIN)/python -m pytest -n 2
@@ -25,6 +26,7 @@ bench: setup  ## ratios against what one would use instead
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/backward.py
 	$(BIN)/python benchmarks/clipping.py
+	$(BIN)/python benchmarks/flow.py
 	$(BIN)/python benchmarks/compile_time.py
 
 lint: setup  ## formatting, lint and types

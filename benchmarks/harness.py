@@ -1,8 +1,9 @@
 """How the benchmarks measure: side by side, in turn, warmed, until ready.
 
 All programs of a case are compiled and warmed first, then run in turn, round
-after round, in one process. What counts is the ratio to the first of them; the
-spread is the interquartile range of the ratios within rounds.
+after round, in one process. What counts is the ratio to the first of them, of
+times, of CPU times and of memory; the spread is the interquartile range of the
+ratios within rounds.
 """
 
 import argparse
@@ -61,7 +62,16 @@ def main(name: str, description: str, cases: Mapping[str, Case]) -> None:
       rounds = max(rounds // 3, 5)
     report[title] = rows = measure(case, rounds)
     table = Table(title=f'{title}, median of {rounds} rounds')
-    for column in ('', 'ms', '× first', 'spread', '× floor', 'temp B/elem'):
+    for column in (
+      '',
+      'ms',
+      '× first',
+      'spread',
+      '× CPU',
+      '× floor',
+      'temp B/elem',
+      '× memory',
+    ):
       table.add_column(column, justify='right' if column else 'left')
     for program, row in rows.items():
       table.add_row(
@@ -69,8 +79,10 @@ def main(name: str, description: str, cases: Mapping[str, Case]) -> None:
         f'{row["ms"]:.2f}',
         f'{row["ratio"]:.2f}',
         '{:.2f}-{:.2f}'.format(*row['spread']),
+        f'{row["cpu_ratio"]:.3f}',
         f'{row["ratio_to_floor"]:.2f}' if case.floor else '',
         f'{row["temporary_bytes_per_element"]:.1f}',
+        f'{row["memory_ratio"]:.3f}',
       )
     console.print(table)
   RESULTS.mkdir(exist_ok=True)
@@ -100,20 +112,23 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
     programs[name] = step.lower(*carried[name], *data).compile()
 
   def call(name):
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     result = jax.block_until_ready(programs[name](*carried[name], *data))
     if case.init is not None:
       carried[name] = (result,)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
   for name in programs:
     for _ in range(3):
       call(name)
   seconds = {name: np.empty(rounds) for name in programs}
+  cpu_seconds = {name: np.empty(rounds) for name in programs}
   for i in range(rounds):
     for name in programs:
-      seconds[name][i] = call(name)
-  first, rows = next(iter(seconds.values())), {}
+      seconds[name][i], cpu_seconds[name][i] = call(name)
+  first, cpu_first = (next(iter(s.values())) for s in (seconds, cpu_seconds))
+  rows = {}
+  peak_of_first = _peak(next(iter(programs.values())))
   for name, program in programs.items():
     memory = program.memory_analysis()
     temporary = memory.temp_size_in_bytes if memory else float('nan')
@@ -122,6 +137,8 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
       'ms': 1e3 * np.median(seconds[name]),
       'ratio': np.median(ratio),
       'spread': np.quantile(ratio, [0.25, 0.75]).tolist(),
+      'cpu_ratio': np.median(cpu_seconds[name] / cpu_first),
+      'memory_ratio': _peak(program) / peak_of_first,
       'temporary_bytes_per_element': temporary / case.elements,
     }
     if case.floor is not None:
@@ -129,3 +146,16 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
         seconds[name] / seconds[case.floor]
       )
   return rows
+
+
+def _peak(program):
+  """Bytes of arguments, results and temporaries that are there together."""
+  memory = program.memory_analysis()
+  if not memory:
+    return float('nan')
+  return (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )

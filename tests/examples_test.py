@@ -66,3 +66,22 @@ def test_an_adaptive_clip_saves_a_training_from_bad_batches():
     for name in ('no clip', 'calibrated (clip_by_zscore)')
   }
   assert losses['calibrated (clip_by_zscore)'] < losses['no clip'] - 0.5
+
+
+@pytest.mark.slow
+def test_the_report_tells_why_a_deep_network_does_not_learn(tmp_path):
+  example = load('gradient_flow')
+  data, records = example.load(0), {}
+  for name in ('plain', 'skip connections'):
+    accuracy, records[name] = example.train(
+      example.METHODS[name], data, depth=20, steps=60, seed=0
+    )
+    kinds = {verdict.kind for verdict in example.flow.diagnose(records[name])}
+    if name == 'plain':
+      assert accuracy < 0.2
+      assert 'vanishing' in kinds
+    else:
+      assert accuracy > 0.5
+      assert not kinds
+  example.plot(records, tmp_path / 'depth.png')
+  example.flow.write_page(tmp_path / 'page.html', records)

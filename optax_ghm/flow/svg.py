@@ -178,7 +178,8 @@ def heat_map(
     for t in (0, 0.25, 0.5, 0.75, 1)
   )
   return (
-    f'{figure}<p class="keys"><span>{html.escape(label)}: {low:.3g} {scale} {high:.3g}</span>'
+    f'{figure}<p class="keys"><span>{html.escape(label)}: {low:.3g} {scale}'
+    f' {high:.3g}</span>'
     f'<span><i style="background:{_hex(BAD)}"></i>not finite</span>'
     f'<span><i style="background:{_hex(NOTHING)}"></i>no gradient</span>'
     f'<output></output></p>'

@@ -205,7 +205,7 @@ def watch(
     )
 
   def update_fn(updates, state, params=None, *, measure=True, **extra_args):
-    if params is None:
+    if params is None and jax.tree.leaves(updates):
       raise ValueError('params must be given to update(), and were None.')
     if not isinstance(measure, bool):
       raise TypeError(
@@ -214,7 +214,7 @@ def watch(
       )
     gradients = updates
     updates, watched = optimizer.update(
-      gradients, state.watched, params, **extra_args
+      updates, state.watched, params, **extra_args
     )
     if not measure or not _norms.counted(gradients):
       return updates, state._replace(watched=watched)

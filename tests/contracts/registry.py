@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_ghm
+from optax_ghm import flow
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,6 +176,11 @@ ENTRIES = (
       _guarded_trace(0.5),
       optax_ghm.clip_by_zscore(0.5, warmup_steps=1),
     ),
+    own=False,  # its optimizer is Optax's
+  ),
+  Entry(
+    'watch',
+    functools.partial(flow.watch, _guarded_trace(0.5)),
     own=False,  # its optimizer is Optax's
   ),
 )

@@ -1,0 +1,204 @@
+"""Why a deep network does not learn, seen in its gradients, and four cures.
+
+A plain network of 30 layers with Flax's usual initialization, on the digits
+that come with scikit-learn: its loss does not move. Taps at all layers and a
+watched optimizer say why. Then the same network with a clip, with the
+initialization that ReLUs ask for, with skip connections (branches scaled down,
+lest gradients explode) and with batch normalization. One HTML page shows all of
+them, a picture the norms over depth.
+
+  python examples/gradient_flow.py
+  python examples/gradient_flow.py --depth 50 --steps 300
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from flax import linen as nn
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import optax_ghm as ghm
+from optax_ghm import flow
+from optax_ghm.linen import Tapped
+
+mpl.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+WIDTH, CLASSES, BATCH = 64, 10, 128
+HERE = pathlib.Path(__file__).parent
+
+
+class Network(nn.Module):
+  """Dense layers and ReLUs; everything else is a cure."""
+
+  depth: int
+  kernel_init: Any = nn.linear.default_kernel_init
+  skip: bool = False
+  normalized: bool = False
+
+  @nn.compact
+  def __call__(self, x, train):
+    for i in range(self.depth - 1):
+      y = nn.Dense(WIDTH, kernel_init=self.kernel_init)(x)
+      if self.normalized:
+        y = nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
+      y = nn.relu(y)
+      x = x + y / self.depth**0.5 if self.skip and i else y
+    return nn.Dense(CLASSES)(x)
+
+
+class Method(NamedTuple):
+  """A network and what is put around its optimizer."""
+
+  network: Callable[[int], Network]
+  around: Callable[..., optax.GradientTransformation] = lambda tx: tx
+
+
+METHODS = {
+  'plain': Method(Network),
+  'clipped': Method(Network, ghm.calibrated),
+  'He initialization': Method(
+    lambda depth: Network(depth, kernel_init=nn.initializers.he_normal())
+  ),
+  'skip connections': Method(lambda depth: Network(depth, skip=True)),
+  'batch normalization': Method(lambda depth: Network(depth, normalized=True)),
+}
+
+
+class Data(NamedTuple):
+  """Standardized digits."""
+
+  x: jax.Array
+  labels: jax.Array
+  x_test: jax.Array
+  labels_test: jax.Array
+
+
+def load(seed):
+  """A third of the digits is for testing."""
+  x, labels = load_digits(return_X_y=True)
+  x = (x - x.mean()) / x.std()
+  order = np.random.default_rng(seed).permutation(len(x))
+  test, train = np.split(order, [len(x) // 3])
+  return Data(
+    jnp.asarray(x[train], jnp.float32),
+    jnp.asarray(labels[train]),
+    jnp.asarray(x[test], jnp.float32),
+    jnp.asarray(labels[test]),
+  )
+
+
+def train(method, data, depth, steps, seed):
+  """The test accuracy, and a record of the gradients."""
+  model = method.network(depth)
+  tapped = Tapped(model, histogram=True)
+  variables = model.init(jax.random.key(seed), data.x[:BATCH], train=False)
+  params, moving = variables['params'], variables.get('batch_stats', {})
+  sinks = tapped.init(
+    variables, data.x[:BATCH], train=True, mutable=['batch_stats']
+  )
+  tx = flow.watch(method.around(optax.sgd(0.01, momentum=0.9)))
+
+  def loss_fn(params, taps, moving, x, labels):
+    logits, updated = tapped.apply(
+      {'params': params, 'batch_stats': moving},
+      x,
+      train=True,
+      mutable=['batch_stats'],
+      taps=taps,
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), updated.get('batch_stats', {})
+
+  @jax.jit
+  def step(params, opt_state, moving, x, labels):
+    (loss, moving), (grads, taps) = jax.value_and_grad(
+      loss_fn, argnums=(0, 1), has_aux=True
+    )(params, sinks, moving, x, labels)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return params, opt_state, moving, loss, taps
+
+  opt_state, record = tx.init(params), flow.Record(params)
+  rng = np.random.default_rng(seed)
+  for i in range(steps):
+    at = rng.integers(len(data.x), size=BATCH)
+    params, opt_state, moving, loss, taps = step(
+      params, opt_state, moving, data.x[at], data.labels[at]
+    )
+    record.add(i, taps=taps, opt_state=opt_state, loss=loss)
+  logits = model.apply(
+    {'params': params, 'batch_stats': moving}, data.x_test, train=False
+  )
+  assert isinstance(logits, jax.Array)
+  return float((logits.argmax(-1) == data.labels_test).mean()), record
+
+
+def plot(records, path):
+  """The norms over depth, at the first step and at the last."""
+  figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+  for ax, t, title in ((axes[0], 0, 'first step'), (axes[1], -1, 'last step')):
+    for name, record in records.items():
+      ax.plot(flow.depth_profile(record).log_norms[t], label=name)
+    ax.set(title=title, xlabel='layer, from the input')
+  axes[0].set_ylabel('log10 of the gradient norm')
+  axes[1].legend()
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--depth', type=int, default=30)
+  parser.add_argument('--steps', type=int, default=300)
+  parser.add_argument('--seed', type=int, default=0)
+  docs = HERE.parent / 'docs'
+  parser.add_argument(
+    '--picture', type=pathlib.Path, default=docs / 'gradient_flow.png'
+  )
+  parser.add_argument(
+    '--page', type=pathlib.Path, default=HERE / 'output' / 'gradient_flow.html'
+  )
+  args = parser.parse_args()
+  data, console, records = load(args.seed), Console(), {}
+  table = Table(title=f'{args.depth} layers, {args.steps} steps of SGD')
+  for column in (
+    '',
+    'accuracy',
+    'decades lost, first step',
+    'last',
+    'verdicts',
+  ):
+    table.add_column(column)
+  for name, method in METHODS.items():
+    accuracy, record = train(method, data, args.depth, args.steps, args.seed)
+    records[name] = record
+    decades = flow.depth_profile(record).decades
+    table.add_row(
+      name,
+      f'{accuracy:.1%}',
+      f'{decades[0]:.1f}',
+      f'{decades[-1]:.1f}',
+      ', '.join(verdict.kind for verdict in flow.diagnose(record)) or 'none',
+    )
+  flow.print_report({'plain': records['plain']}, console)
+  console.print(table)
+  plot(records, args.picture)
+  args.page.parent.mkdir(exist_ok=True)
+  flow.write_page(args.page, records, 'A deep network that does not learn')
+  console.print(f'written: {args.picture}, {args.page}')
+
+
+if __name__ == '__main__':
+  main()
