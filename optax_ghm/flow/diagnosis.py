@@ -357,18 +357,13 @@ def _dead_units(record):
     share = stats['dead_units'] / stats['units']
     # All of a leaf: nothing arrives there, which is another verdict.
     is_dead = (share >= DEAD_SHARE) & (stats['gradient_norm'] > 0)
-  found = []
-  for i, leaf in enumerate(record.leaves):
-    kernel = leaf.name.rpartition('/')[0] + '/kernel'
-    said_of_kernel = leaf.rank < 2 and any(
-      record.leaves[j].name == kernel for j in np.flatnonzero(is_dead[-1])
-    )
-    if is_dead[-1, i] and not said_of_kernel:
-      found.append(i)
-  if not found:
+  found = np.flatnonzero(is_dead[-1]) if len(is_dead) else []
+  if not len(found):
     return []
   worst = max(found, key=lambda i: share[-1, i])
-  names = tuple(record.leaves[i].name for i in found)
+  names = tuple(
+    dict.fromkeys(record.leaves[i].name.rpartition('/')[0] for i in found)
+  )
   return [
     Verdict(
       'dead units',
@@ -376,7 +371,7 @@ def _dead_units(record):
       _since(record, is_dead[:, found].any(1)),
       f'half or more of the units of {_listed(names)} have had no gradient for'
       f' 10 measured steps: {stats["dead_units"][-1, worst]:.0f} of'
-      f' {stats["units"][-1, worst]:.0f} of {record.leaves[worst].name}',
+      f' {stats["units"][-1, worst]:.0f} by {record.leaves[worst].name}',
       'their activation is off for all examples: lower the learning rate,'
       ' start biases at 0, try a leaky activation or normalization.',
       'Maas et al. 2013; Lu et al., Dying ReLU and Initialization, 2019',

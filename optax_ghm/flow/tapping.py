@@ -122,8 +122,10 @@ class TapStats(NamedTuple):
 
 
 def _root(squares):
-  roots = jnp.sqrt(squares) * jnp.array([_SMALL, 1, _LARGE], squares.dtype)
-  return _norms.norm(roots, -1)
+  small, middle, large = (jnp.sqrt(squares[..., i]) for i in range(3))
+  return _norms.norm(
+    jnp.stack([small * _SMALL, middle, large * _LARGE], -1), -1
+  )
 
 
 def sink(
@@ -276,8 +278,9 @@ def _squares(x, largest, of_example):
   unit = jnp.where(largest > 2.0**40, _LARGE, unit)
   reciprocal = jnp.expand_dims(1 / unit, of_example)
   total = jnp.sum(jnp.square(x * reciprocal), of_example)
-  units = jnp.array([_SMALL, 1, _LARGE], jnp.float32)
-  return jnp.where(unit[:, None] == units, total[:, None], 0)
+  return jnp.stack(
+    [jnp.where(unit == each, total, 0) for each in (_SMALL, 1, _LARGE)], -1
+  )
 
 
 def _histogram(magnitude):

@@ -60,7 +60,7 @@ class WatchState(NamedTuple):
 
   @property
   def update_norm(self) -> jax.Array:
-    """Of what went out."""
+    """Of what went out; 0 where the squares are below float32, inf beyond."""
     return self._column('update_norm')
 
   @property
@@ -90,7 +90,7 @@ class WatchState(NamedTuple):
 
   @property
   def units(self) -> jax.Array:
-    """How many units it has; 0 where these are not looked at (embeddings)."""
+    """How many units are looked at: none of embeddings and biased kernels."""
     return self._column('units')
 
   @property
@@ -137,10 +137,10 @@ def watch(
 
   For every leaf with gradient g, update u and parameter w, the state holds
   :math:`\lVert g \rVert`, :math:`\lVert u \rVert`, :math:`\lVert w \rVert`, the
-  zeros and the non-finite numbers of g, and how many units are dead: the
-  columns of a kernel, or entries of a vector, whose gradient was 0 in the last
-  10 measured steps (:func:`optax_ghm.flax_unit_axes` says what a column is; of
-  layers stacked in one kernel, a unit is dead if it is in all).
+  zeros and the non-finite numbers of g, and how many units are dead: entries of
+  a bias, or where there is none, columns of a kernel
+  (:func:`optax_ghm.flax_unit_axes`), whose gradient was 0 in the last 10
+  measured steps.
 
   With ``moments``, also, of Adam's own moments after the step,
 
@@ -177,7 +177,7 @@ def watch(
     >>> import jax.numpy as jnp
     >>> import optax
     >>> from optax_ghm import flow
-    >>> tx = flow.watch(optax.adam(1e-3))
+    >>> tx = flow.watch(optax.sgd(1e-3))
     >>> params = {'kernel': jnp.ones((4, 2)), 'bias': jnp.zeros(2)}
     >>> @functools.partial(jax.jit, static_argnames='measure')
     ... def step(grads, state, params, measure):
@@ -189,7 +189,7 @@ def watch(
     >>> flow.leaf_names(params)
     ['bias', 'kernel']
     >>> state.update_norm
-    Array([0.        , 0.00282822], dtype=float32)
+    Array([0.       , 0.0028228], dtype=float32)
   """
   optimizer = optax.with_extra_args_support(optimizer)
 
@@ -197,10 +197,14 @@ def watch(
     watched = optimizer.init(params)
     if moments:
       _moments(watched, params)
-    leaves = _counted_with_path(params)
+    leaves, units = _norms.counted(params), 0
+    for leaf, axes in zip(leaves, _unit_axes(params), strict=True):
+      if axes is not None:
+        units += leaf.size // int(np.prod([leaf.shape[i] for i in axes]))
+    # orbax cannot save what has no cell.
     return WatchState(
       measured=jnp.zeros([max(len(leaves), 1), len(COLUMNS)], jnp.float32),
-      quiet=jnp.zeros([max(sum(map(_unit_count, leaves)), 1)], jnp.float32),
+      quiet=jnp.zeros([max(units, 1)], jnp.float32),
       watched=watched,
     )
 
@@ -240,46 +244,62 @@ def watch(
 def _measure(gradients, updates, params, quiet):
   """The columns that any optimizer has, and the next ``quiet``."""
   leaves = _norms.counted(gradients)
+  gradient_norm = _each_norm(leaves)
 
-  def each_norm(tree):
-    leaves = _norms.counted(tree)
-    return _norms.group_norms(leaves, np.arange(len(leaves)), len(leaves))
-
-  gradient_norm = each_norm(gradients)
-
-  def count_non_finite():
-    counts = [jnp.sum(~jnp.isfinite(u), dtype=jnp.float32) for u in leaves]
-    return jnp.stack(counts)
-
-  zeros, is_quiet = [], []
-  with_path = _counted_with_path(gradients)
-  for path, leaf in with_path:
-    axes = _unit_axes(path, leaf)
-    count = jnp.sum((leaf == 0).astype(jnp.float32), axes or ())
-    zeros.append(jnp.sum(count))
+  zeros, is_quiet, units = [], [], []
+  for leaf, axes in zip(leaves, _unit_axes(gradients), strict=True):
+    by_unit = jnp.sum((leaf == 0).astype(jnp.float32), axes)
+    zeros.append(jnp.sum(by_unit))
+    units.append(0 if axes is None else by_unit.size)
     if axes is not None:
-      fan_in = leaf.size // max(count.size, 1)
-      is_quiet.append(_replicated(count == fan_in).ravel())
-  units = [_unit_count(leaf) for leaf in with_path]
+      is_quiet.append(_replicated(by_unit == leaf.size // by_unit.size).ravel())
   if is_quiet:
     quiet = jnp.where(jnp.concatenate(is_quiet), quiet + 1, 0)
-  dead, parts = [], iter(jnp.split(quiet, np.cumsum([n for n in units if n])))
-  for count in units:
-    dead.append(jnp.sum(next(parts) >= PATIENCE) if count else 0)
+  dead = [
+    jnp.sum(part >= PATIENCE, dtype=jnp.float32)
+    for part in jnp.split(quiet, np.cumsum(units[:-1]))
+  ]
   return {
     'gradient_norm': gradient_norm,
-    'update_norm': each_norm(updates),
-    'parameter_norm': each_norm(params),
+    # Each in one sum where it is made: to rescale it, all would be written out.
+    'update_norm': jnp.sqrt(
+      jnp.stack([_inner(u, u) for u in _norms.counted(updates)])
+    ),
+    'parameter_norm': _norms.group_norms(
+      _norms.counted(params), np.arange(len(leaves)), len(leaves)
+    ),
     'elements': np.array([leaf.size for leaf in leaves], np.float32),
     'zeros': jnp.stack(zeros),
-    'non_finite': jax.lax.cond(
-      jnp.all(jnp.isfinite(gradient_norm)),
-      lambda: jnp.zeros([len(leaves)], jnp.float32),
-      count_non_finite,
+    'non_finite': jnp.stack(
+      [_non_finite(*both) for both in zip(leaves, gradient_norm, strict=True)]
     ),
     'units': np.array(units, np.float32),
-    'dead_units': jnp.stack([jnp.asarray(n, jnp.float32) for n in dead]),
+    'dead_units': jnp.stack(dead),
   }, quiet
+
+
+def _each_norm(leaves):
+  """Of every gradient, as soon as it is there: none is kept for the others."""
+  small = [i for i, leaf in enumerate(leaves) if leaf.size <= _norms.SMALL]
+  together = _norms.group_norms(
+    [leaves[i] for i in small], np.arange(len(small)), len(small)
+  )
+  norms = dict(zip(small, together, strict=True))
+  for i, leaf in enumerate(leaves):
+    if i not in norms:
+      norms[i] = _norms.global_norm(leaf)
+  return jnp.stack([norms[i].astype(jnp.float32) for i in range(len(leaves))])
+
+
+def _non_finite(leaf, norm):
+  """How many numbers are; counted only if the norm says that there are any."""
+
+  def count():
+    return jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32)
+
+  if leaf.size <= _norms.SMALL:
+    return count()
+  return jax.lax.cond(jnp.isfinite(norm), lambda: jnp.float32(0), count)
 
 
 def _moments(watched, params):
@@ -315,7 +335,9 @@ def _of_moments(gradients, watched):
 
 def _inner(x, y):
   dtype = _norms.at_least_float32(x.dtype)
-  return jnp.sum((x.astype(dtype).conj() * y.astype(dtype)).real)
+  return jnp.sum(
+    (x.astype(dtype).conj() * y.astype(dtype)).real, dtype=jnp.float32
+  )
 
 
 def _ratio(x, y):
@@ -345,21 +367,26 @@ def _name(path):
   return '/'.join(names)
 
 
-def _unit_axes(path, leaf):
-  """What a unit sums over; None where units may rest, as unused tokens do."""
-  if _name(path).rpartition('/')[2] == 'embedding':
-    return None
-  if not _scopes.is_kernel(path, leaf):
-    return ()
-  return _scopes.flax_unit_axes(path, leaf)
+def _unit_axes(tree):
+  """What a unit of every leaf sums over; None for leaves without units.
 
-
-def _unit_count(path_and_leaf):
-  path, leaf = path_and_leaf
-  axes = _unit_axes(path, leaf)
-  if axes is None:
-    return 0
-  return leaf.size // int(np.prod([leaf.shape[i] for i in axes]))
+  Those are embeddings, since unused tokens rest without being dead, and kernels
+  with a bias, whose gradient says the same at less cost.
+  """
+  leaves = [
+    (path, _name(path), leaf) for path, leaf in _counted_with_path(tree)
+  ]
+  names = {name for _, name, _ in leaves}
+  every: list[tuple[int, ...] | None] = []
+  for path, name, leaf in leaves:
+    parent, _, own = name.rpartition('/')
+    if not _scopes.is_kernel(path, leaf):
+      every.append(())
+    elif own == 'embedding' or f'{parent}/bias'.removeprefix('/') in names:
+      every.append(None)
+    else:
+      every.append(_scopes.flax_unit_axes(path, leaf))
+  return every
 
 
 def _replicated(x):
