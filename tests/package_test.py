@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import optax_ghm
+from optax_ghm import flow
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,21 +29,27 @@ def test_import_loads_neither_flax_nor_plots():
   assert int(output[1]) <= 2
 
 
-@pytest.mark.parametrize('name', optax_ghm.__all__)
-def test_every_public_name_has_a_docstring_and_is_in_the_readme(name):
-  value = getattr(optax_ghm, name)
+def public(module):
+  return [pytest.param(module, name, id=name) for name in module.__all__]
+
+
+@pytest.mark.parametrize(('module', 'name'), public(optax_ghm) + public(flow))
+def test_every_public_name_has_a_docstring_and_is_in_the_readme(module, name):
+  value = getattr(module, name)
   if callable(value):
     assert value.__doc__
   assert name in (ROOT / 'README.md').read_text()
 
 
-@pytest.mark.parametrize(
-  'name', [n for n in optax_ghm.__all__ if callable(getattr(optax_ghm, n))]
-)
-def test_public_functions_have_an_example(name):
-  value = getattr(optax_ghm, name)
+@pytest.mark.parametrize(('module', 'name'), public(optax_ghm) + public(flow))
+def test_public_functions_have_an_example(module, name):
+  value = getattr(module, name)
   plain_records = {
     'CalibratedState',
+    'DepthProfile',
+    'Layer',
+    'Leaf',
+    'Verdict',
     'ClipState',
     'Crowd',
     'DensityState',
@@ -59,5 +66,5 @@ def test_public_functions_have_an_example(name):
     'SecondMomentState',
     'SkipState',
   }
-  if name not in plain_records:
+  if callable(value) and name not in plain_records:
     assert '>>> ' in value.__doc__

@@ -177,7 +177,7 @@ def watch(
     >>> import jax.numpy as jnp
     >>> import optax
     >>> from optax_ghm import flow
-    >>> tx = flow.watch(optax.sgd(1e-3))
+    >>> tx = flow.watch(optax.sgd(0.5))
     >>> params = {'kernel': jnp.ones((4, 2)), 'bias': jnp.zeros(2)}
     >>> @functools.partial(jax.jit, static_argnames='measure')
     ... def step(grads, state, params, measure):
@@ -189,7 +189,7 @@ def watch(
     >>> flow.leaf_names(params)
     ['bias', 'kernel']
     >>> state.update_norm
-    Array([0.       , 0.0028228], dtype=float32)
+    Array([0.        , 0.35355338], dtype=float32)
   """
   optimizer = optax.with_extra_args_support(optimizer)
 
