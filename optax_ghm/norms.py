@@ -136,11 +136,11 @@ def group_norms(
   if not leaves:
     return jnp.zeros([count], jnp.float32)
   dtype = _result_dtype(leaves)
-  rows, of_rows = _rows(leaves, groups)
+  arrays, of_rows = rows(leaves, groups)
 
   def per_row(reduce, *values):
     parts, start = [], 0
-    for row in rows:
+    for row in arrays:
       own = [v[start : start + len(row)] for v in values]
       own = [v.reshape(-1, *[1] * (row.ndim - 1)) for v in own]
       parts.append(reduce(row, tuple(range(1, row.ndim)), *own))
@@ -251,11 +251,17 @@ SMALL, MANY, TOGETHER = 2**14, 32, 64
 many at a time: XLA compiles a few dozen operands per concatenation soonest."""
 
 
-def _rows(leaves, groups):
+def rows(
+  leaves: list[jax.Array], groups: np.ndarray
+) -> tuple[list[jax.Array], np.ndarray]:
   """The leaves, each in a row of an array with a new first axis.
 
   Small leaves of one group share a row, if there is but one group; if there are
   several, each has a row to itself, filled up with zeros.
+
+  Args:
+    leaves: as :func:`counted` gives them.
+    groups: the group of every leaf.
 
   Returns:
     The arrays, and the group of every row of them.
@@ -268,7 +274,7 @@ def _rows(leaves, groups):
   if len(small) < MANY:
     small = []
   one_group = len(set(groups[small])) == 1
-  rows, of_rows, classes = [], [], {}
+  arrays, of_rows, classes = [], [], {}
   for i in small:
     size = 0 if one_group else 1 << (leaves[i].size - 1).bit_length()
     classes.setdefault((leaves[i].dtype, size), []).append(i)
@@ -282,12 +288,12 @@ def _rows(leaves, groups):
         if leaves[i].size < size:
           pieces.append(jnp.zeros(size - leaves[i].size, dtype))
       joined = jnp.concatenate(pieces)
-      rows.append(joined.reshape(-1, size or joined.size))
+      arrays.append(joined.reshape(-1, size or joined.size))
       of_rows += [groups[i] for i in (some[:1] if one_group else some)]
   for i in sorted(set(range(len(leaves))) - set(small)):
-    rows.append(leaves[i][None])
+    arrays.append(leaves[i][None])
     of_rows.append(groups[i])
-  return rows, np.array(of_rows)
+  return arrays, np.array(of_rows)
 
 
 def is_split(leaf):

@@ -246,36 +246,54 @@ def _measure(gradients, updates, params, quiet):
   leaves = _norms.counted(gradients)
   gradient_norm = _each_norm(leaves)
 
-  zeros, is_quiet, units = [], [], []
+  is_quiet, units = [], []
   for leaf, axes in zip(leaves, _unit_axes(gradients), strict=True):
-    by_unit = jnp.sum((leaf == 0).astype(jnp.float32), axes)
-    zeros.append(jnp.sum(by_unit))
-    units.append(0 if axes is None else by_unit.size)
     if axes is not None:
-      is_quiet.append(_replicated(by_unit == leaf.size // by_unit.size).ravel())
+      is_quiet.append(_replicated(jnp.all(leaf == 0, axes)).ravel())
+    units.append(0 if axes is None else is_quiet[-1].size)
   if is_quiet:
-    quiet = jnp.where(jnp.concatenate(is_quiet), quiet + 1, 0)
-  dead = [
-    jnp.sum(part >= PATIENCE, dtype=jnp.float32)
-    for part in jnp.split(quiet, np.cumsum(units[:-1]))
-  ]
+    while len(is_quiet) > 1:  # XLA compiles a few dozen at a time soonest
+      is_quiet = [
+        jnp.concatenate(is_quiet[i : i + _norms.TOGETHER])
+        for i in range(0, len(is_quiet), _norms.TOGETHER)
+      ]
+    quiet = jnp.where(is_quiet[0], quiet + 1, 0)
+  of_leaf = np.repeat(np.arange(len(leaves)), units)
+  is_dead = (quiet[: len(of_leaf)] >= PATIENCE).astype(jnp.float32)
+  elements = np.array([leaf.size for leaf in leaves], np.float32)
   return {
     'gradient_norm': gradient_norm,
-    # Each in one sum where it is made: to rescale it, all would be written out.
-    'update_norm': jnp.sqrt(
-      jnp.stack([_inner(u, u) for u in _norms.counted(updates)])
-    ),
+    # In one sum where it is made: to rescale them, all would be written out.
+    'update_norm': jnp.sqrt(_by_leaf(_squares, _norms.counted(updates))),
     'parameter_norm': _norms.group_norms(
       _norms.counted(params), np.arange(len(leaves)), len(leaves)
     ),
-    'elements': np.array([leaf.size for leaf in leaves], np.float32),
-    'zeros': jnp.stack(zeros),
-    'non_finite': jnp.stack(
-      [_non_finite(*both) for both in zip(leaves, gradient_norm, strict=True)]
-    ),
+    'elements': elements,
+    'zeros': elements - _by_leaf(_non_zero, leaves),
+    'non_finite': _by_leaf(_non_finite, leaves),
     'units': np.array(units, np.float32),
-    'dead_units': jnp.stack(dead),
+    'dead_units': jnp.zeros(len(leaves), jnp.float32).at[of_leaf].add(is_dead),
   }, quiet
+
+
+def _by_leaf(reduce, leaves):
+  """A sum over every leaf, small ones of a size together."""
+  arrays, order = _norms.rows(leaves, np.arange(len(leaves)))
+  sums = [reduce(rows, tuple(range(1, rows.ndim))) for rows in arrays]
+  return jnp.concatenate(sums)[np.argsort(order)]
+
+
+def _squares(x, axes):
+  x = x.astype(_norms.at_least_float32(x.dtype))
+  return jnp.sum((x.conj() * x).real, axes, dtype=jnp.float32)
+
+
+def _non_zero(x, axes):
+  return jnp.sum((x != 0).astype(jnp.float32), axes)
+
+
+def _non_finite(x, axes):
+  return jnp.sum((~jnp.isfinite(x)).astype(jnp.float32), axes)
 
 
 def _each_norm(leaves):
@@ -289,17 +307,6 @@ def _each_norm(leaves):
     if i not in norms:
       norms[i] = _norms.global_norm(leaf)
   return jnp.stack([norms[i].astype(jnp.float32) for i in range(len(leaves))])
-
-
-def _non_finite(leaf, norm):
-  """How many numbers are; counted only if the norm says that there are any."""
-
-  def count():
-    return jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32)
-
-  if leaf.size <= _norms.SMALL:
-    return count()
-  return jax.lax.cond(jnp.isfinite(norm), lambda: jnp.float32(0), count)
 
 
 def _moments(watched, params):
@@ -326,7 +333,8 @@ def _of_moments(gradients, watched):
   for g, m, v in zip(*map(_norms.counted, (gradients, mu, nu)), strict=True):
     squares = _inner(m, m)
     signal_to_noise.append(_ratio(squares, jnp.sum(v.real, dtype=jnp.float32)))
-    cosine.append(_ratio(_inner(g, m), jnp.sqrt(_inner(g, g) * squares)))
+    lengths = jnp.sqrt(_inner(g, g)) * jnp.sqrt(squares)
+    cosine.append(_ratio(_inner(g, m), lengths))
   return {
     'signal_to_noise': jnp.stack(signal_to_noise),
     'cosine': jnp.stack(cosine),
