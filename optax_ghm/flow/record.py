@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,16 @@ FORMAT = 'optax_ghm.flow 1'
 
 PENDING = 64
 """Steps that may be on their way to the host; more make ``add`` wait."""
+
+
+_NOT_A_RECORD = (
+  AttributeError,  # a plain array has no files
+  EOFError,
+  KeyError,
+  OSError,
+  ValueError,
+  zipfile.BadZipFile,
+)
 
 
 class _Step(NamedTuple):
@@ -118,7 +129,8 @@ class Record:
     if opt_state is not None:
       measured = self._measured(opt_state)
     if taps is not None:
-      layers, order = _depth_order(taps)
+      stacks = tuple(stats.numbers.shape[:-1] for stats in taps.values())
+      layers, order = _depth_order(taps.layers, stacks)
       if self.layers and layers != self.layers:
         raise ValueError(
           'the layers differ from those of the steps before:'
@@ -300,12 +312,13 @@ class Record:
       ValueError: if the file is not one of these.
     """
     try:
-      with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+      with open(path, 'rb') as file:
+        archive = np.load(file, allow_pickle=False)
+        arrays = {name: archive[name] for name in archive.files}
       about = json.loads(str(arrays['about']))
-    except (ValueError, KeyError, OSError, EOFError) as error:
-      if isinstance(error, FileNotFoundError):
-        raise
+    except FileNotFoundError:
+      raise
+    except _NOT_A_RECORD as error:
       raise ValueError(f'{path} is not a record of optax_ghm.flow.') from error
     if about.get('format') != FORMAT:
       raise ValueError(
@@ -360,50 +373,32 @@ def _is_finite(step):
   return all(np.isfinite(u).all() for u in jax.tree.leaves(step[1:]))
 
 
-def _depth_order(taps):
+@functools.lru_cache(maxsize=16)
+def _depth_order(layers, stacks):
   """Layers by depth, a row for each of a stack, and where each comes from.
 
   Stacked layers that are called together, those beneath the outermost stacked
   module, follow one another step by step of their loop.
   """
-  stacks = {name: taps[name].numbers.shape[:-1] for name in taps}
-  stacked = [name for name in taps if stacks[name]]
+  stacked = [layer.name for layer, u in zip(layers, stacks, strict=True) if u]
 
-  def root(name):
-    around = [
-      other
-      for other in stacked
-      if name == other or name.startswith(f'{other}/')
-    ]
-    return min(around, key=len)
+  def outermost(name):
+    around = [u for u in stacked if name == u or name.startswith(f'{u}/')]
+    return min(around, key=len, default=name)
 
-  rows, done = [], set()
-  for layer in taps.layers:
-    if not stacks[layer.name]:
-      rows.append((layer, ()))
-    elif (whole := root(layer.name)) not in done:
-      done.add(whole)
-      within = [
-        other
-        for other in taps.layers
-        if stacks[other.name] and root(other.name) == whole
-      ]
-      depths = {
-        other.name: list(np.ndindex(stacks[other.name])) for other in within
-      }
-      placed = [
-        (at[0], i, at, other)
-        for i, other in enumerate(within)
-        for at in depths[other.name]
-      ]
-      rows += [
-        (other, at) for _, _, at, other in sorted(placed, key=lambda p: p[:3])
-      ]
-  layers = tuple(
+  by_root = {}  # in the order of the forward pass
+  for layer, stack in zip(layers, stacks, strict=True):
+    for at in np.ndindex(stack):
+      by_root.setdefault(outermost(layer.name), []).append((layer, at))
+  rows = []
+  for members in by_root.values():
+    # Stable: within a step of the loop, the order of the forward pass.
+    rows += sorted(members, key=lambda member: member[1][:1])
+  named = tuple(
     layer._replace(name=layer.name + ''.join(f'[{i}]' for i in at))
     for layer, at in rows
   )
-  return layers, tuple((layer.name, at) for layer, at in rows)
+  return named, tuple((layer.name, at) for layer, at in rows)
 
 
 @functools.partial(jax.jit, static_argnames='order')
