@@ -1,0 +1,127 @@
+"""``python -m optax_ghm.flow``."""
+
+import subprocess
+import sys
+
+import pytest
+
+from optax_ghm import flow
+from optax_ghm.flow import __main__ as command_line
+from tests.flow.hand_made import taps
+
+
+@pytest.fixture
+def saved(tmp_path):
+  def save(name, *norms):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    record = flow.Record()
+    record.add(3, taps=taps(norms or [None, 1.0], ['encoder', 'head']))
+    record.save(path)
+    return path
+
+  return save
+
+
+def test_the_page_is_written_beside_the_record(saved, capsys):
+  path = saved('run.npz')
+  assert command_line.main(['report', str(path)]) == 0
+  page = path.with_suffix('.html')
+  assert {p.name for p in path.parent.iterdir()} == {'run.npz', 'run.html'}
+  text = page.read_text(encoding='utf-8')
+  assert '<title>Gradient flow</title>' in text
+  assert 'disconnected' in text and '<h2>run</h2>' in text
+  out, err = capsys.readouterr()
+  assert 'disconnected' in out and 'encoder' in out
+  assert f'written: {page}' in out
+  assert err == ''
+
+
+@pytest.mark.parametrize('option', ['-o', '--output'])
+def test_output_and_title_are_options(saved, tmp_path, option):
+  page = tmp_path / 'other.htm'
+  arguments = [str(saved('run.npz')), option, str(page), '--title', 'A <b>']
+  assert command_line.main(['report', *arguments]) == 0
+  assert '<title>A &lt;b&gt;</title>' in page.read_text()
+  assert not (tmp_path / 'run.html').exists()
+
+
+def test_several_records_are_compared_on_one_page(saved, capsys):
+  one, two = saved('one.npz'), saved('two.npz', 1.0, 1.0)
+  assert command_line.main(['report', str(one), str(two)]) == 0
+  text = one.with_suffix('.html').read_text()
+  assert text.index('<h2>one</h2>') < text.index('<h2>two</h2>')
+  assert not two.with_suffix('.html').exists()
+  assert 'two: nothing is wrong' in capsys.readouterr().out
+
+
+def test_records_of_one_name_in_two_folders_are_both_shown(saved):
+  one, two = saved('a/flow.npz'), saved('b/flow.npz', 1.0, 1.0)
+  assert command_line.main(['report', str(one), str(two)]) == 0
+  text = one.with_suffix('.html').read_text()
+  assert text.count('<section>') == 2
+  assert 'disconnected' in text and 'Nothing is wrong' in text
+
+
+BAD = {
+  'missing': lambda path: None,
+  'text': lambda path: path.write_text('no record'),
+  'truncated': lambda path: path.write_bytes(path.read_bytes()[:-100]),
+  'empty': lambda path: flow.Record().save(path),
+}
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')
+@pytest.mark.parametrize('kind', BAD)
+def test_a_bad_file_is_status_1_and_a_message(saved, tmp_path, capsys, kind):
+  path = saved('bad.npz') if kind == 'truncated' else tmp_path / 'bad.npz'
+  BAD[kind](path)
+  assert command_line.main(['report', str(path)]) == 1
+  out, err = capsys.readouterr()
+  assert 'bad' in err and err.count('\n') == 1
+  assert out == '' and not path.with_suffix('.html').exists()
+
+
+def test_a_page_that_cannot_be_written_is_status_1(saved, tmp_path, capsys):
+  page = tmp_path / 'no folder' / 'x.html'
+  assert command_line.main(['report', str(saved('r')), '-o', str(page)]) == 1
+  assert 'no folder' in capsys.readouterr().err
+
+
+def test_without_rich_the_page_is_written_all_the_same(
+  saved, monkeypatch, capsys
+):
+  monkeypatch.setitem(sys.modules, 'rich.console', None)
+  path = saved('run.npz')
+  assert command_line.main(['report', str(path)]) == 0
+  assert path.with_suffix('.html').exists()
+  out, err = capsys.readouterr()
+  assert 'install rich' in err and 'written' in out
+
+
+@pytest.mark.parametrize('arguments', [[], ['report'], ['other', 'x']])
+def test_a_wrong_call_says_how_to_call_it(arguments, capsys):
+  with pytest.raises(SystemExit) as error:
+    command_line.main(arguments)
+  assert error.value.code == 2
+  assert 'usage: python -m optax_ghm.flow' in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module(saved, tmp_path):
+  command = [sys.executable, '-m', 'optax_ghm.flow', 'report']
+  done = subprocess.run(
+    [*command, str(saved('run.npz'))],
+    check=False,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'run.html').exists()
+  bad = subprocess.run(
+    [*command, str(tmp_path / 'missing')],
+    check=False,
+    capture_output=True,
+    text=True,
+  )
+  assert bad.returncode == 1
+  assert 'missing' in bad.stderr and 'Traceback' not in bad.stderr
