@@ -241,7 +241,10 @@ class Tapped:
 
     def discover(module, output):
       name = '/'.join(module.path)
-      if name in stacks or (self.where and not self.where(name, module)):
+      if name in stacks:
+        return output
+      stacks[name] = _stack(module, outside)
+      if self.where is not None and not self.where(name, module):
         return output
       own = module.variables.get('params', {})
       layers.append(
@@ -251,7 +254,6 @@ class Tapped:
           has_kernel=any(getattr(p, 'ndim', 0) > 1 for p in own.values()),
         )
       )
-      stacks[name] = _stack(module, outside)
       return output
 
     with nn.intercept_methods(_at_outputs(discover)):
@@ -263,12 +265,14 @@ class Tapped:
       raise ValueError('no module was called that could be tapped.')
     return _flow.Taps(
       {
-        name: _flow.sink(
-          histogram=self.histogram, examples=self.examples, stack=stack
+        layer.name: _flow.sink(
+          histogram=self.histogram,
+          examples=self.examples,
+          stack=stacks[layer.name],
         )
-        for name, stack in stacks.items()
+        for layer in layers
       },
-      tuple(layers),
+      _flow.with_loops(layers, stacks),
     )
 
   def apply(

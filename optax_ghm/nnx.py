@@ -326,7 +326,8 @@ class Tapped:
       layers.append(_flow.Layer(name, type(module).__name__, has_kernel))
     if not layers:
       raise ValueError('there is no module that could be tapped.')
-    return _flow.Taps(stats, tuple(layers))
+    known = {name: stack or () for name, stack in stacks.items()}
+    return _flow.Taps(stats, _flow.with_loops(layers, known))
 
   def apply(
     self,

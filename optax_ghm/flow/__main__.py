@@ -25,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
   report.add_argument('--title', default='Gradient flow')
   args = parser.parse_args(arguments)
   try:
-    records = {path.stem: Record.load(path) for path in args.records}
+    stems = [path.stem for path in args.records]
+    records = {
+      path.stem if stems.count(path.stem) == 1 else str(path): Record.load(path)
+      for path in args.records
+    }
     output = args.output or args.records[0].with_suffix('.html')
     write_page(output, records, args.title)
   except (OSError, ValueError) as error:

@@ -109,6 +109,11 @@ def depth_profile(record: _record.Record) -> DepthProfile:
     [i for i, layer in enumerate(record.layers) if layer.has_kernel], int
   )
   layers = layers[reached[layers]]
+  if not len(layers):
+    nothing = np.full(len(record), np.nan)
+    return DepthProfile(
+      layers, np.zeros((len(record), 0)), nothing, nothing, nothing
+    )
   log_norms = np.log10(np.maximum(stats['norm'][:, layers], _LEAST))
   depth = np.arange(len(layers)) - (len(layers) - 1) / 2
   with np.errstate(invalid='ignore', divide='ignore'):
@@ -357,21 +362,22 @@ def _dead_units(record):
     share = stats['dead_units'] / stats['units']
     # All of a leaf: nothing arrives there, which is another verdict.
     is_dead = (share >= DEAD_SHARE) & (stats['gradient_norm'] > 0)
-  found = np.flatnonzero(is_dead[-1]) if len(is_dead) else []
-  if not len(found):
+  watched = np.flatnonzero(~np.isnan(stats['elements']).any(1))
+  if not len(watched) or not is_dead[watched[-1]].any():
     return []
-  worst = max(found, key=lambda i: share[-1, i])
-  names = tuple(
-    dict.fromkeys(record.leaves[i].name.rpartition('/')[0] for i in found)
-  )
+  last = watched[-1]
+  found = np.flatnonzero(is_dead[last])
+  worst = max(found, key=lambda i: share[last, i])
+  leaves = [record.leaves[i].name for i in found]
+  names = tuple(dict.fromkeys(u.rpartition('/')[0] or u for u in leaves))
   return [
     Verdict(
       'dead units',
       names,
-      _since(record, is_dead[:, found].any(1)),
+      _since(record, is_dead[: last + 1, found].any(1)),
       f'half or more of the units of {_listed(names)} have had no gradient for'
-      f' 10 measured steps: {stats["dead_units"][-1, worst]:.0f} of'
-      f' {stats["units"][-1, worst]:.0f} by {record.leaves[worst].name}',
+      f' 10 measured steps: {stats["dead_units"][last, worst]:.0f} of'
+      f' {stats["units"][last, worst]:.0f} by {record.leaves[worst].name}',
       'their activation is off for all examples: lower the learning rate,'
       ' start biases at 0, try a leaky activation or normalization.',
       'Maas et al. 2013; Lu et al., Dying ReLU and Initialization, 2019',
@@ -441,9 +447,9 @@ def _spikes(record):
     usual = float(np.median(before))
     if usual == 0:
       continue
-    spread = np.median(np.abs(np.log(np.maximum(before, _LEAST) / usual)))
+    low, high = np.quantile(np.log(np.maximum(before, _LEAST)), [0.25, 0.75])
+    sigma = (high - low) / 1.349  # of a normal distribution with such quartiles
     times = float(total[t] / usual)
-    sigma = 1.4826 * spread  # of a normal distribution with this spread
     if times > SPIKE and np.log(times) > SPIKE_SIGMAS * sigma:
       found.append(t)
       largest = max(largest, times)

@@ -162,7 +162,7 @@ def _of_layers(record, steps):
   tapped = ~np.isnan(stats['calls']).all(1)
   norms, at = stats['norm'][tapped], steps[tapped]
   with np.errstate(divide='ignore'):
-    logs = np.where(norms > 0, np.log10(norms), 0.0)
+    logs = np.where(norms == 0, 0.0, np.log10(norms))
   names = [layer.name or '(the model)' for layer in record.layers]
   values, nothing, columns = _binned(logs, norms == 0, at)
   parts = [
@@ -221,11 +221,14 @@ def _of_leaves(record, steps):
     logs = np.log10(record.leaf_stats['update_ratio'])
   watched = ~np.isnan(record.leaf_stats['elements']).all(1)
   kernels = [i for i, leaf in enumerate(record.leaves) if leaf.rank >= 2]
-  lines = {
-    record.leaves[i].name: (steps[watched], logs[watched, i]) for i in kernels
-  }
-  if not lines or watched.sum() < 2:
+  if not kernels or watched.sum() < 2:
     return []
+  logs = logs[watched][:, kernels]
+  values, _, at = _binned(logs, np.zeros(logs.shape, bool), steps[watched])
+  lines = {
+    record.leaves[i].name: (np.array(at, float), values[:, j])
+    for j, i in enumerate(kernels)
+  }
   return [
     '<h3>Update norm over parameter norm</h3>',
     _svg.line_chart(

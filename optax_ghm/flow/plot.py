@@ -70,7 +70,10 @@ def figure(record: _record.Record) -> 'Figure':
     ax.invert_yaxis()
     every = max(len(record.layers) // 20, 1)
     shown = range(0, len(record.layers), every)
-    ax.set_yticks(list(shown), [record.layers[i].name or '·' for i in shown])
+    ax.set_yticks(
+      list(shown),
+      [_text(record.layers[i].name or '(the model)') for i in shown],
+    )
     _label_steps(ax, steps)
 
   ax = axes[0, 1]
@@ -89,7 +92,7 @@ def figure(record: _record.Record) -> 'Figure':
   for i, leaf in enumerate(record.leaves):
     positive = np.where(ratio[:, i] > 0, ratio[:, i], np.nan)
     if leaf.rank >= 2 and np.isfinite(positive).any():
-      ax.plot(steps, positive, label=leaf.name)
+      ax.plot(steps, positive, label=_text(leaf.name))
   ax.axhline(RATIO_GUIDE, color='gray', linestyle='--')
   ax.set_yscale('log')
   ax.set_xlabel('step')
@@ -101,7 +104,8 @@ def figure(record: _record.Record) -> 'Figure':
   ax.set_title('magnitudes at the first layer')
   if histograms is not None:
     at = int(profile.layers[0]) if len(profile.layers) else 0
-    ax.set_title(f'magnitudes at {record.layers[at].name or "the output"}')
+    name = _text(record.layers[at].name or '(the model)')
+    ax.set_title(f'magnitudes at {name}')
     edges = _tapping.LOWEST + _tapping.OCTAVES * np.arange(_tapping.CELLS + 1)
     ax.pcolormesh(
       np.arange(len(steps) + 1) - 0.5,
@@ -118,3 +122,9 @@ def _label_steps(ax, steps):
   shown = range(0, len(steps), every)
   ax.set_xticks(list(shown), [str(steps[i]) for i in shown])
   ax.set_xlabel('step')
+
+
+def _text(name):
+  """A name as it is: no mathematics, and a legend entry in any case."""
+  name = name.replace('$', r'\$')
+  return f' {name}' if name.startswith('_') else name

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import json
 import os
 import zipfile
@@ -25,8 +26,10 @@ PENDING = 64
 _NOT_A_RECORD = (
   AttributeError,  # a plain array has no files
   EOFError,
+  IndexError,
   KeyError,
   OSError,
+  TypeError,
   ValueError,
   zipfile.BadZipFile,
 )
@@ -34,10 +37,14 @@ _NOT_A_RECORD = (
 
 class _Step(NamedTuple):
   number: int
+  index: int  # among all that were added
   tapped: Any  # (layers, 9), or None
   histogram: Any  # (layers, 64), or None
   watched: Any  # (leaves, 10), or None
   scalars: dict[str, Any]
+
+
+_RESULTS = _Step._fields[2:]
 
 
 class Record:
@@ -45,9 +52,9 @@ class Record:
 
   :meth:`add` does not wait for the device: it starts the copy of the small
   results and goes on; they are read when they have arrived. The history is
-  bounded: when it is full, every second step of it is dropped, so that what is
-  long ago is seldom and what is recent is dense; the first step with a number
-  that is not finite is never dropped.
+  bounded: of what is older than the last quarter of it, every second step is
+  kept, later every fourth, and so on; and the first step with a number that is
+  not finite in any case.
 
   Args:
     params: the parameters, to name the rows of a watched optimizer; not kept.
@@ -91,7 +98,8 @@ class Record:
       raise ValueError(f'capacity must be at least 4, got {capacity}.')
     self.leaves: tuple[Leaf, ...] = () if params is None else _leaves(params)
     self.layers: tuple[_tapping.Layer, ...] = ()
-    self._capacity = capacity
+    self._knows_params = params is not None
+    self._capacity, self._stride, self._added = capacity, 1, 0
     self._writers = tuple(writers)
     self._pending: collections.deque[_Step] = collections.deque()
     self._steps: list[_Step] = []
@@ -122,6 +130,7 @@ class Record:
         the steps before, or if ``opt_state`` holds no such state, or none that
         fits ``params``.
     """
+    step = int(step)
     last = [*self._steps[-1:], *self._pending][-1:]
     if last and step <= last[0].number:
       raise ValueError(f'step {step} comes after step {last[0].number}.')
@@ -139,10 +148,16 @@ class Record:
         )
       self.layers = layers
       tapped, histogram = _gather(taps.stats, order)
-    copied = _copied((tapped, histogram, measured, dict(scalars)))
+    on_device = {k: v for k, v in scalars.items() if isinstance(v, jax.Array)}
+    copied = _copied((tapped, histogram, measured, on_device))
     for leaf in jax.tree.leaves(copied):
       leaf.copy_to_host_async()
-    self._pending.append(_Step(step, *copied))
+    tapped, histogram, measured, values = copied
+    values = {**scalars, **values}
+    self._pending.append(
+      _Step(step, self._added, tapped, histogram, measured, values)
+    )
+    self._added += 1
     self._arrive(wait=False)
 
   def _measured(self, opt_state):
@@ -158,24 +173,27 @@ class Record:
         f'opt_state must hold one state of flow.watch, found {len(found)}.'
       )
     measured = found[0].measured
-    if len(self.leaves) != len(measured):
+    if not self._knows_params or max(len(self.leaves), 1) != len(measured):
       raise ValueError(
         f'the optimizer watches {len(measured)} leaves, the record knows of'
         f' {len(self.leaves)}: make it as Record(params).'
       )
-    return measured
+    return measured[: len(self.leaves)]
 
   def _arrive(self, wait):
     """Takes over what has been computed; all of it, if it is to wait."""
     while self._pending:
       head = self._pending[0]
       late = len(self._pending) > PENDING
-      if not (
-        wait or late or all(u.is_ready() for u in jax.tree.leaves(head[1:]))
-      ):
+      arrived = all(
+        u.is_ready() for u in jax.tree.leaves(head) if hasattr(u, 'is_ready')
+      )
+      if not (wait or late or arrived):
         break
       self._pending.popleft()
-      step = jax.tree.map(np.asarray, head)._replace(number=head.number)
+      step = head._replace(
+        **jax.tree.map(np.asarray, dict(zip(_RESULTS, head[2:], strict=True)))
+      )
       self._steps.append(step)
       for write in self._writers:
         write(step.number, self._named(step))
@@ -183,14 +201,18 @@ class Record:
         self._thin()
 
   def _thin(self):
+    """Drops of the older steps what is between multiples of the stride."""
+    recent = self._capacity // 4
     first_bad = next((s for s in self._steps if not _is_finite(s)), None)
-    kept = self._steps[::2]
-    if self._steps[-1] is not kept[-1]:
-      kept.append(self._steps[-1])
-    if first_bad is not None and not any(s is first_bad for s in kept):
-      kept.append(first_bad)
-      kept.sort(key=lambda step: step.number)
-    self._steps = kept
+    while True:
+      older, newer = self._steps[:-recent], self._steps[-recent:]
+      older = [
+        s for s in older if s.index % self._stride == 0 or s is first_bad
+      ]
+      self._steps = older + newer
+      if len(older) <= self._capacity // 2:
+        return
+      self._stride *= 2
 
   def _named(self, step):
     """The numbers of a step that people plot, by name."""
@@ -293,8 +315,13 @@ class Record:
       'leaves': self.leaves,
       'scalars': list(scalars),
     }
-    for i, values in enumerate(scalars.values()):
+    for name in ('tapped', 'watched', 'histogram'):
+      arrays[f'has_{name}'] = np.array(
+        [getattr(step, name) is not None for step in self._steps], bool
+      )
+    for i, (name, values) in enumerate(scalars.items()):
       arrays[f'scalar_{i}'] = values
+      arrays[f'has_scalar_{i}'] = self.has_scalar(name)
     with open(path, 'wb') as file:
       np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
 
@@ -316,32 +343,38 @@ class Record:
         archive = np.load(file, allow_pickle=False)
         arrays = {name: archive[name] for name in archive.files}
       about = json.loads(str(arrays['about']))
+      written = about['format']
+      if written == FORMAT:
+        return cls._of(about, arrays)
     except FileNotFoundError:
       raise
     except _NOT_A_RECORD as error:
       raise ValueError(f'{path} is not a record of optax_ghm.flow.') from error
-    if about.get('format') != FORMAT:
-      raise ValueError(
-        f'{path} is of the format {about.get("format")!r}, this is {FORMAT!r}.'
-      )
+    raise ValueError(
+      f'{path} is of the format {written!r}, this is {FORMAT!r}.'
+    )
+
+  @classmethod
+  def _of(cls, about, arrays):
+    """The record that was written as these."""
     record = cls(capacity=about['capacity'])
     record.layers = tuple(_tapping.Layer(*layer) for layer in about['layers'])
     record.leaves = tuple(Leaf(*leaf) for leaf in about['leaves'])
+    record._knows_params = bool(record.leaves)
     for i, number in enumerate(arrays['steps']):
-      rows = [
-        arrays[name][i]
-        if name in arrays and not np.isnan(arrays[name][i]).all()
-        else None
+      tapped, histogram, watched = (
+        arrays[name][i] if arrays[f'has_{name}'][i] else None
         for name in ('tapped', 'histogram', 'watched')
-      ]
+      )
       scalars = {
         name: arrays[f'scalar_{j}'][i]
         for j, name in enumerate(about['scalars'])
+        if arrays[f'has_scalar_{j}'][i]
       }
-      tapped, histogram, watched = rows
       record._steps.append(
-        _Step(int(number), tapped, histogram, watched, scalars)
+        _Step(int(number), i, tapped, histogram, watched, scalars)
       )
+    record._added = len(record._steps)
     return record
 
 
@@ -370,30 +403,39 @@ def _copied(tree):
 
 
 def _is_finite(step):
-  return all(np.isfinite(u).all() for u in jax.tree.leaves(step[1:]))
+  return all(np.isfinite(u).all() for u in jax.tree.leaves(step[2:]))
 
 
 @functools.lru_cache(maxsize=16)
 def _depth_order(layers, stacks):
   """Layers by depth, a row for each of a stack, and where each comes from.
 
-  Stacked layers that are called together, those beneath the outermost stacked
-  module, follow one another step by step of their loop.
+  Stacked layers that one loop calls follow one another, step by step of it.
   """
   stacked = [layer.name for layer, u in zip(layers, stacks, strict=True) if u]
-
-  def outermost(name):
-    around = [u for u in stacked if name == u or name.startswith(f'{u}/')]
-    return min(around, key=len, default=name)
-
-  by_root = {}  # in the order of the forward pass
-  for layer, stack in zip(layers, stacks, strict=True):
-    for at in np.ndindex(stack):
-      by_root.setdefault(outermost(layer.name), []).append((layer, at))
   rows = []
-  for members in by_root.values():
-    # Stable: within a step of the loop, the order of the forward pass.
-    rows += sorted(members, key=lambda member: member[1][:1])
+
+  def loop(layer):
+    if layer.loop is not None:
+      return layer.loop
+    around = [
+      u for u in stacked if layer.name == u or layer.name.startswith(f'{u}/')
+    ]
+    return min(around, key=len, default='')
+
+  def place(members, at):
+    for (size, _), together in itertools.groupby(
+      members,
+      lambda member: (member[1][:1], None if at else loop(member[0])),
+    ):
+      inner = [(layer, stack[1:]) for layer, stack in together]
+      if not size:
+        rows.extend((layer, at) for layer, _ in inner)
+      else:
+        for i in range(*size):
+          place(inner, (*at, i))
+
+  place(list(zip(layers, stacks, strict=True)), ())
   named = tuple(
     layer._replace(name=layer.name + ''.join(f'[{i}]' for i in at))
     for layer, at in rows

@@ -46,6 +46,7 @@ def print_report(
   from rich.console import Console  # noqa: PLC0415
   from rich.markup import escape  # noqa: PLC0415
   from rich.table import Table  # noqa: PLC0415
+  from rich.text import Text  # noqa: PLC0415
 
   console = console or Console()
   if isinstance(records, _record.Record):
@@ -53,15 +54,15 @@ def print_report(
   for name, record in records.items():
     steps = record.steps
     if not len(steps):
-      console.print(f'{escape(name)}: nothing is recorded')
+      console.print(f'{escape(name)}: nothing is recorded', emoji=False)
       continue
     title = f'{name}: ' if name else ''
-    if record.layers:
-      table = Table(title=escape(f'{title}gradients at the layers'))
+    if record.layers and not np.isnan(record.layer_stats['calls']).all():
+      table = Table(title=Text(f'{title}gradients at the layers'))
       table.add_column('layer')
       for column in ('norm', 'rms', 'largest', 'zeros', 'not finite'):
         table.add_column(column, justify='right')
-      last = {k: v[-1] for k, v in record.layer_stats.items()}
+      last = _last(record.layer_stats, 'calls')
       for i, layer in enumerate(record.layers):
         row = {k: v[i] for k, v in last.items()}
         figures = ['no gradient arrives', '', '', '', '']
@@ -69,18 +70,18 @@ def print_report(
           figures = [f'{row[k]:.2e}' for k in ('norm', 'rms', 'largest')]
           figures.append(f'{row["zeros"] / max(row["elements"], 1):.0%}')
           figures.append(f'{row["non_finite"]:.0f}')
-        table.add_row(escape(layer.name or '(the model)'), *figures)
+        table.add_row(Text(layer.name or '(the model)'), *figures)
       console.print(table)
-    if record.leaves and not np.isnan(record.leaf_stats['elements'][-1]).all():
-      table = Table(title=escape(f'{title}parameters'))
+    if record.leaves and not np.isnan(record.leaf_stats['elements']).all():
+      table = Table(title=Text(f'{title}parameters'))
       table.add_column('parameter')
       for column in ('gradient', 'update', 'parameter', 'ratio', 'dead units'):
         table.add_column(column, justify='right')
-      last = {k: v[-1] for k, v in record.leaf_stats.items()}
+      last = _last(record.leaf_stats, 'elements')
       for i, leaf in enumerate(record.leaves):
         row = {k: v[i] for k, v in last.items()}
         table.add_row(
-          escape(leaf.name),
+          Text(leaf.name),
           *(
             f'{row[k]:.2e}'
             for k in (
@@ -95,7 +96,9 @@ def print_report(
       console.print(table)
     verdicts = _diagnosis.diagnose(record)
     if not verdicts:
-      console.print(f'{escape(title)}[green]nothing is wrong[/green]')
+      console.print(
+        f'{escape(title)}[green]nothing is wrong[/green]', emoji=False
+      )
     for verdict in verdicts:
       console.print(
         f'{escape(title)}[bold red]{verdict.kind}[/bold red] since step'
@@ -103,4 +106,11 @@ def print_report(
         f'  try: {escape(verdict.suggestion)} [dim]({escape(verdict.source)})'
         '[/dim]',
         highlight=False,
+        emoji=False,
       )
+
+
+def _last(stats, always):
+  """The last step at which these were measured."""
+  at = np.flatnonzero(~np.isnan(stats[always]).all(1))[-1]
+  return {name: values[at] for name, values in stats.items()}

@@ -164,7 +164,10 @@ def heat_map(
   data = html.escape(
     '\n'.join(
       ['\t'.join(['', *columns])]
-      + ['\t'.join([name, *row]) for name, row in zip(rows, texts, strict=True)]
+      + [
+        '\t'.join([' '.join(name.split()), *row])
+        for name, row in zip(rows, texts, strict=True)
+      ]
     )
   )
   figure = _figure(

@@ -328,11 +328,14 @@ class Layer(NamedTuple):
     kind: name of its class, or empty.
     has_kernel: whether it has a weight matrix of its own, so that it counts as
       one layer of depth.
+    loop: name of the outermost module that a loop over layers calls and this
+      one is in, empty if there is none; None if it is to be told by the names.
   """
 
   name: str
   kind: str = ''
   has_kernel: bool = True
+  loop: str | None = None
 
 
 @functools.partial(
@@ -396,6 +399,27 @@ class Taps(Mapping):
 
   def __len__(self) -> int:
     return len(self.layers)
+
+
+def with_loops(
+  layers: Sequence[Layer], stacks: Mapping[str, tuple[int, ...]]
+) -> tuple[Layer, ...]:
+  """The layers, each with the loop that it is in.
+
+  Args:
+    layers: those that are tapped.
+    stacks: of all modules, tapped or not, the leading axes of a sink.
+
+  Returns:
+    The same layers, ``loop`` set.
+  """
+
+  def loop(name):
+    parts = name.split('/')
+    around = ['/'.join(parts[: i + 1]) for i in range(len(parts))]
+    return next((each for each in around if stacks.get(each)), '')
+
+  return tuple(layer._replace(loop=loop(layer.name)) for layer in layers)
 
 
 def leading_axes(inside: Any, outside: Any) -> tuple[int, ...]:

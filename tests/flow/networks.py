@@ -201,7 +201,9 @@ ILL = {
     Plain(30, kernel_init=gain(1.0)), 'vanishing', optimizer=sgd
   ),
   'gain 0.5, 30 layers': ill(Plain(30, kernel_init=gain(0.5)), 'vanishing'),
-  'gain 2.0, 30 layers': ill(Plain(30, kernel_init=gain(2.0)), 'exploding'),
+  'gain 2.0, 30 layers': ill(
+    Plain(30, kernel_init=gain(2.0)), 'exploding', optimizer=optax.adam(1e-5)
+  ),
   'sigmoid, 20 layers': ill(
     Plain(20, kernel_init=gain(1.0), activation=nn.sigmoid), 'vanishing'
   ),
@@ -213,7 +215,7 @@ ILL = {
   'convolutions, gain 0.7': ill(
     Convolutions(kernel_init=gain(0.7), blocks=12),
     'vanishing',
-    optimizer=sgd,
+    optimizer=optax.sgd(0.001),
   ),
   'stop_gradient': ill(CutOff(), 'disconnected'),
   'root of zero': ill(RootOfZero(), 'not finite'),

@@ -48,7 +48,12 @@ def test_the_heat_map_shows_the_norms_of_all_layers_and_steps():
   np.testing.assert_allclose(shown[0].data, [1, 2, 3, 4, 5])
   np.testing.assert_allclose(shown[3].data, 2)
   assert shown.mask[2].all() and not shown.mask[[0, 1, 3]].any()
-  assert [t.get_text() for t in heat.get_yticklabels()] == ['a', 'b', 'c', '·']
+  assert [t.get_text() for t in heat.get_yticklabels()] == [
+    'a',
+    'b',
+    'c',
+    '(the model)',
+  ]
   assert '40' in [t.get_text() for t in heat.get_xticklabels()]
   assert heat.yaxis_inverted()  # the input is on top
 
