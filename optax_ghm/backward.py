@@ -149,17 +149,17 @@ def ride(next_state: Any, cotangent: Any) -> Any:
 
   def tie(leaf):
     # Shards that have agreed on a state must not be made to differ again.
-    if not _varying_axes(zero) <= _varying_axes(leaf):
+    if not varying_axes(zero) <= varying_axes(leaf):
       return leaf
     return leaf + zero.astype(leaf.dtype)
 
   return jax.tree.map(tie, next_state)
 
 
-def _varying_axes(x):
+def varying_axes(x: jax.Array) -> frozenset[str]:
   """The axes of a ``shard_map`` along which x differs; its name has moved."""
   kind = jax.typeof(x)
-  return kind.vma if hasattr(kind, 'vma') else kind.mat.varying
+  return frozenset(kind.vma if hasattr(kind, 'vma') else kind.mat.varying)
 
 
 class InBackwardState(NamedTuple):

@@ -1,9 +1,10 @@
 """Flax Linen faces: modules whose state lives with the model's variables."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax
 import jax
 import optax
 from flax import linen as nn
@@ -243,10 +244,11 @@ class Tapped:
       name = '/'.join(module.path)
       if name in stacks:
         return output
-      stacks[name] = _stack(module, outside)
-      if self.where is not None and not self.where(name, module):
+      taken = self.where is None or self.where(name, module)
+      stacks[name] = _stack(module, outside, strict=taken)
+      if not taken:
         return output
-      own = module.variables.get('params', {})
+      own = nn.meta.unbox(module.variables.get('params', {}))
       layers.append(
         _flow.Layer(
           name=name,
@@ -257,9 +259,13 @@ class Tapped:
       return output
 
     with nn.intercept_methods(_at_outputs(discover)):
-      jax.eval_shape(
-        lambda variables: self.model.apply(variables, *args, **kwargs),
+      _flow.trace(
+        lambda variables, args, kwargs: self.model.apply(
+          variables, *args, **kwargs
+        ),
         variables,
+        args,
+        kwargs,
       )
     if not layers:
       raise ValueError('no module was called that could be tapped.')
@@ -305,7 +311,16 @@ class Tapped:
     for name, sink in taps.items():
       params = _with_sink(params, name.split('/') if name else [], sink)
     with nn.intercept_methods(_at_outputs(pass_tap)):
-      return self.model.apply({**variables, 'params': params}, *args, **kwargs)
+      result = self.model.apply(
+        {**variables, 'params': params}, *args, **kwargs
+      )
+    if kwargs.get('mutable', False) is False:
+      return result
+    output, updated = result
+    if 'params' in updated:
+      params = _without_sinks(updated['params'])
+      updated = flax.core.copy(updated, {'params': params})
+    return output, updated
 
 
 _SINK = '_flow_sink'
@@ -325,18 +340,18 @@ def _at_outputs(f):
   return intercept
 
 
-def _stack(module, outside):
+def _stack(module, outside, strict):
   """The leading axes that the parameters of a module have lost on the way in.
 
   Those of the next module around it that has any, if it has none itself.
   """
-  while module is not None:
+  while isinstance(module, nn.Module):
     inside = nn.meta.unbox(module.variables.get('params', {}))
     of_module = outside
     for key in module.path:
       of_module = of_module.get(key, {})
     if jax.tree.leaves(inside):
-      return _flow.leading_axes(inside, of_module)
+      return _flow.leading_axes(inside, of_module, strict=strict)
     module = module.parent
   return ()
 
@@ -346,3 +361,17 @@ def _with_sink(params, path, sink):
     return {**params, _SINK: sink}
   key, *rest = path
   return {**params, key: _with_sink(params.get(key, {}), rest, sink)}
+
+
+def _without_sinks(params):
+  """The parameters that were there before, without folders for sinks only."""
+  inner = {
+    key: _without_sinks(value) if isinstance(value, Mapping) else value
+    for key, value in params.items()
+    if key != _SINK
+  }
+  return {
+    key: value
+    for key, value in inner.items()
+    if not isinstance(value, Mapping) or value
+  }

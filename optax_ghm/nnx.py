@@ -300,14 +300,15 @@ class Tapped:
     stacks: dict[str, tuple[int, ...] | None] = {}  # in the order of returns
 
     def found(name, module):
-      stacks.setdefault(name, _stack(module, modules[name]))
+      taken = self.where is None or self.where(name, modules[name])
+      stacks.setdefault(name, _stack(module, modules[name], strict=taken))
 
-    def run(state):
+    def run(state, args, kwargs):
       copy = nnx.merge(graph, state)
       with _watched(copy, {name: _Discovery(name, found) for name in modules}):
-        return _method(copy, method)(*args, **kwargs)
+        _method(copy, method)(*args, **kwargs)
 
-    jax.eval_shape(run, state)
+    _flow.trace(run, jax.eval_shape(lambda state: state, state), args, kwargs)
     stats, layers = {}, []
     for name in dict.fromkeys([*stacks, *modules]):
       module = modules[name]
@@ -377,7 +378,7 @@ def _method(model, method):
   return functools.partial(method, model)
 
 
-def _stack(inside, outside):
+def _stack(inside, outside, strict):
   """The leading axes that the variables of a module have lost on the way in.
 
   None if it has no variables.
@@ -390,7 +391,8 @@ def _stack(inside, outside):
   if not both:
     return None
   return _flow.leading_axes(
-    *([tree[path].get_value() for path in both] for tree in (inside, outside))
+    *([tree[path].get_value() for path in both] for tree in (inside, outside)),
+    strict=strict,
   )
 
 

@@ -24,6 +24,7 @@ from optax_ghm.flow.tapping import (
   leading_axes as leading_axes,
   sink,
   tap,
+  trace as trace,
   with_loops as with_loops,
 )
 from optax_ghm.flow.watching import WatchState, leaf_names, watch

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_ghm import norms as _norms
+from optax_ghm import backward as _backward, norms as _norms
 
 LOWEST, OCTAVES, CELLS = -96, 2, 64
 """The histogram: cell i counts magnitudes from 2^(LOWEST + OCTAVES * i)."""
@@ -217,6 +217,13 @@ def tap(x: Any, sink: TapStats) -> Any:
           f'the sink is for {examples} examples along the first axis, got an'
           f' array of shape {leaf.shape}.'
         )
+  # Shards that share a sink add up: that is what the gradient of pcast does.
+  axes = frozenset().union(*map(_backward.varying_axes, tapped))
+  axes -= _backward.varying_axes(sink.numbers)
+  if axes:
+    sink = jax.tree.map(
+      lambda u: jax.lax.pcast(u, tuple(sorted(axes)), to='varying'), sink
+    )
   passed = iter(_tap(tapped, sink))
   return structure.unflatten(
     next(passed) if _norms.is_inexact(leaf) else leaf for leaf in leaves
@@ -401,6 +408,23 @@ class Taps(Mapping):
     return len(self.layers)
 
 
+def trace(f: Callable[..., Any], *args: Any) -> None:
+  """Runs ``f`` abstractly; shapes among its arguments stand for arrays."""
+  leaves, structure = jax.tree.flatten(args)
+  is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+
+  def run(arrays):
+    given = iter(arrays)
+    f(
+      *structure.unflatten(
+        next(given) if abstract else leaf
+        for leaf, abstract in zip(leaves, is_shape, strict=True)
+      )
+    )
+
+  jax.eval_shape(run, [u for u, x in zip(leaves, is_shape, strict=True) if x])
+
+
 def with_loops(
   layers: Sequence[Layer], stacks: Mapping[str, tuple[int, ...]]
 ) -> tuple[Layer, ...]:
@@ -422,12 +446,15 @@ def with_loops(
   return tuple(layer._replace(loop=loop(layer.name)) for layer in layers)
 
 
-def leading_axes(inside: Any, outside: Any) -> tuple[int, ...]:
+def leading_axes(
+  inside: Any, outside: Any, strict: bool = True
+) -> tuple[int, ...]:
   """The axes that arrays lost on their way into a loop over layers.
 
   Args:
     inside: the parameters that a module sees when it is called.
     outside: those that are given to the model.
+    strict: whether to raise.
 
   Returns:
     The sizes of the leading axes of ``outside`` that ``inside`` has not.
@@ -440,7 +467,7 @@ def leading_axes(inside: Any, outside: Any) -> tuple[int, ...]:
     jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True
   ):
     depth = v.ndim - u.ndim
-    if depth and v.shape[depth:] != u.shape:
+    if strict and depth and v.shape[depth:] != u.shape:
       raise ValueError(
         f'a parameter of shape {v.shape} is {u.shape} where it is used: layers'
         ' can only be tapped if they are stacked along leading axes. Leave'
