@@ -77,7 +77,7 @@ class PreNorm(nn.Module):
 
 
 class Transformer(nn.Module):
-  depth: int = 4
+  depth: int = 2
 
   @nn.compact
   def __call__(self, x):
@@ -176,21 +176,21 @@ HEALTHY = {
   'tanh, Glorot, 12 layers': healthy(
     Plain(12, kernel_init=gain(1.0), activation=nn.tanh)
   ),
-  'selu, LeCun, 20 layers': healthy(
-    Plain(20, kernel_init=gain(1.0), activation=nn.selu)
+  'selu, LeCun, 12 layers': healthy(
+    Plain(12, kernel_init=gain(1.0), activation=nn.selu)
   ),
   'batch normalization, 20 layers': healthy(
     Plain(20, normalization=batch_norm)
   ),
-  'layer normalization, 20 layers': healthy(
-    Plain(20, normalization=nn.LayerNorm)
+  'layer normalization, 12 layers': healthy(
+    Plain(12, normalization=nn.LayerNorm)
   ),
   'dropout': healthy(Plain(6, dropout=0.3)),
-  'pre-LN residual, 16 blocks': healthy(PreNorm(16)),
+  'pre-LN residual, 8 blocks': healthy(PreNorm(8)),
   'pre-LN residual, scanned': healthy(PreNorm(12, scanned=True)),
   'transformer': healthy(Transformer()),
   'convolutions': healthy(Convolutions()),
-  'residual convolutions': healthy(Convolutions(residual=True, blocks=10)),
+  'residual convolutions': healthy(Convolutions(residual=True, blocks=6)),
   'LSTM': healthy(Recurrent()),
 }
 
@@ -212,8 +212,8 @@ ILL = {
     'vanishing',
     optimizer=sgd,
   ),
-  'convolutions, gain 0.7': ill(
-    Convolutions(kernel_init=gain(0.7), blocks=12),
+  'convolutions, gain 0.6': ill(
+    Convolutions(kernel_init=gain(0.6), blocks=8),
     'vanishing',
     optimizer=optax.sgd(0.001),
   ),
