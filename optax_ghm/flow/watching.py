@@ -293,7 +293,14 @@ def _non_zero(x, axes):
 
 
 def _non_finite(x, axes):
-  return jnp.sum((~jnp.isfinite(x)).astype(jnp.float32), axes)
+  def count():
+    return jnp.sum((~jnp.isfinite(x)).astype(jnp.float32), axes)
+
+  if x.size <= _norms.TOGETHER * _norms.SMALL:
+    return count()
+  # Only if there are any, which their sum of squares, known by now, tells.
+  fine = jnp.all(jnp.isfinite(_squares(x, axes)))
+  return jax.lax.cond(fine, lambda: jnp.zeros(x.shape[:1], jnp.float32), count)
 
 
 def _each_norm(leaves):
