@@ -236,7 +236,9 @@ class Tapped:
   where the steps share a module), ``nnx.remat``, ``nnx.vmap``, ``nnx.jit`` and
   ``nnx.cond``. While ``apply`` runs, the modules of this model are of a
   subclass and hold a sink each, a ``nnx.Param``, so that it goes where
-  parameters go, and what had been jitted untapped is traced anew.
+  parameters go, and what had been jitted untapped is traced anew. Therefore the
+  model has to come in as an argument of what is differentiated: one that the
+  loss closes over may not be changed there.
 
   Attributes:
     where: which modules to tap: called with the path (names joined by slashes,
