@@ -16,7 +16,7 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 hypothesis.settings.register_profile(
-  'default', max_examples=40, deadline=None, derandomize=True
+  'default', max_examples=25, deadline=None, derandomize=True
 )
 hypothesis.settings.load_profile('default')
 

@@ -159,19 +159,24 @@ def diagnose(record: _record.Record) -> list[Verdict]:
   """
   if not len(record):
     return []
+  tapped, watched = record.having('tapped'), record.having('watched')
   verdicts = []
-  for rule in (
-    _not_finite,
-    _disconnected,
-    _trend_over_depth,
-    _dead_units,
-    _updates,
-    _spikes,
+  for rule, measured in (
+    (_not_finite, record),
+    (_disconnected, tapped),
+    (_trend_over_depth, tapped),
+    (_dead_units, watched),
+    (_updates, watched),
+    (_spikes, watched if len(watched) else tapped),
   ):
-    verdicts += rule(record)
+    if len(measured):
+      verdicts += rule(measured)
   kinds = {verdict.kind for verdict in verdicts}
-  if not kinds & {'not finite', 'no gradient'}:  # which explain a conflict
-    verdicts += _conflict(record)
+  if 'no gradient' in kinds:  # which explains them
+    verdicts = [v for v in verdicts if v.kind != 'small updates']
+  both = watched.having('tapped')
+  if len(both) and not kinds & {'not finite', 'no gradient'}:
+    verdicts += _conflict(both)
   return verdicts
 
 
@@ -396,7 +401,7 @@ def _updates(record):
     ('small updates', usable & (np.nan_to_num(ratio) < UPDATE_RATIOS[0])),
     ('large updates', usable & (np.nan_to_num(ratio) > UPDATE_RATIOS[1])),
   ):
-    found, sizes = [], []
+    found, sizes, counts = [], [], []
     for i, leaf in enumerate(record.leaves):
       recent = np.flatnonzero(usable[:, i])[-RECENT:]
       if leaf.rank < 2 or len(recent) < LEAST_STEPS:
@@ -407,6 +412,7 @@ def _updates(record):
       if too_small or too_large:
         found.append(i)
         sizes.append(median)
+        counts.append(len(recent))
     if not found:
       continue
     names = tuple(record.leaves[i].name for i in found)
@@ -417,7 +423,7 @@ def _updates(record):
         names,
         _since(record, bad[:, found].any(1) | ~usable[:, found].any(1)),
         f'a step changes {_listed(names)} by {extreme:.1e} of its norm (median'
-        f' of {min(RECENT, len(ratio))} recorded steps); 1e-3 is usual',
+        f' of {min(counts)} recorded steps); 1e-3 is usual',
         'raise the learning rate, of these parameters at least.'
         if kind == 'small updates'
         else 'lower the learning rate or warm it up, or bound the updates'

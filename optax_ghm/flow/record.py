@@ -37,7 +37,7 @@ _NOT_A_RECORD = (
 
 class _Step(NamedTuple):
   number: int
-  index: int  # among all that were added
+  index: int  # among those with measurements, or those without
   tapped: Any  # (layers, 9), or None
   histogram: Any  # (layers, 64), or None
   watched: Any  # (leaves, 10), or None
@@ -99,7 +99,9 @@ class Record:
     self.leaves: tuple[Leaf, ...] = () if params is None else _leaves(params)
     self.layers: tuple[_tapping.Layer, ...] = ()
     self._knows_params = params is not None
-    self._capacity, self._stride, self._added = capacity, 1, 0
+    self._capacity = capacity
+    # Of the steps with (True) and without (False) measurements:
+    self._stride, self._added = {True: 1, False: 1}, {True: 0, False: 0}
     self._writers = tuple(writers)
     self._pending: collections.deque[_Step] = collections.deque()
     self._steps: list[_Step] = []
@@ -122,7 +124,8 @@ class Record:
       step: its number, larger than those before.
       taps: what came of the sinks.
       opt_state: anything that holds one state of :func:`optax_ghm.flow.watch`.
-        It is copied, so the next step may have it donated.
+        It is copied, so the next step may have it donated. Only at steps that
+        measured: of the others it still holds the last measurement.
       **scalars: whatever else to keep, such as the loss.
 
     Raises:
@@ -154,11 +157,30 @@ class Record:
       leaf.copy_to_host_async()
     tapped, histogram, measured, values = copied
     values = {**scalars, **values}
-    self._pending.append(
-      _Step(step, self._added, tapped, histogram, measured, values)
-    )
-    self._added += 1
+    self._append(self._pending, step, tapped, histogram, measured, values)
     self._arrive(wait=False)
+
+  def _append(self, steps, number, tapped, histogram, watched, scalars):
+    """To those pending or arrived; sparse measurements are thinned apart."""
+    step = _Step(number, 0, tapped, histogram, watched, scalars)
+    measured = _is_measured(step)
+    steps.append(step._replace(index=self._added[measured]))
+    self._added[measured] += 1
+
+  def having(self, field: str) -> 'Record':
+    """Of the steps only at which there were taps, or a watched optimizer.
+
+    Args:
+      field: ``'tapped'`` or ``'watched'``.
+
+    Returns:
+      A record of these steps.
+    """
+    self._arrive(wait=True)
+    record = Record(capacity=self._capacity)
+    record.layers, record.leaves = self.layers, self.leaves
+    record._steps = [s for s in self._steps if getattr(s, field) is not None]
+    return record
 
   def _measured(self, opt_state):
     found = [
@@ -207,12 +229,15 @@ class Record:
     while True:
       older, newer = self._steps[:-recent], self._steps[-recent:]
       older = [
-        s for s in older if s.index % self._stride == 0 or s is first_bad
+        s
+        for s in older
+        if s.index % self._stride[_is_measured(s)] == 0 or s is first_bad
       ]
       self._steps = older + newer
       if len(older) <= self._capacity // 2:
         return
-      self._stride *= 2
+      measured = sum(map(_is_measured, older))
+      self._stride[2 * measured > len(older)] *= 2
 
   def _named(self, step):
     """The numbers of a step that people plot, by name."""
@@ -371,10 +396,9 @@ class Record:
         for j, name in enumerate(about['scalars'])
         if arrays[f'has_scalar_{j}'][i]
       }
-      record._steps.append(
-        _Step(int(number), i, tapped, histogram, watched, scalars)
+      record._append(
+        record._steps, int(number), tapped, histogram, watched, scalars
       )
-    record._added = len(record._steps)
     return record
 
 
@@ -400,6 +424,10 @@ def _leaves(params):
 def _copied(tree):
   """Results of their own, which no later step can have donated away."""
   return jax.tree.map(jnp.copy, tree)
+
+
+def _is_measured(step):
+  return step.tapped is not None or step.watched is not None
 
 
 def _is_finite(step):

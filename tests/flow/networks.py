@@ -170,9 +170,6 @@ def healthy(model, **kwargs):
 
 HEALTHY = {
   'He, 30 layers': healthy(Plain(30)),
-  'He, wide, momentum': healthy(
-    Plain(10, 128), optimizer=optax.sgd(0.01, momentum=0.9)
-  ),
   'tanh, Glorot, 12 layers': healthy(
     Plain(12, kernel_init=gain(1.0), activation=nn.tanh)
   ),
@@ -190,7 +187,6 @@ HEALTHY = {
   'pre-LN residual, scanned': healthy(PreNorm(12, scanned=True)),
   'transformer': healthy(Transformer()),
   'convolutions': healthy(Convolutions()),
-  'residual convolutions': healthy(Convolutions(residual=True, blocks=6)),
   'LSTM': healthy(Recurrent()),
 }
 
@@ -206,11 +202,6 @@ ILL = {
   ),
   'sigmoid, 20 layers': ill(
     Plain(20, kernel_init=gain(1.0), activation=nn.sigmoid), 'vanishing'
-  ),
-  'tanh, gain 0.5, 20 layers': ill(
-    Plain(20, kernel_init=gain(0.5), activation=nn.tanh),
-    'vanishing',
-    optimizer=sgd,
   ),
   'convolutions, gain 0.6': ill(
     Convolutions(kernel_init=gain(0.6), blocks=8),
