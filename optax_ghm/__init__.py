@@ -22,6 +22,12 @@ from optax_ghm.backward import (
   in_backward,
   overwrite_with_gradient,
 )
+from optax_ghm.batch_normalizing import (
+  batch_norm,
+  batch_norm_inference,
+  fold_batch_norm,
+)
+from optax_ghm.batch_subsets import domain_batch_norm, ghost_batch_norm
 from optax_ghm.calibrating import CalibratedState, calibrated
 from optax_ghm.clipping import (
   ClipState,
@@ -53,6 +59,12 @@ from optax_ghm.losses import (
   smooth_l1_ghm_loss,
   softmax_ghm_loss_with_integer_labels,
 )
+from optax_ghm.moments import (
+  Moments,
+  batch_moments,
+  merge_moments,
+  pool_moments,
+)
 from optax_ghm.noise_scale import (
   GradientNoise,
   NoiseScaleState,
@@ -71,6 +83,7 @@ from optax_ghm.percentiles import (
   WindowPercentile,
 )
 from optax_ghm.range_test import RangeTest, learning_rate_range_test
+from optax_ghm.renormalizing import batch_renorm, renorm_schedules
 from optax_ghm.reversal import (
   ReverseState,
   dann_learning_rate_schedule,
@@ -78,6 +91,7 @@ from optax_ghm.reversal import (
   reverse,
   reverse_gradient,
 )
+from optax_ghm.running_moments import RunningMoments, update_running_moments
 from optax_ghm.scopes import Groups, Units, flax_unit_axes
 from optax_ghm.skipping import SkipState, SpikeWindow, skip_spikes
 
@@ -101,11 +115,13 @@ __all__ = [
   'InBackward',
   'InBackwardState',
   'MMDetectionDensity',
+  'Moments',
   'NoiseScaleState',
   'NormalizeState',
   'PercentileEstimator',
   'RangeTest',
   'ReverseState',
+  'RunningMoments',
   'SecondMomentState',
   'SkipState',
   'SpikeWindow',
@@ -113,6 +129,10 @@ __all__ = [
   'WindowPercentile',
   'WindowedDensity',
   'apply_gradients',
+  'batch_moments',
+  'batch_norm',
+  'batch_norm_inference',
+  'batch_renorm',
   'calibrated',
   'centralize',
   'clip_by_norm',
@@ -125,9 +145,12 @@ __all__ = [
   'conflict_weights',
   'dann_learning_rate_schedule',
   'dann_reversal_schedule',
+  'domain_batch_norm',
   'domain_loss',
   'entropy_weights',
   'flax_unit_axes',
+  'fold_batch_norm',
+  'ghost_batch_norm',
   'gradient_noise',
   'harmonize',
   'harmonized_aggregate',
@@ -135,12 +158,15 @@ __all__ = [
   'harmony_weights',
   'in_backward',
   'learning_rate_range_test',
+  'merge_moments',
   'multilinear_map',
   'multilinear_projections',
   'noise_scale_aggregate',
   'normalize_by_norm',
   'overwrite_with_gradient',
+  'pool_moments',
   'randomized_multilinear_map',
+  'renorm_schedules',
   'reverse',
   'reverse_gradient',
   'sigmoid_ghm_loss',
@@ -149,4 +175,5 @@ __all__ = [
   'smooth_l1_ghm_loss',
   'softmax_ghm_loss_with_integer_labels',
   'standardize',
+  'update_running_moments',
 ]

@@ -1,0 +1,381 @@
+"""Count, mean and squared deviations of what is normalised together."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_ghm import norms as _norms
+
+FAR_FROM_ZERO = 4.0
+"""In standard deviations: below it the mean's own rounding cannot be seen."""
+
+
+class Moments(NamedTuple):
+  """Statistics of a batch, that merge exactly with those of another.
+
+  Attributes:
+    count: how many elements there were, per feature; float32, as all of these
+      (float64 for 64-bit input).
+    mean: their mean; 0 where there were none.
+    m2: the sum of their squared deviations from it.
+  """
+
+  count: jax.Array
+  mean: jax.Array
+  m2: jax.Array
+
+  @classmethod
+  def init(cls, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 'Moments':
+    """Those of nothing."""
+    return cls(*(jnp.zeros(shape, dtype) for _ in cls._fields))
+
+  def variance(self, unbiased: bool = False) -> jax.Array:
+    """The mean squared deviation; divided by count - 1 if unbiased."""
+    return self.m2 / jnp.maximum(self.count - (1 if unbiased else 0), 1)
+
+
+def batch_moments(
+  x: jax.Array,
+  *,
+  axis: int | tuple[int, ...] = -1,
+  mask: jax.Array | None = None,
+  axis_name: _norms.AxisName = None,
+) -> Moments:
+  r"""Counts, means and squared deviations per feature.
+
+  .. math::
+    n = \sum_i w_i, \qquad \mu = \frac{1}{n} \sum_i w_i x_i, \qquad
+    M_2 = \sum_i w_i (x_i - \mu)^2
+
+  in two passes, and a third that makes up for the rounding of the mean where
+  that is many standard deviations away from 0. Differentiable both ways, unlike
+  the moments that come with a batch norm, which are constants.
+
+  Args:
+    x: real floating array.
+    axis: the feature axes, those that stay.
+    mask: broadcastable to ``x``, not 0 for what counts.
+    axis_name: mapped axes over which the batch is split.
+
+  Returns:
+    The moments, shaped like the features, in at least float32. NaN and
+    infinities among what counts make those of their feature NaN.
+
+  Raises:
+    TypeError: if ``x`` is not real and floating.
+    ValueError: if ``axis`` or ``mask`` does not fit ``x``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> x = jnp.array([[1.0, 0.0], [3.0, 0.0]])
+    >>> moments = optax_ghm.batch_moments(x)
+    >>> moments.mean
+    Array([2., 0.], dtype=float32)
+    >>> moments.variance()
+    Array([1., 0.], dtype=float32)
+
+  References:
+    Chan, Golub, LeVeque, `Algorithms for computing the sample variance
+    <https://doi.org/10.1080/00031305.1983.10483115>`_, 1983
+  """
+  pool = Pool.of(x, axis, axis_name)
+  count, mean, rest, variance = pool.measure(x, fit_mask(x, mask))
+  moments = Moments(count, mean + rest, count * variance)
+  return pool.squeezed(moments)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+  r"""The moments of two batches together, exactly.
+
+  .. math::
+    \mu = \mu_a + \delta\,\frac{n_b}{n}, \qquad
+    M_2 = M_{2,a} + M_{2,b} + \delta^2 \frac{n_a n_b}{n}, \qquad
+    \delta = \mu_b - \mu_a, \quad n = n_a + n_b
+
+  Over micro-batches, over epochs, in any order: to rounding, what one batch of
+  all of it has. A batch in which nothing counts changes nothing.
+
+  Args:
+    a: moments.
+    b: others, of the same shape.
+
+  Returns:
+    Their moments together.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> x = jnp.arange(6.0)[:, None]
+    >>> parts = [optax_ghm.batch_moments(part) for part in (x[:2], x[2:])]
+    >>> optax_ghm.merge_moments(*parts).variance()
+    Array([2.9166667], dtype=float32)
+
+  References:
+    Chan, Golub, LeVeque, `Updating formulae and a pairwise algorithm for
+    computing sample variances
+    <https://doi.org/10.1007/978-3-642-51461-6_3>`_, 1982
+  """
+  count = a.count + b.count
+  share = b.count / jnp.maximum(count, 1)
+  delta = b.mean - a.mean
+  return Moments(
+    count=count,
+    mean=a.mean + delta * share,
+    m2=a.m2 + b.m2 + delta * delta * a.count * share,
+  )
+
+
+def pool_moments(
+  moments: Moments,
+  *,
+  axis: int | None = None,
+  axis_name: _norms.AxisName = None,
+) -> Moments:
+  """The moments of many batches together.
+
+  Args:
+    moments: stacked along an axis, or of one device.
+    axis: the axis along which they are stacked, if they are.
+    axis_name: mapped axes over whose devices they are pooled.
+
+  Returns:
+    Their moments together, as :func:`merge_moments` would have them.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> halves = jnp.arange(4.0).reshape(2, 2)  # two batches of two numbers
+    >>> stacked = optax_ghm.batch_moments(halves, axis=0)
+    >>> optax_ghm.pool_moments(stacked, axis=0).m2
+    Array(5., dtype=float32)
+  """
+
+  def total(u):
+    if axis is not None:
+      u = jnp.sum(u, axis, keepdims=True)
+    return u if axis_name is None else jax.lax.psum(u, axis_name)
+
+  count = total(moments.count)
+  mean = total(moments.count * moments.mean) / jnp.maximum(count, 1)
+  m2 = total(moments.m2 + moments.count * jnp.square(moments.mean - mean))
+  pooled = Moments(count, mean, m2)
+  if axis is None:
+    return pooled
+  return jax.tree.map(lambda u: jnp.squeeze(u, axis), pooled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Which elements of an array are normalised together.
+
+  Statistics have the rank of the array, with size 1 along what is pooled, and
+  the number of groups along axis 0 if there are any.
+
+  Attributes:
+    axes: what is summed over.
+    axis_name: mapped axes to sum over too.
+    groups: how many groups of examples (along axis 0) are kept apart, if any;
+      ``members``, below, says which one an example is in.
+    ghosts: whether axis 0, kept apart as well, is of ghost batches.
+  """
+
+  axes: tuple[int, ...]
+  axis_name: _norms.AxisName = None
+  groups: int | None = None
+  ghosts: bool = False
+
+  @classmethod
+  def of(
+    cls,
+    x: jax.Array,
+    axis: int | tuple[int, ...],
+    axis_name: _norms.AxisName = None,
+    groups: int | None = None,
+  ) -> 'Pool':
+    """Everything but the feature axes ``axis`` of ``x``."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f'x must be a real floating array, got {x.dtype}.')
+    features = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not all(-x.ndim <= a < x.ndim for a in features):
+      raise ValueError(
+        f'axis must name feature axes of x, of shape {x.shape}, got {axis}.'
+      )
+    features = {a % x.ndim for a in features}
+    axes = tuple(a for a in range(x.ndim) if a not in features)
+    if groups is not None and 0 not in axes:
+      raise ValueError(f'axis 0 of x holds the examples, got axis={axis}.')
+    return cls(axes, axis_name, groups)
+
+  @property
+  def idle(self) -> tuple[int, ...]:
+    """The axes that statistics have for their rank alone."""
+    return self.axes if self.groups is None else self.axes[1:]
+
+  def shape(self, x: jax.Array) -> tuple[int, ...]:
+    """The shape of statistics of ``x``."""
+    shape = [1 if a in self.axes else n for a, n in enumerate(x.shape)]
+    return (self.groups or shape[0], *shape[1:])
+
+  def squeezed(self, moments: Moments) -> Moments:
+    """Statistics without the axes that they have for their rank alone."""
+    return jax.tree.map(lambda u: jnp.squeeze(u, self.idle), moments)
+
+  def total(
+    self,
+    f: Callable[..., jax.Array],
+    *arrays: jax.Array | None,
+    members: jax.Array | None = None,
+    spelling: int = 0,
+  ) -> jax.Array:
+    """The sums of ``f(*arrays)`` on this device."""
+    spelled, inserted = _spell(spelling, arrays)
+    terms = f(*spelled)
+    kept = [a for a in range(terms.ndim) if a not in inserted]
+    over = (*inserted, *(kept[a] for a in self.idle))
+    sums = jnp.expand_dims(jnp.sum(terms, over), self.idle)
+    return self._by_group(sums, members)
+
+  def each(
+    self,
+    f: Callable[..., jax.Array],
+    *arrays: jax.Array | None,
+    spelling: int = 0,
+  ) -> jax.Array:
+    """``f(*arrays)``, element by element."""
+    spelled, inserted = _spell(spelling, arrays)
+    return jnp.squeeze(f(*spelled), inserted)
+
+  def spread(self, u: jax.Array, members: jax.Array | None = None) -> jax.Array:
+    """Statistics as they apply to every example: 0 to one of no group."""
+    if self.groups is None:
+      return u
+    belongs = self._belongs(members, u.ndim)
+    return jnp.sum(jnp.where(belongs, u[:, None], 0), 0)
+
+  def everywhere(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
+    """The sums over all devices, by one all-reduce."""
+    if self.axis_name is None:
+      return sums
+    return tuple(jax.lax.psum(jnp.stack(sums), self.axis_name))
+
+  def measure(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None,
+    members: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Count, mean, what the mean lacks by rounding, and variance."""
+
+    def total(f, *arrays, spelling):
+      return self.total(
+        lambda mask, *arrays: (
+          f(*arrays) if mask is None else jnp.where(mask, f(*arrays), 0)
+        ),
+        mask,
+        *arrays,
+        members=members,
+        spelling=spelling,
+      )
+
+    count, sums = self.everywhere(
+      self._count(x, mask, members), total(lambda x: x, x, spelling=0)
+    )
+    divisor = jnp.maximum(count, 1)
+    mean = sums / divisor
+    center = self.spread(mean, members)
+    squares = total(
+      lambda x, center: jnp.square(x - center), x, center, spelling=1
+    )
+
+    def deviations():
+      return total(lambda x, center: x - center, x, center, spelling=2)
+
+    if self.axis_name is None:
+      far = jnp.square(mean) * divisor > FAR_FROM_ZERO**2 * squares
+      rest = jax.lax.cond(
+        jnp.any(far), deviations, lambda: jnp.zeros_like(mean)
+      )
+    else:
+      rest, squares = self.everywhere(deviations(), squares)
+    rest = rest / divisor
+    variance = jnp.maximum(squares / divisor - jnp.square(rest), 0)
+    return count, mean, rest, variance
+
+  def _count(self, x, mask, members):
+    dtype = _norms.at_least_float32(x.dtype)
+    if mask is None:
+      mask = jnp.ones((1,) * x.ndim, bool)
+    repeats = math.prod(x.shape[a] for a in self.idle if mask.shape[a] == 1)
+    counts = repeats * jnp.sum(mask, self.idle, dtype=dtype, keepdims=True)
+    shape = (x.shape[0], *self.shape(x)[1:]) if self.groups else self.shape(x)
+    return self._by_group(jnp.broadcast_to(counts, shape), members)
+
+  def _by_group(self, sums, members):
+    """Sums per example as sums per group, if there are groups."""
+    if self.groups is None:
+      return sums
+    belongs = self._belongs(members, sums.ndim)
+    return jnp.sum(jnp.where(belongs, sums[None], 0), 1)
+
+  def _belongs(self, members, ndim):
+    """(groups, examples, 1, ...): comparing spares scatters and gathers."""
+    groups = jnp.arange(self.groups, dtype=members.dtype)
+    belongs = groups[:, None] == members[None]
+    return jnp.expand_dims(belongs, tuple(range(2, ndim + 1)))
+
+
+def fit_members(x: jax.Array, members: ArrayLike) -> jax.Array:
+  """The group of every example, as integers along axis 0."""
+  members = jnp.asarray(members)
+  if not jnp.issubdtype(members.dtype, jnp.integer):
+    raise TypeError(f'domain must be integers, got {members.dtype}.')
+  if members.shape not in ((), x.shape[:1]):
+    raise ValueError(
+      f'domain must be one integer, or one for each of {x.shape[:1]} examples,'
+      f' got the shape {members.shape}.'
+    )
+  return jnp.broadcast_to(members, x.shape[:1])
+
+
+def fit_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+  """The mask as booleans, of the rank of x."""
+  if mask is None:
+    return None
+  mask = jnp.asarray(mask)
+  if mask.ndim > x.ndim or any(
+    m not in (1, n)
+    for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)
+  ):
+    raise ValueError(
+      f'mask, of shape {mask.shape}, must be broadcastable to x, {x.shape}.'
+    )
+  missing = tuple(range(x.ndim - mask.ndim))
+  return jnp.expand_dims(mask if mask.dtype == bool else mask != 0, missing)
+
+
+_SPELLINGS = ((), (0,), (1,), (0, 1), (0, 2), (1, 2))
+
+
+def _spell(spelling, arrays):
+  """The same arrays in other words, in at least float32.
+
+  XLA on CPUs computes once, and writes out, what several of its loops need: the
+  array in float32, say, or its deviations. Axes of size 1, put elsewhere for
+  every consumer, and out of reach of the simplifier, make them differ.
+  """
+  inserted = _SPELLINGS[spelling] if jax.default_backend() == 'cpu' else ()
+
+  def spell(u):
+    if inserted:
+      u = jax.lax.optimization_barrier(jnp.expand_dims(u, inserted))
+    if not _norms.is_inexact(u):
+      return u
+    return u.astype(_norms.at_least_float32(u.dtype))
+
+  return [None if u is None else spell(u) for u in arrays], inserted
