@@ -84,7 +84,7 @@ def update_running_moments(
   following = RunningMoments(
     average(running.mean, mean),
     average(running.var, var),
-    weight.astype(running.weight.dtype),
+    jnp.asarray(weight, running.weight.dtype),
   )
   return jax.tree.map(
     lambda new, old: jnp.where(seen, new, old), following, running

@@ -7,6 +7,7 @@ it. ``optax_ghm.linen.Tapped`` and ``optax_ghm.nnx.Tapped`` tap unmodified
 models of Flax.
 """
 
+from optax_ghm.flow.batch_statistics import BatchNormStats, batch_norm_stats
 from optax_ghm.flow.diagnosis import (
   DepthProfile,
   Verdict,
@@ -31,6 +32,7 @@ from optax_ghm.flow.watching import WatchState, leaf_names, watch
 from optax_ghm.flow.writers import json_lines, mlflow, tensorboard, wandb
 
 __all__ = [
+  'BatchNormStats',
   'DepthProfile',
   'Layer',
   'Leaf',
@@ -39,6 +41,7 @@ __all__ = [
   'Taps',
   'Verdict',
   'WatchState',
+  'batch_norm_stats',
   'depth_profile',
   'diagnose',
   'figure',

@@ -1,0 +1,105 @@
+"""Population statistics for the batch normalisation of NNX models."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_ghm import moments as _moments, recalibrating as _recalibrating
+from optax_ghm.nnx import batch_norm as _batch_norm
+from optax_ghm.nnx.subclassing import subclass
+
+
+def recalibrate(
+  apply: Callable[[Any, Any], Any],
+  model: nnx.Module,
+  batches: Iterable[Any],
+) -> None:
+  """Replaces running averages by the statistics of a whole data set, in place.
+
+  See :func:`optax_ghm.linen.recalibrate` for what this computes and is good
+  for. Works for ``flax.nnx.BatchNorm`` and ours, in ``nnx.scan``, ``nnx.vmap``
+  and ``nnx.remat`` that carry ``nnx.BatchStat``.
+
+  Args:
+    apply: called as ``apply(model, batch)`` with a copy of the model, to run it
+      in training mode. It is jitted.
+    model: the model; its ``nnx.BatchStat`` change, nothing else.
+    batches: what ``apply`` takes; arrays, or trees of them.
+
+  Raises:
+    ValueError: if there is no batch, or nothing was normalised by its batch.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> from optax_ghm.nnx import recalibrate
+    >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+    >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0]])]
+    >>> recalibrate(lambda model, x: model(x), model, batches)
+    >>> model.mean.get_value()
+    Array([3.], dtype=float32)
+  """
+  copy = nnx.clone(model)
+  for _, norm in _norms(copy):
+    kind = subclass(type(norm), _measure)
+    object.__setattr__(norm, '__class__', kind)
+    mean = norm.mean.get_value()
+    start = _moments.Moments.init(mean.shape, mean.dtype)
+    setattr(norm, _HELD, _Moments(start))
+  graph, measured, rest = nnx.split(copy, _Moments, ...)
+
+  @jax.jit
+  def measure(measured, rest, batch):
+    model = nnx.merge(graph, measured, rest)
+    apply(model, batch)
+    return nnx.state(model, _Moments)
+
+  empty = True
+  for batch in batches:
+    empty = False
+    measured = measure(measured, rest, batch)
+  if empty:
+    raise ValueError('batches must hold at least one.')
+  nnx.update(copy, measured)
+  found = {
+    path: getattr(norm, _HELD).get_value() for path, norm in _norms(copy)
+  }
+  if not any(float(jnp.sum(moments.count)) for moments in found.values()):
+    raise ValueError(
+      'no batch norm normalised by its batch: apply must run the model in'
+      ' training mode (use_running_average=False).'
+    )
+  for path, norm in _norms(model):
+    for name, value in _recalibrating.settle(
+      found[path], {n: v.get_value() for n, v in _averages(norm).items()}
+    ).items():
+      getattr(norm, name).set_value(value)
+
+
+_HELD = '_moments'
+
+
+class _Moments(nnx.BatchStat):
+  """Moments that go where running averages go."""
+
+
+def _norms(model):
+  kinds = (nnx.BatchNorm, _batch_norm.Normalization)
+  return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, kinds)]
+
+
+def _averages(norm):
+  names = ('mean', 'var', 'weight')
+  return {n: getattr(norm, n) for n in names if getattr(norm, n, None)}
+
+
+def _measure(call, norm, args, kwargs):
+  """The call of a batch norm that merges the moments of what it normalises."""
+  moments = _recalibrating.moments_of_call(norm, call, args, kwargs)
+  if moments is not None:
+    held = getattr(norm, _HELD)
+    held.set_value(_moments.merge_moments(held.get_value(), moments))
+  return call(norm, *args, **kwargs)
