@@ -8,12 +8,8 @@ models of Flax.
 """
 
 from optax_ghm.flow.batch_statistics import BatchNormStats, batch_norm_stats
-from optax_ghm.flow.diagnosis import (
-  DepthProfile,
-  Verdict,
-  depth_profile,
-  diagnose,
-)
+from optax_ghm.flow.depth import DepthProfile, depth_profile
+from optax_ghm.flow.diagnosis import diagnose
 from optax_ghm.flow.page import write_page
 from optax_ghm.flow.plot import figure
 from optax_ghm.flow.record import Leaf, Record
@@ -28,6 +24,7 @@ from optax_ghm.flow.tapping import (
   trace as trace,
   with_loops as with_loops,
 )
+from optax_ghm.flow.verdicts import Verdict
 from optax_ghm.flow.watching import WatchState, leaf_names, watch
 from optax_ghm.flow.writers import json_lines, mlflow, tensorboard, wandb
 

@@ -65,10 +65,10 @@ def batch_norm_stats(
     \text{std drift} = \sqrt{\operatorname{mean}_c
     \Big(\log \frac{\sigma_B}{\sigma}\Big)^2}
 
-  over the features c of which anything counted. Of batches of n independent
-  examples these are about :math:`n^{-1/2}` and :math:`(2n)^{-1/2}`; much more
-  says that the running averages lag, or that batches differ by more than
-  chance. The modules ``BatchNorm`` and its kin measure this themselves.
+  over the features c of which anything counted (0 if there is none). Of
+  batches of n independent examples these are about :math:`n^{-1/2}` and
+  :math:`(2n)^{-1/2}`; much more says that the running averages lag, or that
+  batches differ by more than chance. The modules ``BatchNorm`` and its kin measure this themselves.
 
   Args:
     moments: of the batch.
@@ -106,7 +106,8 @@ def batch_norm_stats(
   clipped = (jnp.abs(d) > d_max) | (jnp.abs(log_r) > jnp.log(r_max))
 
   def mean(u):
-    return jnp.mean(u, where=counted)
+    total = jnp.sum(u, where=counted, dtype=jnp.float32)
+    return total / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1)
 
   columns = {
     'mean_to_std': jnp.max(
@@ -114,8 +115,8 @@ def batch_norm_stats(
     ),
     'mean_drift': jnp.sqrt(mean(jnp.square(d))),
     'std_drift': jnp.sqrt(mean(jnp.square(log_r))),
-    'clipped': mean(clipped.astype(jnp.float32)),
-    'constant': mean((variance < epsilon).astype(jnp.float32)),
+    'clipped': mean(clipped),
+    'constant': mean(variance < epsilon),
   }
   return BatchNormStats(
     jnp.stack([columns[name] for name in COLUMNS]).astype(jnp.float32)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from optax_ghm.flow import (
+  depth as _depth,
   diagnosis as _diagnosis,
   plot as _plot,
   record as _record,
@@ -133,7 +134,10 @@ def _section(name, record):
   )
   verdicts = _diagnosis.diagnose(record)
   if not verdicts:
-    parts.append('<p class="well">Nothing is wrong.</p>')
+    parts.append(
+      '<p class="well">Nothing is wrong by'
+      f' {html.escape(_diagnosis.evidence(record))}.</p>'
+    )
   for verdict in verdicts:
     parts.append(
       f'<div class="verdict"><b>{html.escape(verdict.kind)}</b> since step'
@@ -175,7 +179,7 @@ def _of_layers(record, steps):
       nothing=nothing.T,
     ),
   ]
-  profile = _diagnosis.depth_profile(record)
+  profile = _depth.depth_profile(record)
   depth = np.arange(len(profile.layers))
   shown = np.flatnonzero(tapped)
   if len(depth) > 1:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optax_ghm.flow import (
-  diagnosis as _diagnosis,
+  depth as _depth,
   record as _record,
   tapping as _tapping,
 )
@@ -80,7 +80,7 @@ def figure(record: _record.Record) -> 'Figure':
   ax.set_title('over depth')
   ax.set_xlabel('layers with a kernel, from the input')
   ax.set_ylabel('log10 of the gradient norm')
-  profile = _diagnosis.depth_profile(record)
+  profile = _depth.depth_profile(record)
   if len(profile.layers):
     for t in sorted({0, len(steps) // 2, len(steps) - 1}):
       ax.plot(profile.log_norms[t], 'o-', label=f'step {steps[t]}')

@@ -14,7 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm.flow import tapping as _tapping, watching as _watching
+from optax_ghm.flow import (
+  batch_statistics as _batch_statistics,
+  tapping as _tapping,
+  watching as _watching,
+)
 
 FORMAT = 'optax_ghm.flow 1'
 """What saved records begin with."""
@@ -116,6 +120,7 @@ class Record:
     *,
     taps: _tapping.Taps | None = None,
     opt_state: optax.OptState | None = None,
+    batch_norm: Any = None,
     **scalars: Any,
   ) -> None:
     """Adds one step, without waiting for it to be computed.
@@ -126,6 +131,9 @@ class Record:
       opt_state: anything that holds one state of :func:`optax_ghm.flow.watch`.
         It is copied, so the next step may have it donated. Only at steps that
         measured: of the others it still holds the last measurement.
+      batch_norm: a tree of :class:`optax_ghm.flow.BatchNormStats`: what a call
+        left in the collection ``batch_norm_stats`` of Linen, or
+        ``nnx.state(model, optax_ghm.nnx.BatchNormStats)``.
       **scalars: whatever else to keep, such as the loss.
 
     Raises:
@@ -151,6 +159,7 @@ class Record:
         )
       self.layers = layers
       tapped, histogram = _gather(taps.stats, order)
+    scalars |= _by_norm(batch_norm)
     on_device = {k: v for k, v in scalars.items() if isinstance(v, jax.Array)}
     copied = _copied((tapped, histogram, measured, on_device))
     for leaf in jax.tree.leaves(copied):
@@ -216,6 +225,7 @@ class Record:
       step = head._replace(
         **jax.tree.map(np.asarray, dict(zip(_RESULTS, head[2:], strict=True)))
       )
+      step = step._replace(scalars=_columns_apart(step.scalars))
       self._steps.append(step)
       for write in self._writers:
         write(step.number, self._named(step))
@@ -299,6 +309,32 @@ class Record:
     return leaf_columns(
       self._stacked('watched', (len(self.leaves), len(_watching.COLUMNS)))
     )
+
+  @property
+  def norms(self) -> tuple[str, ...]:
+    """The names of the batch norms of which statistics were added."""
+    self._arrive(wait=True)
+    start = f'{_NORM}{_batch_statistics.COLUMNS[0]}/'
+    return tuple(
+      name.removeprefix(start)
+      for name in self.scalars
+      if name.startswith(start)
+    )
+
+  @property
+  def norm_stats(self) -> dict[str, np.ndarray]:
+    """By name of the statistic, (steps, norms) each.
+
+    The properties of :class:`optax_ghm.flow.BatchNormStats`, for those in
+    ``norms``; NaN at steps without them. They are among the ``scalars``, too.
+    """
+    scalars, norms = self.scalars, self.norms
+    return {
+      column: np.array([scalars[f'{_NORM}{column}/{name}'] for name in norms])
+      .reshape(len(norms), len(self._steps))
+      .T
+      for column in _batch_statistics.COLUMNS
+    }
 
   @property
   def histograms(self) -> np.ndarray | None:
@@ -412,6 +448,45 @@ class Leaf(NamedTuple):
 
   name: str
   rank: int
+
+
+_NORM = 'batch_norm/'
+
+
+def _by_norm(batch_norm):
+  """The statistics of each batch norm, by its name."""
+  found, _ = jax.tree_util.tree_flatten_with_path(
+    batch_norm,
+    is_leaf=lambda u: isinstance(u, _batch_statistics.BatchNormStats),
+  )
+  named = {}
+  for path, stats in found:
+    if not isinstance(stats, _batch_statistics.BatchNormStats):
+      raise ValueError(
+        f'batch_norm must be a tree of flow.BatchNormStats, got {stats!r}.'
+      )
+    keys = [str(k.key) for k in path if hasattr(k, 'key')]
+    named[_NORM + '/'.join(keys).removesuffix('stats').rstrip('/')] = (
+      stats.numbers
+    )
+  return named
+
+
+def _columns_apart(scalars):
+  """Scalars with those of batch norms one by one, of stacked ones by row."""
+  apart = {}
+  for name, value in scalars.items():
+    if not name.startswith(_NORM) or np.ndim(value) == 0:
+      apart[name] = value
+      continue
+    norm = name.removeprefix(_NORM)
+    for at in np.ndindex(value.shape[:-1]):
+      row = norm + ''.join(f'[{i}]' for i in at)
+      for column, number in zip(
+        _batch_statistics.COLUMNS, value[at], strict=True
+      ):
+        apart[f'{_NORM}{column}/{row}'] = number
+  return apart
 
 
 def _leaves(params):

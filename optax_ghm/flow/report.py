@@ -94,10 +94,25 @@ def print_report(
           f'{row["dead_units"]:.0f} of {row["units"]:.0f}',
         )
       console.print(table)
+    if record.norms:
+      table = Table(title=Text(f'{title}batch normalization'))
+      table.add_column('layer')
+      titles = ('mean / std', 'mean drift', 'std drift', 'clipped', 'constant')
+      for column in titles:
+        table.add_column(column, justify='right')
+      for i, name_ in enumerate(record.norms):
+        values = [column[:, i] for column in record.norm_stats.values()]
+        last = [u[~np.isnan(u)][-1:] for u in values]
+        figures = [f'{u[0]:.2g}' if len(u) else '' for u in last]
+        table.add_row(Text(name_ or '(the model)'), *figures)
+      console.print(table)
     verdicts = _diagnosis.diagnose(record)
     if not verdicts:
       console.print(
-        f'{escape(title)}[green]nothing is wrong[/green]', emoji=False
+        f'{escape(title)}[green]nothing is wrong[/green] by'
+        f' {_diagnosis.evidence(record)}',
+        highlight=False,
+        emoji=False,
       )
     for verdict in verdicts:
       console.print(

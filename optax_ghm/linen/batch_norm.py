@@ -62,7 +62,7 @@ class Normalization(nn.Module):
     y, moments = self._by_batch(
       x, scale, bias, running=running, domain=domain, **limits, **options
     )
-    if self.is_mutable_collection(STATS):
+    if self.is_mutable_collection(STATS) and not self.is_initializing():
       stats = _flow.batch_norm_stats(
         moments, running, epsilon=self.epsilon, **limits
       )

@@ -2,6 +2,7 @@
 
 from optax_ghm.nnx.batch_norm import (
   BatchNorm,
+  BatchNormStats,
   BatchRenorm,
   DomainBatchNorm,
 )
@@ -18,6 +19,7 @@ from optax_ghm.nnx.tapped import Tapped
 
 __all__ = [
   'BatchNorm',
+  'BatchNormStats',
   'BatchRenorm',
   'DomainBatchNorm',
   'GradientReversal',

@@ -166,7 +166,8 @@ def test_it_shows_the_verdicts_and_every_picture(tmp_path):
 def test_where_nothing_is_wrong_it_says_so(tmp_path):
   record = flow.Record()
   record.add(0, taps=taps([1.0]))
-  assert 'Nothing is wrong.' in page_of(record, tmp_path).text()
+  text = page_of(record, tmp_path).text()
+  assert 'Nothing is wrong by 1 recorded steps (1 steps with taps).' in text
 
 
 def test_the_cells_are_the_norms_and_their_colors_tell_what_is_wrong(tmp_path):
