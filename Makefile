@@ -18,6 +18,7 @@ demo: setup  ## train on digits, print the comparisons, write the pictures
 	$(BIN)/python examples/domain_adaptation.py
 	$(BIN)/python examples/spikes.py
 	$(BIN)/python examples/gradient_flow.py
+	$(BIN)/python examples/batch_norm.py
 
 test: setup  ## the whole suite, doctests included
 	$(BIN)/python -m pytest -n 2
@@ -26,6 +27,7 @@ bench: setup  ## ratios against what one would use instead
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/backward.py
 	$(BIN)/python benchmarks/clipping.py
+	$(BIN)/python benchmarks/batch_norm.py
 	$(BIN)/python benchmarks/flow.py
 	$(BIN)/python benchmarks/compile_time.py
 

@@ -32,9 +32,9 @@ class Case(NamedTuple):
     data: makes the arguments.
     elements: of the data, to give memory per element.
     floor: the name of the program that nothing can be faster than, if any.
-    init: for training steps: what a program of a name carries from one call to
-      the next, made of the data. A program then takes that first, donated, and
-      returns it.
+    init: for training steps, or to have results written where the last ones
+      were: what a program of a name carries from one call to the next, made of
+      the data. A program then takes that first, donated, and returns it.
   """
 
   programs: Mapping[str, Callable[..., Any]]
@@ -108,7 +108,8 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
     carried[name] = ()
     if case.init is not None:
       donated, carried[name] = (0,), (case.init(name, data),)
-    step = jax.jit(f, donate_argnums=donated)
+    # What is donated is there to be written to, whether it is read or not.
+    step = jax.jit(f, donate_argnums=donated, keep_unused=bool(donated))
     programs[name] = step.lower(*carried[name], *data).compile()
 
   def call(name):

@@ -36,7 +36,7 @@ from rich.table import Table
 from sklearn import datasets
 
 import optax_ghm
-from optax_ghm.linen import GradientReversal
+from optax_ghm.linen import DomainBatchNorm, GradientReversal, recalibrate
 
 HERE = pathlib.Path(__file__).parent
 BATCH, AVERAGING = 64, 0.99
@@ -65,8 +65,9 @@ class Method:
     standardize: 'no'; 'moments', every image to mean 0 and deviation 1;
       'skewness', every channel of it, and to positive skewness, which makes the
       fewer pixels the light ones; or 'task', what the task has.
-    own_statistics: whether the target is batch-normalised by its own
-      statistics, in training and when it is scored.
+    own_statistics: whether each domain is batch-normalised by its own
+      statistics, in training and when it is scored (DomainBatchNorm).
+    own_affine: whether each has its own scale and bias there, too (DSBN).
     adversary: None, 'dann' (sees the features) or 'cdan' (sees them times the
       predicted classes).
     entropy: whether sure predictions count more for the adversary (CDAN+E).
@@ -77,6 +78,7 @@ class Method:
 
   standardize: Literal['no', 'moments', 'skewness', 'task'] = 'task'
   own_statistics: bool = True
+  own_affine: bool = False
   adversary: Literal['dann', 'cdan'] | None = 'cdan'
   entropy: bool = True
   weight: float = 2.0
@@ -99,6 +101,7 @@ ABLATION = {  # each takes or changes one thing of the whole
   'images not standardised': Method(standardize='no'),
   'only to mean and deviation': Method(standardize='moments'),
   'one batch norm for both domains': Method(own_statistics=False),
+  'scale and bias per domain, too': Method(own_affine=True),
   'no conditioning (DANN+E)': Method(adversary='dann'),
   'no entropy weights (CDAN)': Method(entropy=False),
   'half the domain loss': Method(weight=1.0),
@@ -190,31 +193,37 @@ def load_amazon(folder, target):
 
 
 class Images(nn.Module):
-  """Two convolutions and a dense layer, each batch-normalised."""
+  """Two convolutions and a dense layer, each batch-normalised by domain."""
 
   kernel: int
   stride: int
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x, domain, train, own_affine):
     size = (self.kernel, self.kernel)
-    norm = functools.partial(
-      nn.BatchNorm, use_running_average=not train, momentum=0.9
-    )
+
+    def norm(x):
+      return DomainBatchNorm(
+        use_running_average=not train,
+        decay=0.9,
+        num_domains=2,
+        shared_affine=not own_affine,
+      )(x, domain)
+
     x = nn.Conv(32, size, self.stride, padding='VALID')(x)
-    x = nn.relu(norm()(x))
+    x = nn.relu(norm(x))
     x = nn.Conv(48, size, padding='VALID')(x)
     n, h, w, c = x.shape
     x = x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
-    x = nn.relu(norm()(x)).reshape(n, -1)
-    return nn.relu(norm()(nn.Dense(100)(x)))
+    x = nn.relu(norm(x)).reshape(n, -1)
+    return nn.relu(norm(nn.Dense(100)(x)))
 
 
 class Words(nn.Module):
   """One hidden layer, as the paper has it for the reviews."""
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x, domain, train, own_affine):
     return nn.relu(nn.Dense(100)(x))
 
 
@@ -230,9 +239,13 @@ class Network(nn.Module):
     self.adversary = nn.Sequential([nn.Dense(500), nn.relu, nn.Dense(1)])
     self.reverse = GradientReversal()
 
-  def __call__(self, x, train=False):
+  def __call__(self, x, domain=0, train=False):
     """Features, their use by the adversary, and class logits."""
-    features = for_domain = for_class = self.trunk(self.prepare(x), train)
+    if not self.method.own_statistics:
+      domain = jnp.zeros_like(domain)
+    features = for_domain = for_class = self.trunk(
+      self.prepare(x), domain, train, self.method.own_affine
+    )
     if self.method.conflict:
       for_domain, for_class = optax_ghm.harmonized_fork(
         features, rule=self.method.conflict
@@ -264,13 +277,12 @@ class Network(nn.Module):
 
 
 class Trained(NamedTuple):
-  """The state of a training run: statistics of the source and the target."""
+  """The state of a training run."""
 
   params: Any
   averaged: Any
   opt_state: Any
-  source: Any
-  target: Any
+  statistics: Any
 
 
 # Training.
@@ -283,34 +295,24 @@ def train_step(state, i, key, data, *, network, steps):
   method = network.method
   scale = optax_ghm.dann_reversal_schedule(steps)(i)
 
-  def passed(params, statistics, x):
-    out, variables = network.apply(
-      {'params': params, 'batch_stats': statistics},
-      x,
-      train=True,
-      mutable=['batch_stats'],
-    )
-    return out, variables.get('batch_stats', {})
-
   one, two = jax.random.split(jax.random.fold_in(key, i))
   here = jax.random.choice(one, len(x_source), (BATCH,))
   there = jax.random.choice(two, len(x_target), (BATCH,))
-  xs, ys, xt = x_source[here], y_source[here], x_target[there]
+  x, domain = x_source[here], jnp.zeros(BATCH, jnp.int32)
+  if method.own_statistics or method.adversary:
+    x = jnp.concatenate([x, x_target[there]])
+    domain = jnp.repeat(jnp.arange(2), BATCH)
 
   def loss(params):
-    if method.own_statistics or not method.adversary:
-      (_, domain_s, logits_s), source = passed(params, state.source, xs)
-      (_, domain_t, logits_t), target = passed(params, state.target, xt)
-      for_domain = jnp.concatenate([domain_s, domain_t])
-      logits = jnp.concatenate([logits_s, logits_t])
-      if not method.own_statistics:
-        target = source
-    else:
-      both = jnp.concatenate([xs, xt])
-      (_, for_domain, logits), source = passed(params, state.source, both)
-      target = source
+    (_, for_domain, logits), updated = network.apply(
+      {'params': params, 'batch_stats': state.statistics},
+      x,
+      domain,
+      train=True,
+      mutable=['batch_stats'],
+    )
     total = optax.softmax_cross_entropy_with_integer_labels(
-      logits[:BATCH], ys
+      logits[:BATCH], y_source[here]
     ).mean()
     if method.adversary:
       domain_logits = network.apply(
@@ -320,44 +322,27 @@ def train_step(state, i, key, data, *, network, steps):
         scale,
         method=Network.domain_logits,
       )
+      weights = optax_ghm.entropy_weights(logits) if method.entropy else None
       total += (
         method.weight
         * optax_ghm.domain_loss(
-          domain_logits,
-          jnp.repeat(jnp.arange(2), BATCH),
-          example_weights=(
-            optax_ghm.entropy_weights(logits) if method.entropy else None
-          ),
+          domain_logits, domain, example_weights=weights
         ).mean()
       )
-    return total, (source, target)
+    return total, updated.get('batch_stats', {})
 
-  grads, (source, target) = jax.grad(loss, has_aux=True)(state.params)
+  grads, statistics = jax.grad(loss, has_aux=True)(state.params)
   updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   averaged = optax.incremental_update(
     params, state.averaged, 1 - jnp.minimum(AVERAGING, (1 + i) / (10 + i))
   )
-  return Trained(params, averaged, opt_state, source, target)
+  return Trained(params, averaged, opt_state, statistics)
 
 
 @functools.partial(jax.jit, static_argnames='network')
-def normalized_by(params, statistics, x, *, network):
-  """The statistics after one more batch, seen with these weights."""
-  _, variables = network.apply(
-    {'params': params, 'batch_stats': statistics},
-    x,
-    train=True,
-    mutable=['batch_stats'],
-  )
-  return variables.get('batch_stats', {})
-
-
-@functools.partial(jax.jit, static_argnames='network')
-def evaluate(params, statistics, x, *, network):
-  features, _, logits = network.apply(
-    {'params': params, 'batch_stats': statistics}, x
-  )
+def evaluate(variables, x, domain, *, network):
+  features, _, logits = network.apply(variables, x, domain)
   return features, logits.argmax(-1)
 
 
@@ -369,36 +354,42 @@ def run(task, method, seed, steps):
   key = jax.random.key(seed)
   variables = network.init(key, task.x_source[:2], method=Network.initialize)
   params, statistics = variables['params'], variables.get('batch_stats', {})
-  state = Trained(
-    params, params, OPTIMIZER.init(params), statistics, statistics
-  )
+  state = Trained(params, params, OPTIMIZER.init(params), statistics)
   data = tuple(map(jnp.asarray, (task.x_source, task.y_source, task.x_target)))
   for i in range(steps):  # not a scan: XLA's convolutions are slow inside one
     state = train_step(state, i, key, data, network=network, steps=steps)
   params = state.averaged if method.averaged else state.params
-  # The averaged weights have statistics of their own: see the images again,
-  # those that the target was normalised with in training.
-  rng, target = np.random.default_rng(seed), state.target
-  for _ in range(40):
-    seen = [
-      x[rng.choice(len(x), 2 * BATCH)] for x in (task.x_source, task.x_target)
-    ]
-    if method.own_statistics:
-      seen = seen[1:]
-    elif not method.adversary:
-      seen = seen[:1]
-    target = normalized_by(
-      params, target, np.concatenate(seen), network=network
+  variables = {'params': params, 'batch_stats': state.statistics}
+  if state.statistics:
+    # The averaged weights have statistics of their own: see the images again,
+    # those that the target was normalised with in training.
+    rng, seen = np.random.default_rng(seed), {}
+    if not method.own_statistics:
+      seen[0] = task.x_source
+    if method.own_statistics or method.adversary:
+      seen[1] = task.x_target
+    variables = recalibrate(
+      lambda variables, batch: network.apply(
+        variables, *batch, train=True, mutable=['batch_stats']
+      ),
+      variables,
+      [
+        (
+          np.concatenate([x[rng.choice(len(x), 128)] for x in seen.values()]),
+          np.repeat(np.array(list(seen), np.int32), 128),
+        )
+        for _ in range(40)
+      ],
     )
   predicted = [
-    np.asarray(evaluate(params, target, x, network=network)[1])
+    np.asarray(evaluate(variables, x, 1, network=network)[1])
     for x in np.array_split(task.x_test, max(len(task.x_test) // 500, 1))
   ]
   accuracy = (np.concatenate(predicted) == task.y_test).mean()
   show = 400
   features = [
-    np.asarray(evaluate(params, s, x[:show], network=network)[0])
-    for s, x in ((state.source, task.x_source), (target, task.x_test))
+    np.asarray(evaluate(variables, x[:show], domain, network=network)[0])
+    for domain, x in enumerate((task.x_source, task.x_test))
   ]
   return accuracy, features
 

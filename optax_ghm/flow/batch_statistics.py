@@ -68,7 +68,8 @@ def batch_norm_stats(
   over the features c of which anything counted (0 if there is none). Of
   batches of n independent examples these are about :math:`n^{-1/2}` and
   :math:`(2n)^{-1/2}`; much more says that the running averages lag, or that
-  batches differ by more than chance. The modules ``BatchNorm`` and its kin measure this themselves.
+  batches differ by more than chance. The modules ``BatchNorm`` and its kin
+  measure this themselves.
 
   Args:
     moments: of the batch.

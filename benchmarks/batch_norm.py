@@ -1,0 +1,226 @@
+"""What batch normalisation costs, forward and backward, against Flax's.
+
+Alone, in float32 and bfloat16, at three sizes: with results in memory that the
+last call left (as a training step's own temporaries are) and, "fresh", in
+memory that has to be asked for, whose page faults all programs pay alike. Its
+kinds, against the plain one. And in a whole training step of a small network,
+where it is one of many things.
+
+  python benchmarks/batch_norm.py [--quick] [--only NAME]
+"""
+
+import functools
+
+import harness
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+import optax_ghm
+from optax_ghm.linen import BatchNorm
+
+SHAPES = ((256, 1024), (128, 32, 32, 64), (64, 56, 56, 64))
+
+
+def array_data(shape, dtype):
+  keys = jax.random.split(jax.random.key(0))
+  x, cotangent = (jax.random.normal(k, shape).astype(dtype) for k in keys)
+  return x, jnp.ones(shape[-1]), jnp.zeros(shape[-1]), cotangent
+
+
+def forward_and_backward(normalize, x, scale, bias, cotangent):
+  y, pull, moments = jax.vjp(normalize, x, scale, bias, has_aux=True)
+  return y, pull(cotangent), moments
+
+
+def by_flax(x, scale, bias, *, fast):
+  norm = nn.BatchNorm(False, dtype=x.dtype, use_fast_variance=fast)
+  stats = {'mean': jnp.zeros_like(scale), 'var': jnp.ones_like(scale)}
+  return norm.apply(
+    {'params': {'scale': scale, 'bias': bias}, 'batch_stats': stats},
+    x,
+    mutable=['batch_stats'],
+  )
+
+
+def by_ours(x, scale, bias):
+  y, moments = optax_ghm.batch_norm(x, scale, bias)
+  running = optax_ghm.RunningMoments.init(scale.shape)
+  return y, optax_ghm.update_running_moments(running, moments)
+
+
+def two_writes(x, scale, bias, cotangent):
+  """What no program can do without: two arrays read, and two written."""
+  y, dx = x * scale.astype(x.dtype), cotangent * x
+  return y, (dx, scale, bias), (scale, bias)
+
+
+def programs():
+  normalize = {
+    'flax.linen.BatchNorm': functools.partial(by_flax, fast=True),
+    'the same, two-pass variance': functools.partial(by_flax, fast=False),
+    'optax_ghm.batch_norm': by_ours,
+  }
+  return {
+    name: functools.partial(forward_and_backward, f)
+    for name, f in normalize.items()
+  } | {'two reads, two writes': two_writes}
+
+
+def kinds():
+  running = optax_ghm.RunningMoments.init((64,))
+
+  def masked(x, scale, bias):
+    mask = (jnp.arange(len(x)) % 8 > 0)[:, None, None, None]
+    return optax_ghm.batch_norm(x, scale, bias, mask=mask)
+
+  def of_domains(x, scale, bias):
+    domain = jnp.arange(len(x)) % 2
+    return optax_ghm.domain_batch_norm(x, domain, scale, bias, num_domains=2)
+
+  found = {
+    'batch_norm': optax_ghm.batch_norm,
+    'with a mask': masked,
+    'ghost_batch_norm, 16': functools.partial(
+      optax_ghm.ghost_batch_norm, ghost_size=16
+    ),
+    'domain_batch_norm, 2': of_domains,
+    'batch_renorm': lambda x, scale, bias: optax_ghm.batch_renorm(
+      x, running, scale, bias
+    ),
+  }
+  return {
+    name: functools.partial(forward_and_backward, f)
+    for name, f in found.items()
+  }
+
+
+def alone(shape, dtype, reused):
+  every = programs()
+  if not reused:
+    return harness.Case(
+      every,
+      functools.partial(array_data, shape, dtype),
+      elements=array_size(shape),
+      floor='two reads, two writes',
+    )
+
+  def into(f, carried, *data):
+    del carried
+    return f(*data)
+
+  def space(name, data):
+    return jax.tree.map(
+      lambda u: jnp.zeros(u.shape, u.dtype), jax.eval_shape(every[name], *data)
+    )
+
+  return harness.Case(
+    {name: functools.partial(into, f) for name, f in every.items()},
+    functools.partial(array_data, shape, dtype),
+    elements=array_size(shape),
+    floor='two reads, two writes',
+    init=space,
+  )
+
+
+def array_size(shape):
+  return functools.reduce(lambda a, b: a * b, shape)
+
+
+class Network(nn.Module):
+  """Convolutions, each normalised; or dense layers, on flat inputs."""
+
+  norm: type[nn.Module] | None
+  dtype: jnp.dtype
+  convolutions: bool
+
+  @nn.compact
+  def __call__(self, x):
+    x = x.astype(self.dtype)
+    for i in range(4 if self.convolutions else 8):
+      if self.convolutions:
+        x = nn.Conv(32, (3, 3), use_bias=False, dtype=self.dtype)(x)
+      else:
+        x = nn.Dense(512, use_bias=False, dtype=self.dtype)(x)
+      if self.norm is not None:
+        x = self.norm(False, dtype=self.dtype, name=f'norm_{i}')(x)
+      x = nn.relu(x)
+    return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+NETWORKS = {
+  'flax.linen.BatchNorm': nn.BatchNorm,
+  'optax_ghm.linen.BatchNorm': BatchNorm,
+  'no normalisation': None,
+}
+
+
+def training(shape, dtype):
+  tx = optax.sgd(0.01, momentum=0.9)
+  convolutions = len(shape) > 2
+
+  def data():
+    keys = jax.random.split(jax.random.key(0))
+    return (
+      jax.random.normal(keys[0], shape),
+      jax.random.randint(keys[1], shape[:1], 0, 10),
+    )
+
+  def start(name, data):
+    variables = Network(NETWORKS[name], dtype, convolutions).init(
+      jax.random.key(0), data[0]
+    )
+    return variables, tx.init(variables['params'])
+
+  def step(norm, carried, x, labels):
+    variables, opt_state = carried
+
+    def loss(params):
+      logits, updated = Network(norm, dtype, convolutions).apply(
+        {**variables, 'params': params}, x, mutable=['batch_stats']
+      )
+      return optax.softmax_cross_entropy_with_integer_labels(
+        logits, labels
+      ).mean(), updated
+
+    grads, updated = jax.grad(loss, has_aux=True)(variables['params'])
+    updates, opt_state = tx.update(grads, opt_state)
+    params = optax.apply_updates(variables['params'], updates)
+    return {**variables, **updated, 'params': params}, opt_state
+
+  return harness.Case(
+    {name: functools.partial(step, norm) for name, norm in NETWORKS.items()},
+    data,
+    elements=array_size(shape),
+    floor='no normalisation',
+    init=start,
+  )
+
+
+CASES = {
+  f'{dtype} {shape}{"" if reused else ", fresh"}': alone(
+    shape, jnp.dtype(dtype), reused
+  )
+  for dtype in ('float32', 'bfloat16')
+  for shape in SHAPES
+  for reused in (True, False)
+} | {
+  'kinds, float32 (128, 32, 32, 64)': harness.Case(
+    kinds(),
+    functools.partial(array_data, SHAPES[1], jnp.dtype('float32')),
+    elements=array_size(SHAPES[1]),
+  ),
+  'training step, 4 convolutions, float32': training(
+    (64, 32, 32, 3), jnp.dtype('float32')
+  ),
+  'training step, 4 convolutions, bfloat16': training(
+    (64, 32, 32, 3), jnp.dtype('bfloat16')
+  ),
+  'training step, 8 dense layers, float32': training(
+    (256, 512), jnp.dtype('float32')
+  ),
+}
+
+if __name__ == '__main__':
+  harness.main('batch_norm', __doc__, CASES)
