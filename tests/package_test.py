@@ -45,6 +45,7 @@ def test_every_public_name_has_a_docstring_and_is_in_the_readme(module, name):
 def test_public_functions_have_an_example(module, name):
   value = getattr(module, name)
   plain_records = {
+    'BatchNormStats',
     'CalibratedState',
     'DepthProfile',
     'Layer',
@@ -58,11 +59,13 @@ def test_public_functions_have_an_example(module, name):
     'GradientNoise',
     'InBackward',
     'InBackwardState',
+    'Moments',
     'NoiseScaleState',
     'NormalizeState',
     'PercentileEstimator',
     'RangeTest',
     'ReverseState',
+    'RunningMoments',
     'SecondMomentState',
     'SkipState',
   }
