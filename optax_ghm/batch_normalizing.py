@@ -299,8 +299,10 @@ def fit_parameters(
 
   def fit(u, name, default):
     if u is None:
-      return jnp.full(pool.shape(x), default, dtype)
-    u = _split_as(fit_statistics(pool, x, u, name, shared=True), pool, x)
+      u = jnp.full(pool.shape(x), default, dtype)
+    else:
+      u = fit_statistics(pool, x, u, name, shared=True)
+    u = _split_as(u, pool, x)
     own = tuple(sorted(varying - _backward.varying_axes(u)))
     u = jax.lax.pcast(u, own, to='varying') if own else u
     return u.astype(dtype)
@@ -320,11 +322,8 @@ def fit_statistics(
   features = tuple(n for a, n in enumerate(shape) if a not in pool.idle)
   if u.shape == features:
     return jnp.expand_dims(u, pool.idle)
-  if (
-    shared
-    and (pool.ghosts or pool.groups is not None)
-    and u.shape == features[1:]
-  ):
+  by_row = pool.ghosts or pool.groups is not None
+  if shared and by_row and u.shape == features[1:]:
     return jnp.broadcast_to(jnp.expand_dims(u[None], pool.idle), shape)
   raise ValueError(
     f'{name} must have the shape of the features, {features}, got {u.shape}.'
