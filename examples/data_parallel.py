@@ -1,0 +1,365 @@
+"""All of it in one training step, on one device, on many, on several processes.
+
+A small network learns classes from one domain and is to know them in another:
+its loss is harmonised, its domain classifier sits behind a reversed gradient,
+its batch norms keep the domains apart under a mask, its optimizer is calibrated
+and watched, and all layers are tapped. The step is written once, for one
+device; the mesh decides where it runs. Prints the losses, what is sent between
+devices next to what plain training of the same network sends, and with
+--against, how far the numbers are from those of another run.
+
+  python examples/data_parallel.py                        one device
+  python examples/data_parallel.py --devices 8 --model 2  a mesh of 4 x 2
+  python examples/data_parallel.py --processes 2 --devices 4 --model 2
+  python examples/data_parallel.py --processes 2 --devices 4 --crash 10
+
+--devices are of each process. --crash kills the last process at that step, then
+all are started again from the last checkpoint. On a cluster there is nothing to
+spawn: call jax.distributed.initialize() and train() on every host, with a
+folder that all of them see.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+CLASSES, FEATURES, WIDTH, BATCH = 10, 32, 64, 64
+CHECKPOINT_EVERY = 5
+
+
+class State(NamedTuple):
+  """Everything that one step hands to the next."""
+
+  variables: Any
+  batch_stats: Any
+  opt_state: Any
+
+
+def batch(step):
+  """Examples of both domains; the labels of the second are not known."""
+  import numpy as np  # noqa: PLC0415
+
+  rng = np.random.default_rng(step)
+  labels = rng.integers(0, CLASSES, BATCH) * rng.integers(0, 2, BATCH)  # rare
+  domain = np.arange(BATCH, dtype=np.int32) % 2
+  centers = np.random.default_rng(0).normal(size=(CLASSES, FEATURES))
+  x = centers[labels] + rng.normal(size=(BATCH, FEATURES))
+  x = np.where(domain[:, None] == 1, 1.5 * x + 1, x).astype(np.float32)
+  mask = rng.random(BATCH) < 0.9  # the others are padding
+  return x, labels.astype(np.int32), domain, mask
+
+
+def make_steps():
+  """The start, the whole step, and a plain one to compare with."""
+  import jax  # noqa: PLC0415
+  import jax.numpy as jnp  # noqa: PLC0415
+  import optax  # noqa: PLC0415
+  from flax import linen as nn  # noqa: PLC0415
+
+  import optax_ghm as ghm  # noqa: PLC0415
+  from optax_ghm import flow  # noqa: PLC0415
+  from optax_ghm.linen import (  # noqa: PLC0415
+    DomainBatchNorm,
+    GradientReversal,
+    Harmonize,
+    Tapped,
+  )
+
+  class Network(nn.Module):
+    plain: bool = False
+
+    @nn.compact
+    def __call__(self, x, domain, mask):
+      for _ in range(2):
+        x = nn.Dense(WIDTH, use_bias=False)(x)
+        if self.plain:
+          x = nn.BatchNorm(False)(x)
+        else:
+          x = DomainBatchNorm(False, num_domains=2)(
+            x, domain, mask=mask[:, None]
+          )
+        x = nn.relu(x)
+      logits = nn.Dense(CLASSES)(x)
+      if self.plain:
+        return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))[:, 0]
+      density = ghm.WindowedDensity(high=2**0.5)
+      known = mask & (domain == 0)
+      logits = Harmonize(density=density, scale=BATCH)(logits, mask=known)
+      x = GradientReversal()(x, 0.5)
+      return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))[:, 0]
+
+  def losses(logits, domain_logits, labels, domain, mask):
+    known = mask & (domain == 0)
+    of_class = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    of_domain = ghm.domain_loss(domain_logits, domain)
+    return jnp.sum(of_class * known + of_domain * mask) / BATCH
+
+  model, plain = Network(), Network(plain=True)
+  tapped = Tapped(model)
+  tx = flow.watch(ghm.calibrated(optax.adamw(3e-3)))
+  plain_tx = optax.adamw(3e-3)
+
+  x, _, domain, mask = batch(0)
+
+  def start():
+    variables = dict(model.init(jax.random.key(0), x, domain, mask))
+    stats = variables.pop('batch_stats')
+    opt_state = tx.init(variables['params'])
+    others = plain.init(jax.random.key(0), x, domain, mask)
+    params = others['params']
+    return (
+      State(variables, stats, opt_state),
+      State({'params': params}, others['batch_stats'], plain_tx.init(params)),
+    )
+
+  variables = jax.eval_shape(model.init, jax.random.key(0), x, domain, mask)
+  sinks = tapped.init(variables, x, domain, mask, mutable=['batch_stats'])
+
+  def whole(state, x, labels, domain, mask):
+    def loss(variables, taps):
+      (logits, domain_logits), updated = tapped.apply(
+        {**variables, 'batch_stats': state.batch_stats},
+        x,
+        domain,
+        mask,
+        taps=taps,
+        mutable=['batch_stats'],
+      )
+      return losses(logits, domain_logits, labels, domain, mask), updated
+
+    (value, updated), (grads, taps) = jax.value_and_grad(
+      loss, argnums=(0, 1), has_aux=True
+    )(state.variables, sinks)
+    variables, opt_state = ghm.apply_gradients(
+      tx, state.variables, grads, state.opt_state
+    )
+    return State(variables, updated['batch_stats'], opt_state), value, taps
+
+  def simple(state, x, labels, domain, mask):
+    def loss(params):
+      (logits, domain_logits), updated = plain.apply(
+        {'params': params, 'batch_stats': state.batch_stats},
+        x,
+        domain,
+        mask,
+        mutable=['batch_stats'],
+      )
+      return losses(logits, domain_logits, labels, domain, mask), updated
+
+    params = state.variables['params']
+    (value, updated), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, opt_state = plain_tx.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return State({'params': params}, updated['batch_stats'], opt_state), value
+
+  return start, whole, simple
+
+
+def collectives(text):
+  """What is sent between devices, (operation, bytes) and how often."""
+  sizes = {'pred': 1, 'bf16': 2, 'f16': 2, 'f64': 8, 's64': 8, 'u64': 8}
+  found = collections.Counter()
+  pattern = (
+    r'= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all'
+    r'|collective-permute)(?:-start)?\('
+  )
+  for shapes, operation in re.findall(pattern, text):
+    total = 0
+    for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', shapes):
+      elements = 1
+      for n in filter(None, shape.split(',')):
+        elements *= int(n)
+      total += elements * sizes.get(dtype, 4)
+    found[operation, total] += 1
+  return found
+
+
+def train(args):
+  """One process of the run; the numbers it ended with."""
+  import jax  # noqa: PLC0415
+  import numpy as np  # noqa: PLC0415
+  import orbax.checkpoint as ocp  # noqa: PLC0415
+  from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: PLC0415
+
+  if args.processes > 1:
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(args.coordinator, args.processes, args.process)
+  shape = (len(jax.devices()) // args.model, args.model)
+  mesh = jax.make_mesh(
+    shape, ('data', 'model'), axis_types=(AxisType.Auto, AxisType.Auto)
+  )
+  start, whole, simple = make_steps()
+
+  def placed(leaf):
+    """Hidden features over the axis 'model', everything else everywhere."""
+    hidden = leaf.ndim > 0 and leaf.shape[-1] == WIDTH
+    names = [None] * (leaf.ndim - 1) + ['model'] if hidden else []
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+  # Made by all processes alike, each placing its part.
+  like = jax.eval_shape(start)
+  shardings = jax.tree.map(placed, like)
+  state, plain_state = jax.jit(start, out_shardings=shardings)()
+  shardings, plain_shardings = shardings
+  over_data = NamedSharding(mesh, PartitionSpec('data'))
+
+  def on_devices(arrays):
+    return [
+      jax.make_array_from_callback(u.shape, over_data, lambda i, u=u: u[i])
+      for u in arrays
+    ]
+
+  step = (
+    jax.jit(whole, donate_argnums=0, out_shardings=(shardings, None, None))
+    .lower(state, *on_devices(batch(0)))
+    .compile()
+  )
+  plain = (
+    jax.jit(simple, out_shardings=(plain_shardings, None))
+    .lower(plain_state, *on_devices(batch(0)))
+    .compile()
+  )
+
+  checkpoints = ocp.CheckpointManager(
+    pathlib.Path(args.folder).absolute() / 'checkpoints',
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=2, enable_async_checkpointing=False
+    ),
+  )
+  first, losses, taps = checkpoints.latest_step() or 0, [], None
+  if first:
+    target = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      like[0],
+      shardings,
+    )
+    state = checkpoints.restore(first, args=ocp.args.StandardRestore(target))
+  for i in range(first, args.steps):
+    if i == args.crash and args.process == args.processes - 1:
+      os.kill(os.getpid(), signal.SIGKILL)
+    state, value, taps = step(state, *on_devices(batch(i)))
+    losses.append(float(value))
+    if (i + 1) % CHECKPOINT_EVERY == 0:
+      checkpoints.save(i + 1, args=ocp.args.StandardSave(state))
+  checkpoints.wait_until_finished()
+
+  everywhere = jax.jit(
+    lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec())
+  )
+  numbers = {
+    jax.tree_util.keystr(path): np.asarray(leaf, np.float64).ravel().tolist()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      everywhere({'state': state, 'taps': taps})
+    )
+  }
+  ours, theirs = (collectives(p.as_text()) for p in (step, plain))
+  return {
+    'mesh': shape,
+    'processes': args.processes,
+    'first': first,
+    'losses': losses,
+    'numbers': numbers,
+    'collectives': [[*key, n] for key, n in sorted(ours.items())],
+    'plain collectives': [[*key, n] for key, n in sorted(theirs.items())],
+  }
+
+
+def spawn(args, folder, crash):
+  """Starts all processes, and waits; False if one of them was killed."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    coordinator = f'localhost:{free.getsockname()[1]}'
+  environment = dict(os.environ)
+  environment['XLA_FLAGS'] = (
+    f'--xla_force_host_platform_device_count={args.devices}'
+  )
+  environment['JAX_PLATFORMS'] = 'cpu'
+  command = [sys.executable, __file__, f'--folder={folder}']
+  command += [f'--coordinator={coordinator}', f'--crash={crash}']
+  for name in ('devices', 'model', 'processes', 'steps'):
+    command.append(f'--{name}={getattr(args, name)}')
+  children = [
+    subprocess.Popen([*command, f'--process={i}'], env=environment)
+    for i in range(args.processes)
+  ]
+  killed = children[-1].wait() == -signal.SIGKILL
+  for child in children:
+    if killed:
+      child.kill()
+    child.wait()
+  if not killed and any(child.returncode for child in children):
+    raise SystemExit('a process failed.')
+  return not killed
+
+
+def difference(a, b):
+  """The largest difference of two runs, relative to what is compared."""
+  import numpy as np  # noqa: PLC0415
+
+  worst, where = 0.0, ''
+  for name, values in a['numbers'].items():
+    x, y = np.array(values), np.array(b['numbers'][name])
+    scale = np.abs(y[np.isfinite(y)]).max(initial=1e-6)
+    differ = x != y  # not so of infinities, where both have them
+    off = np.abs(x[differ] - y[differ]).max(initial=0) / scale
+    if off > worst:
+      worst, where = float(off), name
+  return worst, where
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--devices', type=int, default=1, help='per process')
+  parser.add_argument('--model', type=int, default=1, help='of the mesh')
+  parser.add_argument('--processes', type=int, default=1)
+  parser.add_argument('--steps', type=int, default=20)
+  parser.add_argument('--crash', type=int, default=-1, help='at this step')
+  parser.add_argument('--against', help='the folder of another run')
+  parser.add_argument('--folder', help='for checkpoints and the result')
+  parser.add_argument('--coordinator', help=argparse.SUPPRESS)
+  parser.add_argument('--process', type=int, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.process is not None:
+    result = train(args)
+    if args.process == 0:
+      path = pathlib.Path(args.folder) / 'result.json'
+      path.write_text(json.dumps(result))
+    return
+  folder = pathlib.Path(args.folder or tempfile.mkdtemp())
+  folder.mkdir(parents=True, exist_ok=True)
+  if not spawn(args, folder, args.crash):
+    print(f'process {args.processes - 1} was killed at step {args.crash}')
+    spawn(args, folder, crash=-1)
+  result = json.loads((folder / 'result.json').read_text())
+  print(
+    f'mesh of {result["mesh"][0]} x {result["mesh"][1]} on'
+    f' {args.processes} process(es), from step {result["first"]}'
+  )
+  print('losses', ' '.join(f'{u:.4f}' for u in result['losses']))
+  for name in ('collectives', 'plain collectives'):
+    print(name, *(f'{n} x {op} of {size} B' for op, size, n in result[name]))
+  if args.against:
+    other = json.loads((pathlib.Path(args.against) / 'result.json').read_text())
+    print(
+      'largest relative difference: {:.1e} at {}'.format(
+        *difference(result, other)
+      )
+    )
+  print(f'results: {folder}')
+
+
+if __name__ == '__main__':
+  main()
