@@ -44,7 +44,12 @@ def batch_norm(
   them: NaN there stays there, as long as the cotangent there is 0. A shard
   without any element that counts contributes nothing. Where nothing counts at
   all, y is the bias. A feature that is constant becomes the bias, and one with
-  NaN or infinities among what counts becomes NaN.
+  NaN or infinities among what counts becomes NaN. Deviations beyond 1e19 have a
+  variance beyond float32: y is the bias there, too.
+
+  Let the loss leave out what is masked before anything that makes NaN of it:
+  ``where(mask, f(where(mask, y, 0)), 0)``, for the cotangent of ``where(mask,
+  f(y), 0)`` is 0 times the derivative of f.
 
   The gradient can be differentiated again. Forward mode (``jax.jvp``) raises;
   there, :func:`batch_norm_inference` with :func:`batch_moments` is the same.
@@ -141,12 +146,13 @@ def batch_norm_inference(
   groups = None if domain is None else len(mean)
   pool = _moments.Pool.of(x, axis, groups=groups)
   members = None if domain is None else _moments.fit_members(x, domain)
+  x = _moments.of_some_group(pool, x, members)
   scale, bias = fit_parameters(pool, x, scale, bias)
   mean = fit_statistics(pool, x, mean, 'mean')
   gain = scale * jax.lax.rsqrt(fit_statistics(pool, x, var, 'var') + epsilon)
   mean, gain, bias = (pool.spread(u, members) for u in (mean, gain, bias))
-  x = x.astype(_norms.at_least_float32(x.dtype))
-  return ((x - mean) * gain + bias).astype(dtype or x.dtype)
+  y = (x.astype(mean.dtype) - mean) * gain + bias
+  return y.astype(dtype or x.dtype)
 
 
 def fold_batch_norm(
@@ -194,13 +200,21 @@ def fold_batch_norm(
       f'kernel, of shape {kernel.shape}, must have the {mean.shape} features'
       ' of the statistics last.'
     )
-  gain = jax.lax.rsqrt(var + epsilon)
-  if scale is not None:
-    gain = gain * scale
-  shift = -mean * gain if bias is None else (bias - mean) * gain
-  if offset is not None:
-    shift = shift + offset
-  folded = kernel * jnp.expand_dims(gain, tuple(range(kernel.ndim - 1)))
+  dtype = _norms.at_least_float32(kernel.dtype)
+  mean, var, scale, offset, bias = (
+    jnp.full(mean.shape, default, dtype) if u is None else u.astype(dtype)
+    for u, default in (
+      (mean, 0),
+      (var, 1),
+      (scale, 1),
+      (offset, 0),
+      (bias, 0),
+    )
+  )
+  gain = jax.lax.rsqrt(var + epsilon) * scale
+  shift = (bias - mean) * gain + offset
+  over_inputs = tuple(range(kernel.ndim - 1))
+  folded = kernel.astype(dtype) * jnp.expand_dims(gain, over_inputs)
   return folded.astype(kernel.dtype), shift.astype(kernel.dtype)
 
 
@@ -233,7 +247,7 @@ def _fwd(pool, epsilon, dtype, x, scale, bias, mask, members=None, renorm=None):
     running_std = jnp.sqrt(renorm.var + epsilon)
     r = jnp.sqrt(variance + epsilon) / running_std
     r = jnp.clip(r, 1 / renorm.r_max, renorm.r_max)
-    d = (mean + rest - renorm.mean) / running_std
+    d = (mean - renorm.mean + rest) / running_std
     d = jnp.clip(d, -renorm.d_max, renorm.d_max)
     r, d = jax.lax.stop_gradient((r, d))
   gain = scale * r * rstd
@@ -259,8 +273,10 @@ def _bwd(pool, epsilon, dtype, residuals, cotangents):
   total = functools.partial(pool.total, members=members)
 
   def product(dy, x, center, mask):
-    terms = dy * (x - center)
-    return terms if mask is None else jnp.where(mask | (dy != 0), terms, 0)
+    if mask is None:
+      return dy * (x - center)
+    known = mask | (dy != 0)
+    return jnp.where(known, dy * (jnp.where(known, x, 0) - center), 0)
 
   sum_dy = total(lambda dy: dy, dy)
   sum_dy_x = total(product, dy, x, center, mask, spelling=3) - rest * sum_dy
@@ -272,10 +288,10 @@ def _bwd(pool, epsilon, dtype, residuals, cotangents):
   shift = gain * all_dy / divisor - rest * slope
 
   def through(dy, x, center, gain, shift, slope, mask):
-    by_statistics = shift + (x - center) * slope
-    if mask is not None:
-      by_statistics = jnp.where(mask, by_statistics, 0)
-    return gain * dy - by_statistics
+    if mask is None:
+      return gain * dy - (shift + (x - center) * slope)
+    by_statistics = shift + (jnp.where(mask, x, 0) - center) * slope
+    return gain * dy - jnp.where(mask, by_statistics, 0)
 
   gain, shift, slope = (pool.spread(u, members) for u in (gain, shift, slope))
   dx = pool.each(through, dy, x, center, gain, shift, slope, mask, spelling=5)
@@ -304,8 +320,7 @@ def fit_parameters(
       u = fit_statistics(pool, x, u, name, shared=True)
     u = _split_as(u, pool, x)
     own = tuple(sorted(varying - _backward.varying_axes(u)))
-    u = jax.lax.pcast(u, own, to='varying') if own else u
-    return u.astype(dtype)
+    return jax.lax.pcast(u, own, to='varying') if own else u
 
   return fit(scale, 'scale', 1), fit(bias, 'bias', 0)
 
@@ -318,7 +333,8 @@ def fit_statistics(
   shared: bool = False,
 ) -> jax.Array:
   """Numbers per feature as statistics; ``shared`` by the rows, if these are."""
-  shape = pool.shape(x)
+  shape, u = pool.shape(x), jnp.asarray(u)
+  u = u.astype(_norms.at_least_float32(x.dtype))
   features = tuple(n for a, n in enumerate(shape) if a not in pool.idle)
   if u.shape == features:
     return jnp.expand_dims(u, pool.idle)

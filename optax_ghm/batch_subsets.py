@@ -74,7 +74,7 @@ def ghost_batch_norm(
     mask = jnp.broadcast_to(mask, (len(x), *mask.shape[1:]))
 
   def by_ghost(u):
-    return u.reshape(-1, ghost_size, *u.shape[1:])
+    return u.reshape(len(x) // ghost_size, ghost_size, *u.shape[1:])
 
   pool = _moments.Pool(tuple(a + 1 for a in whole.axes), ghosts=True)
   y, moments = _batch_normalizing.normalize(
@@ -144,6 +144,8 @@ def domain_batch_norm(
     Adaptation <https://arxiv.org/abs/1906.03950>`_, 2019
   """
   pool = _moments.Pool.of(x, axis, axis_name, num_domains)
+  members = _moments.fit_members(x, domain)
+  x = _moments.of_some_group(pool, x, members)
   y, moments = _batch_normalizing.normalize(
     pool,
     epsilon,
@@ -151,6 +153,6 @@ def domain_batch_norm(
     x,
     *_batch_normalizing.fit_parameters(pool, x, scale, bias),
     _moments.fit_mask(x, mask),
-    _moments.fit_members(x, domain),
+    members,
   )
   return y, pool.squeezed(moments)

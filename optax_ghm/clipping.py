@@ -36,10 +36,10 @@ class ClipState(NamedTuple):
     clipped: int32, how many good steps were clipped.
     skipped: int32, how many steps were kept out of the statistics: those with
       NaN or inf, or more than 1e37 times the limit, whose update is 0; those
-      that are all zero; and those beyond :data:`ABSURD` times the usual norm,
+      that are all zero; and those beyond 10,000 times the usual norm,
       which are clipped.
-    absurd_in_a_row: int32, how many steps were beyond it just now; after
-      :data:`PATIENCE` of them the statistics start anew.
+    absurd_in_a_row: int32, how many steps were beyond it just now; after 20 of
+      them the statistics start anew.
     statistics: what the rule remembers.
   """
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from optax_ghm import norms as _norms
@@ -58,7 +59,7 @@ def batch_moments(
 
   Args:
     x: real floating array.
-    axis: the feature axes, those that stay.
+    axis: the feature axes, those that stay, in the order they have in ``x``.
     mask: broadcastable to ``x``, not 0 for what counts.
     axis_name: mapped axes over which the batch is split.
 
@@ -201,7 +202,9 @@ class Pool:
     """Everything but the feature axes ``axis`` of ``x``."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
       raise TypeError(f'x must be a real floating array, got {x.dtype}.')
-    features = (axis,) if isinstance(axis, int) else tuple(axis)
+    features = tuple(np.atleast_1d(axis).tolist())
+    if x.ndim == 0:
+      raise ValueError('x must have at least one axis, got a single number.')
     if not all(-x.ndim <= a < x.ndim for a in features):
       raise ValueError(
         f'axis must name feature axes of x, of shape {x.shape}, got {axis}.'
@@ -210,6 +213,8 @@ class Pool:
     axes = tuple(a for a in range(x.ndim) if a not in features)
     if groups is not None and 0 not in axes:
       raise ValueError(f'axis 0 of x holds the examples, got axis={axis}.')
+    if groups is not None and groups < 1:
+      raise ValueError(f'num_domains must be at least 1, got {groups}.')
     return cls(axes, axis_name, groups)
 
   @property
@@ -220,7 +225,7 @@ class Pool:
   def shape(self, x: jax.Array) -> tuple[int, ...]:
     """The shape of statistics of ``x``."""
     shape = [1 if a in self.axes else n for a, n in enumerate(x.shape)]
-    return (self.groups or shape[0], *shape[1:])
+    return tuple(shape) if self.groups is None else (self.groups, *shape[1:])
 
   def squeezed(self, moments: Moments) -> Moments:
     """Statistics without the axes that they have for their rank alone."""
@@ -272,29 +277,31 @@ class Pool:
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Count, mean, what the mean lacks by rounding, and variance."""
 
-    def total(f, *arrays, spelling):
+    def total(f, *more, spelling):
+      """Over what counts; what does not is kept out of gradients, too."""
+
+      def terms(mask, x, *more):
+        if mask is None:
+          return f(x, *more)
+        return jnp.where(mask, f(jnp.where(mask, x, 0), *more), 0)
+
       return self.total(
-        lambda mask, *arrays: (
-          f(*arrays) if mask is None else jnp.where(mask, f(*arrays), 0)
-        ),
-        mask,
-        *arrays,
-        members=members,
-        spelling=spelling,
+        terms, mask, x, *more, members=members, spelling=spelling
       )
 
     count, sums = self.everywhere(
-      self._count(x, mask, members), total(lambda x: x, x, spelling=0)
+      self._count(x, mask, members), total(lambda x: x, spelling=0)
     )
     divisor = jnp.maximum(count, 1)
     mean = sums / divisor
+    mean = _rounded(jnp.where(jnp.isfinite(mean), mean, jnp.nan))
     center = self.spread(mean, members)
     squares = total(
-      lambda x, center: jnp.square(x - center), x, center, spelling=1
+      lambda x, center: jnp.square(x - center), center, spelling=1
     )
 
     def deviations():
-      return total(lambda x, center: x - center, x, center, spelling=2)
+      return total(lambda x, center: x - center, center, spelling=2)
 
     if self.axis_name is None:
       far = jnp.square(mean) * divisor > FAR_FROM_ZERO**2 * squares
@@ -325,8 +332,7 @@ class Pool:
 
   def _belongs(self, members, ndim):
     """(groups, examples, 1, ...): comparing spares scatters and gathers."""
-    groups = jnp.arange(self.groups, dtype=members.dtype)
-    belongs = groups[:, None] == members[None]
+    belongs = jnp.arange(self.groups)[:, None] == members[None]
     return jnp.expand_dims(belongs, tuple(range(2, ndim + 1)))
 
 
@@ -340,7 +346,18 @@ def fit_members(x: jax.Array, members: ArrayLike) -> jax.Array:
       f'domain must be one integer, or one for each of {x.shape[:1]} examples,'
       f' got the shape {members.shape}.'
     )
-  return jnp.broadcast_to(members, x.shape[:1])
+  return jnp.broadcast_to(members.astype(int), x.shape[:1])
+
+
+def of_some_group(
+  pool: Pool, x: jax.Array, members: jax.Array | None
+) -> jax.Array:
+  """0 in the place of examples of no group, whatever they hold."""
+  if pool.groups is None or members is None:
+    return x
+  known = (members >= 0) & (members < pool.groups)
+  known = jnp.expand_dims(known, tuple(range(1, x.ndim)))
+  return jnp.where(known, x, 0)
 
 
 def fit_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
@@ -357,6 +374,17 @@ def fit_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
     )
   missing = tuple(range(x.ndim - mask.ndim))
   return jnp.expand_dims(mask if mask.dtype == bool else mask != 0, missing)
+
+
+def _rounded(mean):
+  """One digit less than it has.
+
+  XLA divides anew in every loop that needs the mean, and may do so together
+  with the subtraction, without rounding in between: what one loop leaves for
+  the next to make up for would not be what that finds. This it has to round.
+  """
+  info = jnp.finfo(mean.dtype)
+  return jax.lax.reduce_precision(mean, info.nexp, info.nmant - 1)
 
 
 _SPELLINGS = ((), (0,), (1,), (0, 1), (0, 2), (1, 2))

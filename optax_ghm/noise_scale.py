@@ -18,7 +18,7 @@ class GradientNoise(NamedTuple):
   """How much of a gradient is signal, and how much noise.
 
   Attributes:
-    signal: an estimate of |G|², the squared norm of the true gradient; without
+    signal: an estimate of ‖G‖², the squared norm of the true gradient; without
       bias, so that it can be negative where the noise is large.
     variance: an estimate of tr Σ, that of the gradient of one example,
       summed over the parameters.
@@ -29,7 +29,7 @@ class GradientNoise(NamedTuple):
 
   @property
   def noise_scale(self) -> jax.Array:
-    """The ratio tr Σ / |G|², in examples; inf where no signal is seen."""
+    """The ratio tr Σ / ‖G‖², in examples; inf where no signal is seen."""
     seen = self.signal > 0
     return jnp.where(
       seen, self.variance / jnp.where(seen, self.signal, 1), jnp.inf

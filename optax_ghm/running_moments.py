@@ -61,6 +61,9 @@ def update_running_moments(
   Returns:
     The next averages.
 
+  Raises:
+    ValueError: if the shapes of both differ.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_ghm
@@ -72,7 +75,14 @@ def update_running_moments(
     >>> running.weight
     Array([0.1], dtype=float32)
   """
-  moments = jax.lax.stop_gradient(moments)
+  if moments.mean.shape != running.mean.shape:
+    raise ValueError(
+      f'moments, of shape {moments.mean.shape}, must have that of the running'
+      f' averages, {running.mean.shape}.'
+    )
+  moments = jax.tree.map(
+    lambda u: u.astype(running.mean.dtype), jax.lax.stop_gradient(moments)
+  )
   mean, var = moments.mean, moments.variance(unbiased)
   seen = (moments.count > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
   weight = decay * running.weight + (1 - decay)

@@ -67,7 +67,7 @@ class SkipState(NamedTuple):
     value_threshold: that of the loss.
     skipped: int32, how many steps were left out.
     skipped_in_a_row: int32, how many of them just now.
-    recent_norms: a :class:`RecentSteps`.
+    recent_norms: those of the window.
     recent_values: the same of the loss.
     optimizer: the state of the wrapped optimizer.
   """

@@ -22,7 +22,7 @@ class BatchNormStats(NamedTuple):
 
   @property
   def mean_to_std(self) -> jax.Array:
-    """The largest mean, in standard deviations: how much rounding may hurt."""
+    """The largest mean, in standard deviations."""
     return self._column('mean_to_std')
 
   @property

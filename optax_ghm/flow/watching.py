@@ -90,7 +90,7 @@ class WatchState(NamedTuple):
 
   @property
   def units(self) -> jax.Array:
-    """How many units are looked at: none of embeddings and biased kernels."""
+    """How many units are looked at, none of embeddings and biased kernels."""
     return self._column('units')
 
   @property

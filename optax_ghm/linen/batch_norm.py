@@ -50,6 +50,8 @@ class Normalization(nn.Module):
       'epsilon': self.epsilon,
       'dtype': dtypes.canonicalize_dtype(*given, dtype=self.dtype),
     }
+    update = update and not (use_running_average or self.is_initializing())
+    limits = self._limits(update)  # whose count of steps has to be there
     if use_running_average:
       return _batch_normalizing.batch_norm_inference(
         x, running.mean, running.var, scale, bias, domain=domain, **options
@@ -57,8 +59,6 @@ class Normalization(nn.Module):
     # There need not be such an axis where parameters are initialized.
     options['axis_name'] = None if self.is_initializing() else self.axis_name
     options['mask'] = mask
-    update = update and not self.is_initializing()
-    limits = self._limits(update)
     y, moments = self._by_batch(
       x, scale, bias, running=running, domain=domain, **limits, **options
     )

@@ -1,5 +1,6 @@
 """Population statistics for the batch normalisation of Linen models."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,7 +33,9 @@ def recalibrate(
 
   Args:
     apply: called as ``apply(variables, batch)``, to run the model in training
-      mode, with the collection ``batch_stats`` mutable. It is jitted.
+      mode, with the collection ``batch_stats`` mutable. It is jitted, once if
+      it is the same function at every call of ``recalibrate``; it may be a
+      ``jax.vmap`` over stacked models.
     variables: of the model, with ``batch_stats``.
     batches: what ``apply`` takes; arrays, or trees of them.
 
@@ -67,27 +70,11 @@ def recalibrate(
   """
   if 'batch_stats' not in variables:
     raise ValueError("variables must have the collection 'batch_stats'.")
-
-  @jax.jit
-  def measured(variables, stats, batch):
-    with nn.intercept_methods(_measure):
-      result = apply({**variables, 'batch_stats': stats}, batch)
-    updated = result[1] if isinstance(result, tuple) and len(result) > 1 else {}
-    if not isinstance(updated, Mapping) or 'batch_stats' not in updated:
-      raise ValueError(
-        "apply must return (output, updated variables): let 'batch_stats' be"
-        " mutable, as in model.apply(variables, x, mutable=['batch_stats'])."
-      )
-    return _with_moments(
-      flax.core.unfreeze(variables['batch_stats']),
-      flax.core.unfreeze(updated['batch_stats']),
-    )
-
   stats = _with_moments(flax.core.unfreeze(variables['batch_stats']))
   empty = True
   for batch in batches:
     empty = False
-    stats = measured(dict(variables), stats, batch)
+    stats = _measured(dict(variables), stats, batch, apply=apply)
   if empty:
     raise ValueError('batches must hold at least one.')
   counts = [m.count for m in _all_moments(stats)]
@@ -119,6 +106,23 @@ def _measure(next_fun, args, kwargs, context):
         'batch_stats', _MOMENTS, _moments.merge_moments(before, moments)
       )
   return next_fun(*args, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames='apply')
+def _measured(variables, stats, batch, *, apply):
+  """The statistics with the moments of one more batch."""
+  with nn.intercept_methods(_measure):
+    result = apply({**variables, 'batch_stats': stats}, batch)
+  updated = result[1] if isinstance(result, tuple) and len(result) > 1 else {}
+  if not isinstance(updated, Mapping) or 'batch_stats' not in updated:
+    raise ValueError(
+      "apply must return (output, updated variables): let 'batch_stats' be"
+      " mutable, as in model.apply(variables, x, mutable=['batch_stats'])."
+    )
+  return _with_moments(
+    flax.core.unfreeze(variables['batch_stats']),
+    flax.core.unfreeze(updated['batch_stats']),
+  )
 
 
 def _is_norm(stats):

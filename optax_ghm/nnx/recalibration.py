@@ -1,5 +1,6 @@
 """Population statistics for the batch normalisation of NNX models."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,7 +26,8 @@ def recalibrate(
 
   Args:
     apply: called as ``apply(model, batch)`` with a copy of the model, to run it
-      in training mode. It is jitted.
+      in training mode. It is jitted, once if it is the same function, on the
+      same model, at every call of ``recalibrate``.
     model: the model; its ``nnx.BatchStat`` change, nothing else.
     batches: what ``apply`` takes; arrays, or trees of them.
 
@@ -50,17 +52,10 @@ def recalibrate(
     start = _moments.Moments.init(mean.shape, mean.dtype)
     setattr(norm, _HELD, _Moments(start))
   graph, measured, rest = nnx.split(copy, _Moments, ...)
-
-  @jax.jit
-  def measure(measured, rest, batch):
-    model = nnx.merge(graph, measured, rest)
-    apply(model, batch)
-    return nnx.state(model, _Moments)
-
   empty = True
   for batch in batches:
     empty = False
-    measured = measure(measured, rest, batch)
+    measured = _measured(measured, rest, batch, apply=apply, graph=graph)
   if empty:
     raise ValueError('batches must hold at least one.')
   nnx.update(copy, measured)
@@ -94,6 +89,14 @@ def _norms(model):
 def _averages(norm):
   names = ('mean', 'var', 'weight')
   return {n: getattr(norm, n) for n in names if getattr(norm, n, None)}
+
+
+@functools.partial(jax.jit, static_argnames=('apply', 'graph'))
+def _measured(measured, rest, batch, *, apply, graph):
+  """The moments after one more batch."""
+  model = nnx.merge(graph, measured, rest)
+  apply(model, batch)
+  return nnx.state(model, _Moments)
 
 
 def _measure(call, norm, args, kwargs):
