@@ -146,12 +146,11 @@ def batch_norm_inference(
   groups = None if domain is None else len(mean)
   pool = _moments.Pool.of(x, axis, groups=groups)
   members = None if domain is None else _moments.fit_members(x, domain)
-  x = _moments.of_some_group(pool, x, members)
   scale, bias = fit_parameters(pool, x, scale, bias)
   mean = fit_statistics(pool, x, mean, 'mean')
   gain = scale * jax.lax.rsqrt(fit_statistics(pool, x, var, 'var') + epsilon)
   mean, gain, bias = (pool.spread(u, members) for u in (mean, gain, bias))
-  y = (x.astype(mean.dtype) - mean) * gain + bias
+  y = _kept(pool.known(x, members), (x.astype(mean.dtype) - mean) * gain + bias)
   return y.astype(dtype or x.dtype)
 
 
@@ -253,16 +252,15 @@ def _fwd(pool, epsilon, dtype, x, scale, bias, mask, members=None, renorm=None):
   gain = scale * r * rstd
   offset = bias + scale * d - rest * gain
   center, *affine = (pool.spread(u, members) for u in (mean, gain, offset))
-  y = pool.each(
-    lambda x, center, gain, offset: (x - center) * gain + offset,
-    x,
-    center,
-    *affine,
-    spelling=4,
-  ).astype(dtype)
+
+  def normalized(x, center, gain, offset, known):
+    return _kept(known, (x - center) * gain + offset)
+
+  known = pool.known(x, members)
+  y = pool.each(normalized, x, center, *affine, known, spelling=4)
   moments = _moments.Moments(count, mean + rest, count * variance)
   residuals = x, mask, members, count, mean, rest, rstd, r, d, gain
-  return (y, jax.lax.stop_gradient(moments)), residuals
+  return (y.astype(dtype), jax.lax.stop_gradient(moments)), residuals
 
 
 def _bwd(pool, epsilon, dtype, residuals, cotangents):
@@ -273,10 +271,8 @@ def _bwd(pool, epsilon, dtype, residuals, cotangents):
   total = functools.partial(pool.total, members=members)
 
   def product(dy, x, center, mask):
-    if mask is None:
-      return dy * (x - center)
-    known = mask | (dy != 0)
-    return jnp.where(known, dy * (jnp.where(known, x, 0) - center), 0)
+    felt = None if mask is None else mask | (dy != 0)
+    return _kept(felt, dy * (_kept(felt, x) - center))
 
   sum_dy = total(lambda dy: dy, dy)
   sum_dy_x = total(product, dy, x, center, mask, spelling=3) - rest * sum_dy
@@ -287,18 +283,24 @@ def _bwd(pool, epsilon, dtype, residuals, cotangents):
   slope = gain * jnp.square(rstd) * all_dy_x / divisor
   shift = gain * all_dy / divisor - rest * slope
 
-  def through(dy, x, center, gain, shift, slope, mask):
-    if mask is None:
-      return gain * dy - (shift + (x - center) * slope)
-    by_statistics = shift + (jnp.where(mask, x, 0) - center) * slope
-    return gain * dy - jnp.where(mask, by_statistics, 0)
+  def through(dy, x, center, gain, shift, slope, mask, known):
+    by_statistics = shift + (_kept(mask, x) - center) * slope
+    return _kept(known, gain * dy - _kept(mask, by_statistics))
 
   gain, shift, slope = (pool.spread(u, members) for u in (gain, shift, slope))
-  dx = pool.each(through, dy, x, center, gain, shift, slope, mask, spelling=5)
+  known = pool.known(x, members)
+  dx = pool.each(
+    through, dy, x, center, gain, shift, slope, mask, known, spelling=5
+  )
   return dx.astype(x.dtype), d_scale, sum_dy, None, None, None
 
 
 normalize.defvjp(_fwd, _bwd)
+
+
+def _kept(mask, u):
+  """0 in the place of what is not in the mask, if there is one."""
+  return u if mask is None else jnp.where(mask, u, 0)
 
 
 def fit_parameters(

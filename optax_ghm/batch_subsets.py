@@ -144,8 +144,6 @@ def domain_batch_norm(
     Adaptation <https://arxiv.org/abs/1906.03950>`_, 2019
   """
   pool = _moments.Pool.of(x, axis, axis_name, num_domains)
-  members = _moments.fit_members(x, domain)
-  x = _moments.of_some_group(pool, x, members)
   y, moments = _batch_normalizing.normalize(
     pool,
     epsilon,
@@ -153,6 +151,6 @@ def domain_batch_norm(
     x,
     *_batch_normalizing.fit_parameters(pool, x, scale, bias),
     _moments.fit_mask(x, mask),
-    members,
+    _moments.fit_members(x, domain),
   )
   return y, pool.squeezed(moments)

@@ -263,6 +263,13 @@ class Pool:
     belongs = self._belongs(members, u.ndim)
     return jnp.sum(jnp.where(belongs, u[:, None], 0), 0)
 
+  def known(self, x: jax.Array, members: jax.Array | None) -> jax.Array | None:
+    """Which examples are of a group, of the rank of ``x``; None is all."""
+    if self.groups is None or members is None:
+      return None
+    known = (members >= 0) & (members < self.groups)
+    return jnp.expand_dims(known, tuple(range(1, x.ndim)))
+
   def everywhere(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
     """The sums over all devices, by one all-reduce."""
     if self.axis_name is None:
@@ -347,17 +354,6 @@ def fit_members(x: jax.Array, members: ArrayLike) -> jax.Array:
       f' got the shape {members.shape}.'
     )
   return jnp.broadcast_to(members.astype(int), x.shape[:1])
-
-
-def of_some_group(
-  pool: Pool, x: jax.Array, members: jax.Array | None
-) -> jax.Array:
-  """0 in the place of examples of no group, whatever they hold."""
-  if pool.groups is None or members is None:
-    return x
-  known = (members >= 0) & (members < pool.groups)
-  known = jnp.expand_dims(known, tuple(range(1, x.ndim)))
-  return jnp.where(known, x, 0)
 
 
 def fit_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
