@@ -21,7 +21,7 @@ demo: setup  ## train on digits, print the comparisons, write the pictures
 	$(BIN)/python examples/batch_norm.py
 
 test: setup  ## the whole suite, doctests included
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: setup  ## ratios against what one would use instead
 	$(BIN)/python benchmarks/losses.py
