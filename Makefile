@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test bench lint format docs clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -40,5 +40,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: setup  ## the site, in docs/_build/html; a warning is an error
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m sphinx -W -n --keep-going --quiet -b html \
+	  -a -E -d docs/_build/doctrees docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) docs/_build .pytest_cache .hypothesis .ruff_cache

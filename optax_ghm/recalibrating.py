@@ -1,5 +1,6 @@
 """What recalibration does alike for modules of Linen and of NNX."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ghm import batch_subsets as _batch_subsets, moments as _moments
+from optax_ghm import (
+  batch_subsets as _batch_subsets,
+  moments as _moments,
+  norms as _norms,
+)
 
 
 def moments_of_call(
@@ -43,6 +48,20 @@ def moments_of_call(
   )[1]
 
 
+def hashable(apply: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, wrapped if it could not be a static argument."""
+  try:
+    hash(apply)
+  except TypeError:
+    return functools.partial(apply)  # which goes by its identity
+  return apply
+
+
+def nothing_measured(mean: jax.Array) -> _moments.Moments:
+  """Moments of nothing, for averages of this shape."""
+  return _moments.Moments.init(mean.shape, _norms.at_least_float32(mean.dtype))
+
+
 def settle(
   moments: _moments.Moments, averages: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
@@ -60,8 +79,8 @@ def settle(
     'weight': jnp.ones_like(variance),
   }
   return {
-    name: jnp.where(known, new[name], averages[name]).astype(
-      averages[name].dtype
+    name: jnp.where(
+      known, new[name].astype(averages[name].dtype), averages[name]
     )
     for name in new
     if name in averages

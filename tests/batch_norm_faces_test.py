@@ -155,10 +155,14 @@ CASES = {
   'no scale': ({'use_scale': False, 'bias_init': random}, 'bfloat16'),
   'neither': ({'use_scale': False, 'use_bias': False}, 'bfloat16'),
   'to bfloat16': (
-    {'dtype': jnp.bfloat16, 'use_bias': False, 'scale_init': random},
+    {
+      'dtype': jnp.bfloat16,
+      'param_dtype': jnp.bfloat16,
+      'use_bias': False,
+      'scale_init': random,
+    },
     'float32',
   ),
-  'all bfloat16': ({'param_dtype': jnp.bfloat16}, 'bfloat16'),
 }
 
 
@@ -566,8 +570,11 @@ def test_initializing_linen_updates_nothing(x):
     ('BatchRenorm', {'d_max': opening}, ()),
     ('DomainBatchNorm', {'num_domains': 4}, (DOMAIN,)),
   ):
-    stats = face_of('linen', kind, **options).init(x, *args, False)
-    stats = stats['batch_stats']
+    face = face_of('linen', kind, **options)
+    variables = face.init(x, *args, False)
+    chex.assert_trees_all_equal(face.init(x, *args, True), variables)
+    stats = variables['batch_stats']
+    assert ('steps' in stats) == (kind == 'BatchRenorm')
     same(stats['mean'], np.zeros_like(stats['mean']))
     same(stats['var'], np.ones_like(stats['var']))
     if 'steps' in stats:

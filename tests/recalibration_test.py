@@ -289,8 +289,8 @@ def test_nnx_layers_are_normalized_by_their_batches(norm, batches):
   chex.assert_trees_all_equal(nnx.state(model, nnx.Not(nnx.BatchStat)), kept)
 
 
-def test_batch_norm_that_is_nothing_but_in_training_mode_is_left(batches):
-  """Layers whose averages are frozen normalise by them."""
+def test_layers_with_frozen_averages_keep_them(batches):
+  """They normalise by them."""
   batches = batches[::2]
   frozen = nnx.BatchNorm(3, rngs=nnx.Rngs(0), use_running_average=True)
   frozen.mean.set_value(jnp.full(3, 7.0))
@@ -354,6 +354,20 @@ class NnxDropping(nnx.Module):
 
   def __call__(self, x):
     return self.norm(self.dropout(x))
+
+
+def test_other_models_in_apply_are_let_alone(batches):
+  """A teacher, say, with variables of its own."""
+  batches = batches[::2]
+  teacher, model = nn.BatchNorm(False), optax_ghm.linen.BatchNorm(False)
+  its, variables = (m.init(KEY, batches[0]) for m in (teacher, model))
+
+  def apply(variables, x):
+    x, _ = teacher.apply(its, 3 * x, mutable=['batch_stats'])
+    return model.apply(variables, x, mutable=['batch_stats'])
+
+  found = recalibrate(apply, variables, batches)['batch_stats']
+  assert_is(found, by_numpy([normalized(3 * x) for x in batches]), 1e-4)
 
 
 def test_dropout_in_the_model(batches):
@@ -541,12 +555,23 @@ def test_nnx_vmap(batches):
   kernels, biases = (
     np.float64(u[...]) for u in (models.dense.kernel, models.dense.bias)
   )
+  axes = nnx.StateAxes({nnx.Param: 0, nnx.BatchStat: 0})
   optax_ghm.nnx.recalibrate(
-    nnx.vmap(NnxBlock.__call__, in_axes=(0, None)), models, batches
+    nnx.vmap(NnxBlock.__call__, in_axes=(axes, None)), models, batches
   )
   for i in (0, 1):
     own = {name: u[i] for name, u in nnx_stats(models).items()}
     assert_is(own, by_numpy([x @ kernels[i] + biases[i] for x in batches]))
+
+
+class NoPytree(nnx.BatchNorm, pytree=False):
+  pass
+
+
+def test_modules_that_are_no_pytrees(batches):
+  model = NoPytree(3, rngs=nnx.Rngs(0))
+  optax_ghm.nnx.recalibrate(call, model, batches[::2])
+  assert_is(nnx_stats(model), by_numpy(batches[::2]))
 
 
 # What it is for, and what goes on after it.
@@ -606,8 +631,9 @@ def test_it_is_compiled_once_for_batches_of_a_shape(batches):
     assert isinstance(x, jax.core.Tracer)
     return model.apply(variables, x, mutable=['batch_stats'])
 
-  recalibrate(apply, variables, data)
-  assert calls == [(6, 3), (2, 3)]
+  for _ in range(2):
+    recalibrate(apply, variables, data)
+    assert calls == [(6, 3), (2, 3)]
   calls.clear()
 
   def nnx_apply(model, x):
@@ -615,8 +641,12 @@ def test_it_is_compiled_once_for_batches_of_a_shape(batches):
     return model(x)
 
   twin = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-  optax_ghm.nnx.recalibrate(nnx_apply, twin, data)
-  assert calls == [(6, 3), (2, 3)]
+  for _ in range(2):
+    optax_ghm.nnx.recalibrate(nnx_apply, twin, data)
+    assert calls == [(6, 3), (2, 3)]
+  twin.eval()  # another model, to the compiler
+  with pytest.raises(ValueError, match='training mode'):
+    optax_ghm.nnx.recalibrate(nnx_apply, twin, data)
 
 
 def test_features_that_are_not_finite_keep_what_they_had(batches):
@@ -668,6 +698,8 @@ def test_linen_says_what_is_missing(batches):
       variables,
       batches,
     )
+  with pytest.raises(ValueError, match='mutable'):
+    recalibrate(lambda v, x: training(model)(v, x)[1], variables, batches)
   with pytest.raises(ValueError, match='batch_stats'):
     recalibrate(training(model), {'params': variables['params']}, batches)
   dense = nn.Dense(2)
@@ -692,3 +724,86 @@ def test_nnx_says_what_is_missing(norm, batches):
   assert_is(nnx_stats(model), by_numpy(batches))
   with pytest.raises(ValueError, match='training mode'):
     optax_ghm.nnx.recalibrate(call, nnx.Linear(3, 2, rngs=nnx.Rngs(0)), batches)
+
+
+def test_linen_subclasses_are_measured_where_they_normalize(batches):
+  class Doubling(nn.BatchNorm):
+    @nn.compact
+    def __call__(self, x, train):
+      return super().__call__(2 * x, use_running_average=not train)
+
+  model = Doubling()
+  variables = model.init(KEY, batches[0], False)
+  found = recalibrate(
+    lambda v, x: model.apply(v, x, True, mutable=['batch_stats']),
+    variables,
+    batches,
+  )
+  close(found['batch_stats']['mean'], 2 * np.concatenate(batches).mean(0))
+
+
+def test_nnx_subclasses_with_calls_of_their_own_are_refused(batches):
+  class Doubling(nnx.BatchNorm):
+    def __call__(self, x, train):
+      return super().__call__(2 * x, use_running_average=not train)
+
+  model = Doubling(3, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='Doubling has a __call__ of its own'):
+    optax_ghm.nnx.recalibrate(lambda m, x: m(x, True), model, batches)
+
+
+def test_nnx_dropout_differs_from_batch_to_batch():
+  class Dropping(nnx.Module):
+    def __init__(self):
+      self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+      self.norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+      return self.norm(self.dropout(x))
+
+  model = Dropping()
+  optax_ghm.nnx.recalibrate(call, model, [np.ones((4, 1), np.float32)] * 100)
+  # Of 400 numbers that are 0 or 2; of 4 the mean would be 0, 0.5, ...
+  np.testing.assert_allclose(model.norm.mean.get_value(), 1, atol=0.2)
+  assert float(model.norm.mean.get_value()[0] * 2) % 1 != 0
+
+
+def test_linen_says_that_nothing_is_mutable(batches):
+  model = optax_ghm.linen.BatchNorm(False)
+  variables = model.init(KEY, batches[0])
+  with pytest.raises(ValueError, match="let 'batch_stats' be mutable"):
+    recalibrate(model.apply, variables, batches)
+
+
+def test_what_cannot_be_hashed_is_called_all_the_same(batches):
+  class Training(dict):
+    __hash__ = None
+
+    def __call__(self, variables, batch):
+      return model.apply(variables, batch, mutable=['batch_stats'])
+
+  model = nn.BatchNorm(False)
+  variables = model.init(KEY, batches[0])
+  found = recalibrate(Training(), variables, batches)
+  close(found['batch_stats']['mean'], np.concatenate(batches).mean(0))
+
+
+def test_averages_of_16_bits(rng):
+  x = jnp.ones((600, 1), jnp.bfloat16)
+  model = nn.BatchNorm(
+    False, force_float32_reductions=False, param_dtype=jnp.bfloat16
+  )
+  variables = model.init(KEY, x)
+  found = recalibrate(training(model), variables, [x, 3 * x])
+  assert found['batch_stats']['mean'].dtype == jnp.bfloat16
+  close(np.float32(found['batch_stats']['mean']), 2)
+  close(np.float32(found['batch_stats']['var']), 1)
+
+
+def test_views_of_nnx_models_reach_our_modules():
+  rngs = nnx.Rngs(0)
+  model = nnx.Sequential(
+    nnx.BatchNorm(3, rngs=rngs), optax_ghm.nnx.BatchNorm(3, rngs=rngs)
+  )
+  view = nnx.view(model, use_running_average=True)
+  assert [norm.use_running_average for norm in view.layers] == [True, True]

@@ -69,7 +69,8 @@ def batch_norm_stats(
   batches of n independent examples these are about :math:`n^{-1/2}` and
   :math:`(2n)^{-1/2}`; much more says that the running averages lag, or that
   batches differ by more than chance. The modules ``BatchNorm`` and its kin
-  measure this themselves.
+  measure this themselves. Averages that have seen no batch yet have mean 0 and
+  variance 1.
 
   Args:
     moments: of the batch.

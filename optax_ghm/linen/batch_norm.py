@@ -129,9 +129,10 @@ class BatchNorm(Normalization):
 
   Takes the place of ``flax.linen.BatchNorm``: names, collections and
   checkpoints are the same, and so is what it computes, more exactly. What Flax
-  calls ``momentum`` is ``decay`` here. With the collection ``batch_norm_stats``
-  mutable, every training call leaves :func:`optax_ghm.flow.batch_norm_stats`
-  there.
+  calls ``momentum`` is ``decay`` here, and x has to be real and floating. With
+  the collection ``batch_norm_stats`` mutable (and, in an ``nn.scan``, among its
+  ``variable_axes``), every training call leaves
+  :func:`optax_ghm.flow.batch_norm_stats` there.
 
   Attributes:
     use_running_average: whether to normalise by the running averages; here or

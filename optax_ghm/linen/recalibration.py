@@ -41,7 +41,8 @@ def recalibrate(
 
   Returns:
     The variables, with means and variances of the batches. Features that never
-    counted, and layers that normalised by running averages, keep theirs.
+    counted, or had something that is not finite, and layers that normalised by
+    running averages, keep theirs.
 
   Raises:
     ValueError: if there is no batch, ``apply`` returns no ``batch_stats``, or
@@ -70,6 +71,7 @@ def recalibrate(
   """
   if 'batch_stats' not in variables:
     raise ValueError("variables must have the collection 'batch_stats'.")
+  apply = _recalibrating.hashable(apply)
   stats = _with_moments(flax.core.unfreeze(variables['batch_stats']))
   empty = True
   for batch in batches:
@@ -87,6 +89,7 @@ def recalibrate(
 
 
 _MOMENTS = '_moments'
+_HOMES = (nn.BatchNorm.__module__, _batch_norm.__name__)
 
 
 def _measure(next_fun, args, kwargs, context):
@@ -95,10 +98,11 @@ def _measure(next_fun, args, kwargs, context):
   if (
     context.method_name == '__call__'
     and isinstance(norm, (nn.BatchNorm, _batch_norm.Normalization))
+    and context.orig_method.func.__module__ in _HOMES  # not of subclasses
     and norm.has_variable('batch_stats', _MOMENTS)
   ):
     moments = _recalibrating.moments_of_call(
-      norm, type(norm).__call__, args, kwargs
+      norm, context.orig_method.func, args, kwargs
     )
     if moments is not None:
       before = norm.get_variable('batch_stats', _MOMENTS)
@@ -111,14 +115,18 @@ def _measure(next_fun, args, kwargs, context):
 @functools.partial(jax.jit, static_argnames='apply')
 def _measured(variables, stats, batch, *, apply):
   """The statistics with the moments of one more batch."""
-  with nn.intercept_methods(_measure):
-    result = apply({**variables, 'batch_stats': stats}, batch)
+  wrong = (
+    "apply must return (output, updated variables): let 'batch_stats' be"
+    " mutable, as in model.apply(variables, x, mutable=['batch_stats'])."
+  )
+  try:
+    with nn.intercept_methods(_measure):
+      result = apply({**variables, 'batch_stats': stats}, batch)
+  except flax.errors.ModifyScopeVariableError as error:
+    raise ValueError(wrong) from error
   updated = result[1] if isinstance(result, tuple) and len(result) > 1 else {}
   if not isinstance(updated, Mapping) or 'batch_stats' not in updated:
-    raise ValueError(
-      "apply must return (output, updated variables): let 'batch_stats' be"
-      " mutable, as in model.apply(variables, x, mutable=['batch_stats'])."
-    )
+    raise ValueError(wrong)
   return _with_moments(
     flax.core.unfreeze(variables['batch_stats']),
     flax.core.unfreeze(updated['batch_stats']),
@@ -139,7 +147,7 @@ def _with_moments(stats, measured=None):
   }
   if _is_norm(stats):
     result[_MOMENTS] = (
-      _moments.Moments.init(stats['mean'].shape, stats['mean'].dtype)
+      _recalibrating.nothing_measured(stats['mean'])
       if measured is None
       else measured[_MOMENTS]
     )

@@ -1,5 +1,7 @@
 """Batch normalisation as NNX modules."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -44,6 +46,8 @@ class Normalization(nnx.Module):
     debias: bool = False,
     measure: bool = False,
     rngs: nnx.Rngs,
+    bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    scale_metadata: Mapping[str, Any] = MappingProxyType({}),
   ):
     rows, parameter_rows = self._rows()
     start = _running_moments.RunningMoments.init((*rows, num_features), debias)
@@ -51,14 +55,14 @@ class Normalization(nnx.Module):
     self.var = nnx.BatchStat(start.var)
     self.weight = nnx.BatchStat(start.weight) if debias else nnx.data(None)
 
-    def parameter(init, use):
+    def parameter(init, use, metadata):
       if not use:
         return nnx.data(None)
       shape = (*parameter_rows, num_features)
-      return nnx.Param(init(rngs.params(), shape, param_dtype))
+      return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
 
-    self.scale = parameter(scale_init, use_scale)
-    self.bias = parameter(bias_init, use_bias)
+    self.scale = parameter(scale_init, use_scale, scale_metadata)
+    self.bias = parameter(bias_init, use_bias, bias_metadata)
     stats = _flow.BatchNormStats(jnp.zeros(5))
     self.stats = BatchNormStats(stats) if measure else nnx.data(None)
     self.num_features = num_features
@@ -73,6 +77,15 @@ class Normalization(nnx.Module):
     self.axis_name = axis_name
     self.unbiased = unbiased
     self.debias = debias
+
+  def set_view(self, use_running_average: bool | None = None) -> None:
+    """For ``nnx.view``.
+
+    Args:
+      use_running_average: whether to normalise by the running averages.
+    """
+    if use_running_average is not None:
+      self.use_running_average = use_running_average
 
   def _norm(self, x, use_running_average, mask, update, domain=None):
     if use_running_average is None:
@@ -162,8 +175,10 @@ class BatchNorm(Normalization):
     debias: whether the averages are of the batches alone from the start, and
       not of mean 0 and variance 1 too; keeps their ``weight`` beside them.
     measure: whether to keep :func:`optax_ghm.flow.batch_norm_stats` of the last
-      batch, as ``stats``.
+      batch, as ``stats`` (``stats.get_value()``).
     rngs: for the parameters.
+    bias_metadata: of the variable, such as its sharding.
+    scale_metadata: the same.
     ghost_size: examples that are normalised together, if not all of a batch.
 
   Examples:

@@ -32,7 +32,8 @@ def recalibrate(
     batches: what ``apply`` takes; arrays, or trees of them.
 
   Raises:
-    ValueError: if there is no batch, or nothing was normalised by its batch.
+    ValueError: if there is no batch, nothing was normalised by its batch, or a
+      module that is a batch norm by inheritance has its own ``__call__``.
 
   Examples:
     >>> from flax import nnx
@@ -44,14 +45,20 @@ def recalibrate(
     >>> model.mean.get_value()
     Array([3.], dtype=float32)
   """
-  copy = nnx.clone(model)
+  copy, apply = nnx.clone(model), _recalibrating.hashable(apply)
   for _, norm in _norms(copy):
+    if type(norm).__call__ not in _CALLS:
+      raise ValueError(
+        f'{type(norm).__name__} has a __call__ of its own: what it normalises'
+        ' cannot be seen. Hold a batch norm instead of being one.'
+      )
     kind = subclass(type(norm), _measure)
     object.__setattr__(norm, '__class__', kind)
     mean = norm.mean.get_value()
-    start = _moments.Moments.init(mean.shape, mean.dtype)
+    start = _recalibrating.nothing_measured(mean)
     setattr(norm, _HELD, _Moments(start))
-  graph, measured, rest = nnx.split(copy, _Moments, ...)
+  carried = nnx.Any(_Moments, nnx.RngState)  # so that dropout goes on
+  graph, measured, rest = nnx.split(copy, carried, ...)
   empty = True
   for batch in batches:
     empty = False
@@ -81,6 +88,17 @@ class _Moments(nnx.BatchStat):
   """Moments that go where running averages go."""
 
 
+_CALLS = {
+  kind.__call__
+  for kind in (
+    nnx.BatchNorm,
+    _batch_norm.BatchNorm,
+    _batch_norm.BatchRenorm,
+    _batch_norm.DomainBatchNorm,
+  )
+}
+
+
 def _norms(model):
   kinds = (nnx.BatchNorm, _batch_norm.Normalization)
   return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, kinds)]
@@ -96,7 +114,7 @@ def _measured(measured, rest, batch, *, apply, graph):
   """The moments after one more batch."""
   model = nnx.merge(graph, measured, rest)
   apply(model, batch)
-  return nnx.state(model, _Moments)
+  return nnx.state(model, nnx.Any(_Moments, nnx.RngState))
 
 
 def _measure(call, norm, args, kwargs):

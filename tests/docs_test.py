@@ -1,0 +1,73 @@
+"""The site's code runs, its output is what it says, and no name is missing."""
+
+import contextlib
+import importlib
+import io
+import pathlib
+import re
+
+import jax
+import pytest
+
+DOCS = pathlib.Path(__file__).parent.parent / 'docs'
+PAGES = {
+  str(path.relative_to(DOCS)): path.read_text()
+  for path in sorted(DOCS.glob('**/*.md'))
+  if '_build' not in path.parts
+}
+BLOCK = re.compile(
+  r'^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```\n)?',
+  re.DOTALL | re.MULTILINE,
+)
+PUBLIC = ('optax_ghm', 'optax_ghm.flow', 'optax_ghm.linen', 'optax_ghm.nnx')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_to_compile():
+  """Most of the time would be LLVM's; nobody else gets what is made so."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+  jax.clear_caches()
+
+
+def of_code(page):
+  return BLOCK.findall(PAGES[page])
+
+
+@pytest.mark.parametrize('page', list(filter(of_code, PAGES)))
+def test_python_blocks_run_and_print_what_the_page_says(
+  page, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)  # where pages write files
+  session = {}
+  with (  # Optax's Adam needs the first, Flax's users have both
+    jax.numpy_dtype_promotion('standard'),
+    jax.numpy_rank_promotion('allow'),
+  ):
+    for code, output in of_code(page):
+      printed = io.StringIO()
+      with contextlib.redirect_stdout(printed):
+        exec(code, session)
+      if output:
+        assert printed.getvalue() == output
+
+
+def test_every_block_of_python_is_found():
+  marks = sum(text.count('```python') for text in PAGES.values())
+  assert marks == sum(len(of_code(page)) for page in PAGES) > 20
+
+
+def names():
+  for module in PUBLIC:
+    for name in importlib.import_module(module).__all__:
+      yield f'{module}.{name}'
+
+
+def test_every_public_name_is_in_the_reference_once():
+  documented = re.findall(
+    r'^\.\. (?:auto(?:class|function)|py:data):: (\S+)$',
+    ''.join(PAGES.values()),
+    re.MULTILINE,
+  )
+  assert sorted(documented) == sorted(names())
