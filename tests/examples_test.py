@@ -85,3 +85,34 @@ def test_the_report_tells_why_a_deep_network_does_not_learn(tmp_path):
       assert not kinds
   example.plot(records, tmp_path / 'depth.png')
   example.flow.write_page(tmp_path / 'page.html', records)
+
+
+@pytest.mark.slow
+def test_batch_norm_trains_sooner_and_adapts_to_other_images():
+  example = load('batch_norm')
+  data = example.load('digits')
+  labels = data.labels_test
+
+  def trained(norm):
+    small = example.nn.initializers.normal(0.1)
+    model = example.Network(norm, example.nn.sigmoid, small)
+    variables, _ = example.train(
+      model, data, example.Batches(60), steps=200, rate=0.3, seeds=1
+    )
+    return model, variables
+
+  def score(model, variables, x):
+    return float(example.accuracies(model, variables, x, labels)[0])
+
+  assert score(*trained(None), data.x_test) < 0.5
+  model, variables = trained(
+    functools.partial(example.BatchNorm, decay=0.9, debias=True)
+  )
+  clean = score(model, variables, data.x_test)
+  assert clean > 0.9
+  dim = example.shifts()['contrast 0.2'](data.x_test)
+  assert score(model, variables, dim) < clean - 0.2
+  adapted = example.recalibrate(
+    example.in_training(model), variables, dim[None]
+  )
+  assert score(model, adapted, dim) > clean - 0.05
