@@ -158,12 +158,13 @@ class BatchNorm(Normalization):
   ``decay`` here.
 
   Args:
-    num_features: how many features there are.
+    num_features: how many features there are. The arguments that follow are
+      keywords, with Flax's defaults.
     use_running_average: whether to normalise by the running averages;
       ``model.train()`` and ``model.eval()`` set it.
     axis: the feature axis.
-    decay: how much of the running averages every batch leaves.
-    epsilon: added to the variance.
+    decay: how much of the running averages every batch leaves; 0.99.
+    epsilon: added to the variance; 1e-5.
     dtype: of the result; None promotes those of x, parameters and averages.
     param_dtype: of the parameters.
     use_bias: whether there is a bias.
