@@ -1,10 +1,11 @@
 # Everything on a bare machine: Python >= 3.11 and make.
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test bench lint format docs clean
+.PHONY: setup demo test test-oldest test-newest bench bench-torch lint format docs clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -23,13 +24,24 @@ demo: setup  ## train on digits, print the comparisons, write the pictures
 test: setup  ## the whole suite, doctests included
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: setup  ## ratios against what one would use instead
-	$(BIN)/python benchmarks/losses.py
-	$(BIN)/python benchmarks/backward.py
-	$(BIN)/python benchmarks/clipping.py
-	$(BIN)/python benchmarks/batch_norm.py
-	$(BIN)/python benchmarks/flow.py
-	$(BIN)/python benchmarks/compile_time.py
+# with the lowest and the highest versions that pyproject.toml admits
+test-oldest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-oldest test-newest:  ## PYTHON=python3.13 for the newest of all
+	$(PYTHON) -m venv --clear $(VENV)-$@
+	$(VENV)-$@/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(VENV)-$@ $(VENV)-$@/bin/uv pip install --quiet \
+	  --resolution $(RESOLUTION) --editable '.[examples]' --group dev
+	$(VENV)-$@/bin/python -m pytest -n 2 --dist loadfile
+
+bench: setup  ## against what one would use instead; ONLY=clipping, QUICK=1
+	$(BIN)/python benchmarks $(if $(QUICK),--quick) --only '$(ONLY)'
+
+bench-torch:  ## against PyTorch, in an environment that has it; TORCH=torch==...
+	test -x $(VENV)-torch/bin/python || $(PYTHON) -m venv $(VENV)-torch
+	$(VENV)-torch/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-torch/bin/python -m pip install --quiet --editable '.[examples]'
+	$(VENV)-torch/bin/python benchmarks $(if $(QUICK),--quick) --only torch:
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -46,4 +58,4 @@ docs: setup  ## the site, in docs/_build/html; a warning is an error
 	  -a -E -d docs/_build/doctrees docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) docs/_build .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-* docs/_build .pytest_cache .hypothesis .ruff_cache

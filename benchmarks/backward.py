@@ -3,8 +3,6 @@
 The reversal against multiplying the cotangent by minus lambda by hand, in the
 training step of a small network and alone; ``in_backward(tx)`` against
 ``tx.update`` of the same cotangent.
-
-  python benchmarks/backward.py [--quick] [--only NAME]
 """
 
 import functools
@@ -83,39 +81,43 @@ TRANSFORMATIONS = {
   'scale_by_adam': optax.scale_by_adam(),
 }
 
-CASES = (
-  {
-    'reversal in a training step': harness.Case(
-      {'by hand': step_by_hand, 'reverse_gradient': reversed_step},
-      functools.partial(network_data, 1024, 512),
-      1024 * 512,
-    )
-  }
-  | {
-    f'reversal alone N={n:.0e}': harness.Case(
-      {
-        'cotangent * -scale': multiplied_cotangent,
-        'reverse_gradient': reversed_cotangent,
-      },
-      functools.partial(array_data, n),
-      n,
-    )
-    for n in (10**5, 10**6, 10**7)
-  }
-  | {
-    f'in_backward({name}) N={n:.0e}': harness.Case(
-      {
-        'tx.update': functools.partial(updated, tx),
-        'in_backward(tx)': functools.partial(pulled_back, tx),
-      },
-      functools.partial(mount_data, tx, n),
-      n,
-    )
-    for name, tx in TRANSFORMATIONS.items()
-    for n in (10**6, 10**7)
-  }
-)
-
-
-if __name__ == '__main__':
-  harness.main('backward', __doc__ or '', CASES)
+CASES = {
+  'reversal in a training step': harness.Case(
+    {'by hand': step_by_hand, 'reverse_gradient': reversed_step},
+    functools.partial(network_data, 1024, 512),
+    1024 * 512,
+    quick=True,
+  ),
+  'reversal alone': harness.Growth(
+    'numbers',
+    {
+      n: harness.Case(
+        {
+          'by hand: cotangent * -scale': multiplied_cotangent,
+          'reverse_gradient': reversed_cotangent,
+        },
+        functools.partial(array_data, n),
+        n,
+        quick=n <= 10**6,
+      )
+      for n in (10**5, 10**6, 10**7)
+    },
+  ),
+} | {
+  f'in_backward({name})': harness.Growth(
+    'numbers',
+    {
+      n: harness.Case(
+        {
+          'optax.*.update': functools.partial(updated, tx),
+          'in_backward(optax.*)': functools.partial(pulled_back, tx),
+        },
+        functools.partial(mount_data, tx, n),
+        n,
+        quick=n == 10**6,
+      )
+      for n in (10**6, 10**7)
+    },
+  )
+  for name, tx in TRANSFORMATIONS.items()
+}

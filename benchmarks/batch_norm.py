@@ -5,8 +5,6 @@ last call left (as a training step's own temporaries are) and, "fresh", in
 memory that has to be asked for, whose page faults all programs pay alike. Its
 kinds, against the plain one. And in a whole training step of a small network,
 where it is one of many things.
-
-  python benchmarks/batch_norm.py [--quick] [--only NAME]
 """
 
 import functools
@@ -20,6 +18,7 @@ from flax import linen as nn
 import optax_ghm
 from optax_ghm.linen import BatchNorm
 
+LIMIT = 'limit: two reads, two writes'
 SHAPES = ((256, 1024), (128, 32, 32, 64), (64, 56, 56, 64))
 
 
@@ -65,7 +64,7 @@ def programs():
   return {
     name: functools.partial(forward_and_backward, f)
     for name, f in normalize.items()
-  } | {'two reads, two writes': two_writes}
+  } | {LIMIT: two_writes}
 
 
 def kinds():
@@ -96,14 +95,15 @@ def kinds():
   }
 
 
-def alone(shape, dtype, reused):
+def alone(shape, dtype, reused, quick):
   every = programs()
   if not reused:
     return harness.Case(
       every,
       functools.partial(array_data, shape, dtype),
       elements=array_size(shape),
-      floor='two reads, two writes',
+      limit=LIMIT,
+      quick=quick,
     )
 
   def into(f, carried, *data):
@@ -119,8 +119,9 @@ def alone(shape, dtype, reused):
     {name: functools.partial(into, f) for name, f in every.items()},
     functools.partial(array_data, shape, dtype),
     elements=array_size(shape),
-    floor='two reads, two writes',
+    limit=LIMIT,
     init=space,
+    quick=quick,
   )
 
 
@@ -152,7 +153,7 @@ class Network(nn.Module):
 NETWORKS = {
   'flax.linen.BatchNorm': nn.BatchNorm,
   'optax_ghm.linen.BatchNorm': BatchNorm,
-  'no normalisation': None,
+  'limit: no normalisation': None,
 }
 
 
@@ -193,23 +194,55 @@ def training(shape, dtype):
     {name: functools.partial(step, norm) for name, norm in NETWORKS.items()},
     data,
     elements=array_size(shape),
-    floor='no normalisation',
+    limit='limit: no normalisation',
     init=start,
   )
 
 
+def domains(count):
+  def normalized(x, scale, bias):
+    domain = jnp.arange(len(x)) % count
+    return optax_ghm.domain_batch_norm(
+      x, domain, scale, bias, num_domains=count
+    )
+
+  return harness.Case(
+    {
+      'batch_norm': functools.partial(
+        forward_and_backward, optax_ghm.batch_norm
+      ),
+      'domain_batch_norm': functools.partial(forward_and_backward, normalized),
+    },
+    functools.partial(array_data, (8192, 256), jnp.dtype('float32')),
+    elements=8192 * 256,
+  )
+
+
 CASES = {
-  f'{dtype} {shape}{"" if reused else ", fresh"}': alone(
-    shape, jnp.dtype(dtype), reused
+  f'{dtype} {shape}{"" if reused else ", new memory"}': alone(
+    shape,
+    jnp.dtype(dtype),
+    reused,
+    quick=reused and shape == SHAPES[1],
   )
   for dtype in ('float32', 'bfloat16')
   for shape in SHAPES
   for reused in (True, False)
 } | {
+  'rows of 256, float32': harness.Growth(
+    'rows',
+    {
+      rows: alone((rows, 256), jnp.dtype('float32'), True, rows <= 16384)
+      for rows in (1024, 16384, 262144)
+    },
+  ),
   'kinds, float32 (128, 32, 32, 64)': harness.Case(
     kinds(),
     functools.partial(array_data, SHAPES[1], jnp.dtype('float32')),
     elements=array_size(SHAPES[1]),
+  ),
+  'domains, (8192, 256)': harness.Growth(
+    'domains', {count: domains(count) for count in (2, 4, 8)}
   ),
   'training step, 4 convolutions, float32': training(
     (64, 32, 32, 3), jnp.dtype('float32')
@@ -221,6 +254,3 @@ CASES = {
     (256, 512), jnp.dtype('float32')
   ),
 }
-
-if __name__ == '__main__':
-  harness.main('batch_norm', __doc__, CASES)

@@ -1,10 +1,12 @@
 """What a clip in front of AdamW costs, against the one people chain today.
 
 One donated training step of AdamW on given gradients: the tree of a transformer
-(50M parameters, 196 leaves) and that of ResNet-50 (25M, 161).
+(50M parameters, 196 leaves), that of ResNet-50 (25M, 161), and 2M parameters in
+more and more leaves. The limit takes the norm and does nothing with it.
 """
 
 import functools
+import math
 from typing import Any
 
 import harness
@@ -14,6 +16,8 @@ import optax
 
 import optax_ghm
 from optax_ghm import norms
+
+LIMIT = 'limit: the norm is taken, nothing clipped'
 
 
 def transformer(layers=12, width=512, vocabulary=24_000):
@@ -86,7 +90,6 @@ def train_step(optimizer, carried, grads):
 
 
 def measured_only():
-  """The limit: the norm is taken, and nothing done with it."""
   return optax.GradientTransformation(
     lambda params: jnp.zeros([]),
     lambda updates, state, params=None: (updates, norms.global_norm(updates)),
@@ -98,7 +101,7 @@ def optimizers():
   before = {
     'optax.clip_by_global_norm': optax.clip_by_global_norm(1.0),
     'nothing': optax.identity(),
-    'norm pass, no clip': measured_only(),
+    LIMIT: measured_only(),
     'clip_by_norm': optax_ghm.clip_by_norm(1.0),
     'clip_by_percentile': optax_ghm.clip_by_percentile(),
     'clip_by_percentile, one number': optax_ghm.clip_by_percentile(
@@ -119,32 +122,94 @@ def optimizers():
   }
   return {name: optax.chain(tx, adamw) for name, tx in before.items()} | {
     'calibrated': optax_ghm.calibrated(adamw),
+    'skip_spikes': optax_ghm.skip_spikes(adamw),
     'optax.apply_if_finite': optax.apply_if_finite(adamw, 10),
   }
 
 
-def case(tree):
-  every = optimizers()
+def of_updates():
+  """Adam, its updates clipped behind the moments."""
+  before = {
+    'optax.clip_by_block_rms': optax.clip_by_block_rms(1.0),
+    'nothing': optax.identity(),
+    'clip_update_rms': optax_ghm.clip_update_rms(),
+  }
+  return {
+    name: optax.chain(
+      optax.scale_by_adam(), tx, optax.scale_by_learning_rate(1e-4)
+    )
+    for name, tx in before.items()
+  }
+
+
+def normalized():
+  """Normalisation in front of momentum."""
+  before = {
+    'optax.normalize_by_update_norm': optax.normalize_by_update_norm(),
+    'nothing': optax.identity(),
+    LIMIT: measured_only(),
+    'normalize_by_norm': optax_ghm.normalize_by_norm(),
+    'normalize_by_norm of leaves': optax_ghm.normalize_by_norm('leaf'),
+    'normalize_by_norm of units': optax_ghm.normalize_by_norm('unit'),
+    'standardize': optax_ghm.standardize(),
+    'optax.centralize': optax.centralize(),
+    'centralize': optax_ghm.centralize(),
+    'reverse': optax_ghm.reverse(),
+  }
+  return {
+    name: optax.chain(tx, optax.sgd(0.1, momentum=0.9))
+    for name, tx in before.items()
+  }
+
+
+def equal_leaves(count):
+  """2M parameters in so many matrices."""
+  return {f'layer_{i}': (2**21 // count // 32, 32) for i in range(count)}
+
+
+def case(tree, every, quick=False):
   return harness.Case(
     {
       name: functools.partial(train_step, optimizer)
       for name, optimizer in every.items()
     },
     functools.partial(gradients, tree),
-    sum(int(jnp.prod(jnp.array(shape))) for shape in shapes(tree)),
-    floor='norm pass, no clip',
+    sum(math.prod(shape) for shape in shapes(tree)),
+    limit=LIMIT if LIMIT in every else None,
     init=functools.partial(initial, every),
+    quick=quick,
   )
 
 
+CHOICE = (
+  'optax.clip_by_global_norm',
+  'nothing',
+  LIMIT,
+  'clip_by_norm',
+  'clip_by_zscore',
+  'clip_by_norm of leaves',
+  'clip_by_percentile of leaves',
+  'clip_by_parameter_norm',
+  'calibrated',
+)
 CASES = {
-  f'{name}, {len(shapes(tree))} leaves': case(tree)
+  f'{name}, {len(shapes(tree))} leaves': case(tree, optimizers())
   for name, tree in {
     'transformer': transformer(),
     'ResNet-50': resnet_50(),
   }.items()
+} | {
+  'behind the moments, ResNet-50': case(resnet_50(), of_updates()),
+  'normalisation, ResNet-50': case(resnet_50(), normalized()),
+  'leaves of 2M parameters': harness.Growth(
+    'leaves',
+    {
+      count: case(
+        equal_leaves(count),
+        {name: optimizers()[name] for name in CHOICE},
+        quick=count == 16,
+      )
+      for count in (16, 64, 256)
+    },
+  ),
 }
-
-
-if __name__ == '__main__':
-  harness.main('clipping', __doc__ or '', CASES)

@@ -3,12 +3,12 @@
 The whole step is timed, forward, backward and optimizer: plain, with taps at
 all modules and all of their statistics, with a watched optimizer, with both.
 Where only every tenth step is measured, the steps between are those of 'watch,
-not measuring'.
-
-  python benchmarks/flow.py --quick
+not measuring'. What the
+host pays to add a step to a record stands against fetching the same numbers.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import harness
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
     return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
 
 
-def case(model, shape, programs):
+def case(model, shape, programs, quick=False):
   """Training steps of the model, some of them measured."""
   optimizer = optax.adamw(1e-3)
   watched = flow.watch(optimizer)
@@ -125,7 +125,43 @@ def case(model, shape, programs):
     {name: every[name] for name in ('plain', *programs)},
     data,
     elements=int(np.prod(shape)),
+    limit='plain',
     init=init,
+    quick=quick,
+  )
+
+
+def recorded(depth):
+  """Adding a measured step of a network of so many layers to a record."""
+  model, tx = Dense(depth, 64), flow.watch(optax.sgd(0.1))
+
+  def data():
+    x, tapped = jnp.ones((8, 64)), Tapped(model)
+    params = jax.jit(model.init)(jax.random.key(0), x)
+    grads, taps = jax.jit(
+      jax.grad(
+        lambda params, taps: tapped.apply(params, x, taps=taps).mean(),
+        argnums=(0, 1),
+      )
+    )(params, tapped.init(params, x))
+    return params, taps, jax.jit(tx.update)(grads, tx.init(params), params)[1]
+
+  def fetched(params, taps, opt_state):
+    del params
+    return lambda: jax.device_get((taps, opt_state))
+
+  def added(params, taps, opt_state):
+    record, steps = flow.Record(params), itertools.count()
+    return lambda: record.add(next(steps), taps=taps, opt_state=opt_state)
+
+  return harness.Case(
+    {
+      'jax.device_get': harness.Eager(fetched),
+      'Record.add': harness.Eager(added),
+    },
+    data,
+    elements=depth,
+    quick=depth == 40,
   )
 
 
@@ -139,8 +175,14 @@ CASES = {
   '48 scanned, rematted blocks, 4 sequences of 64': case(
     Transformer(48, scanned=True), (4, 64, 128), ('taps', 'taps and watch')
   ),
+  'dense layers, 256 wide, batch 256': harness.Growth(
+    'layers',
+    {
+      depth: case(Dense(depth, 256), (256, 256), ALL, quick=depth == 10)
+      for depth in (10, 30, 90)
+    },
+  ),
+  'record': harness.Growth(
+    'layers', {depth: recorded(depth) for depth in (10, 40, 160)}
+  ),
 }
-
-
-if __name__ == '__main__':
-  harness.main('flow', __doc__ or '', CASES)

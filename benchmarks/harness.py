@@ -3,157 +3,205 @@
 All programs of a case are compiled and warmed first, then run in turn, round
 after round, in one process. What counts is the ratio to the first of them, of
 times, of CPU times and of memory; the spread is the interquartile range of the
-ratios within rounds.
+ratios within rounds. Beside it stands the ratio to a limit that no program can
+pass: the plain operation alone or, where there is none, a program that reads
+and writes as many bytes as the first one's arguments and results have.
 """
 
-import argparse
-import json
-import os
-import pathlib
-import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-RESULTS = pathlib.Path(__file__).parent / 'results'
+COPY = 'limit: as many bytes, copied'
+MOST_ROUNDS, FEWEST_ROUNDS = 41, 5
 
 
 class Case(NamedTuple):
   """Programs to compare on the same data.
 
   Attributes:
-    programs: functions of the data by name; the first is what one would use
-      instead.
+    programs: functions of the data by name, or :class:`Eager`; the first is
+      what one would use instead.
     data: makes the arguments.
     elements: of the data, to give memory per element.
-    floor: the name of the program that nothing can be faster than, if any.
+    limit: the name of the program that nothing can be faster than, if any.
     init: for training steps, or to have results written where the last ones
       were: what a program of a name carries from one call to the next, made of
       the data. A program then takes that first, donated, and returns it.
+    quick: whether it is part of the short run.
   """
 
-  programs: Mapping[str, Callable[..., Any]]
+  programs: Mapping[str, Any]
   data: Callable[[], tuple]
   elements: int
-  floor: str | None = None
+  limit: str | None = None
   init: Callable[[str, tuple], Any] | None = None
+  quick: bool = False
 
 
-def main(name: str, description: str, cases: Mapping[str, Case]) -> None:
-  """Measures the cases, prints a table of each and writes ``name``.json."""
-  parser = argparse.ArgumentParser(
-    description=description,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument('--quick', action='store_true', help='fewer rounds')
-  parser.add_argument('--only', default='', help='cases whose name has this')
-  args = parser.parse_args()
-  console, report = Console(), {}
-  for title, case in cases.items():
-    if args.only not in title:
-      continue
-    rounds = 15 if args.quick else 41
-    if case.elements >= 10**7:
-      rounds = max(rounds // 3, 5)
-    report[title] = rows = measure(case, rounds)
-    table = Table(title=f'{title}, median of {rounds} rounds')
-    for column in (
-      '',
-      'ms',
-      '× first',
-      'spread',
-      '× CPU',
-      '× floor',
-      'temp B/elem',
-      '× memory',
-    ):
-      table.add_column(column, justify='right' if column else 'left')
-    for program, row in rows.items():
-      table.add_row(
-        program,
-        f'{row["ms"]:.2f}',
-        f'{row["ratio"]:.2f}',
-        '{:.2f}-{:.2f}'.format(*row['spread']),
-        f'{row["cpu_ratio"]:.3f}',
-        f'{row["ratio_to_floor"]:.2f}' if case.floor else '',
-        f'{row["temporary_bytes_per_element"]:.1f}',
-        f'{row["memory_ratio"]:.3f}',
-      )
-    console.print(table)
-  RESULTS.mkdir(exist_ok=True)
-  context = {
-    'jax': jax.__version__,
-    'backend': jax.default_backend(),
-    'processor': platform.processor() or platform.machine(),
-    'cores': os.cpu_count(),
-  }
-  path = RESULTS / f'{name}.json'
-  path.write_text(
-    json.dumps({'context': context, 'cases': report}, indent=1) + '\n'
-  )
-  console.print(f'written: {path}')
+class Growth(NamedTuple):
+  """One case at several sizes, whose figures are fitted by a power of size.
+
+  Attributes:
+    variable: what grows.
+    cases: by size.
+  """
+
+  variable: str
+  cases: Mapping[float, Case]
 
 
-def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
-  """One row of figures per program."""
+class Eager(NamedTuple):
+  """A program that is called as it is: PyTorch's, or work of the host.
+
+  Attributes:
+    prepare: makes of the data what is called, without an argument, and returns
+      when it is done.
+  """
+
+  prepare: Callable[..., Callable[[], Any]]
+
+
+def measure(case: Case, seconds: float) -> dict[str, dict[str, Any]]:
+  """One row of figures per program, of as many rounds as fit into seconds."""
   data = jax.block_until_ready(case.data())
-  carried, programs = {}, {}
-  for name, f in case.programs.items():
-    donated: tuple[int, ...] = ()
-    carried[name] = ()
-    if case.init is not None:
-      donated, carried[name] = (0,), (case.init(name, data),)
-    # What is donated is there to be written to, whether it is read or not.
-    step = jax.jit(f, donate_argnums=donated, keep_unused=bool(donated))
-    programs[name] = step.lower(*carried[name], *data).compile()
+  calls, compiled, rows = {}, {}, {}
+  for name, program in case.programs.items():
+    start = time.perf_counter()
+    if isinstance(program, Eager):
+      calls[name], compiled[name] = program.prepare(*data), None
+    else:
+      calls[name], compiled[name] = _compile(case, name, program, data)
+    rows[name] = {'compile_s': time.perf_counter() - start}
+  first, limit = next(iter(calls)), case.limit
+  if limit is None and compiled[first] is not None:
+    limit, start = COPY, time.perf_counter()
+    calls[COPY], compiled[COPY] = _copy(compiled[first])
+    rows[COPY] = {'compile_s': time.perf_counter() - start}
 
-  def call(name):
-    start, cpu_start = time.perf_counter(), time.process_time()
-    result = jax.block_until_ready(programs[name](*carried[name], *data))
-    if case.init is not None:
-      carried[name] = (result,)
-    return time.perf_counter() - start, time.process_time() - cpu_start
-
-  for name in programs:
+  for call in calls.values():
     for _ in range(3):
-      call(name)
-  seconds = {name: np.empty(rounds) for name in programs}
-  cpu_seconds = {name: np.empty(rounds) for name in programs}
+      call()
+  one_round = sum(_timed(call)[0] for call in calls.values())
+  rounds = int(np.clip(seconds / one_round, FEWEST_ROUNDS, MOST_ROUNDS))
+  times = {name: np.empty((rounds, 2)) for name in calls}
   for i in range(rounds):
-    for name in programs:
-      seconds[name][i], cpu_seconds[name][i] = call(name)
-  first, cpu_first = (next(iter(s.values())) for s in (seconds, cpu_seconds))
-  rows = {}
-  peak_of_first = _peak(next(iter(programs.values())))
-  for name, program in programs.items():
-    memory = program.memory_analysis()
-    temporary = memory.temp_size_in_bytes if memory else float('nan')
-    ratio = seconds[name] / first
-    rows[name] = {
-      'ms': 1e3 * np.median(seconds[name]),
-      'ratio': np.median(ratio),
-      'spread': np.quantile(ratio, [0.25, 0.75]).tolist(),
-      'cpu_ratio': np.median(cpu_seconds[name] / cpu_first),
-      'memory_ratio': _peak(program) / peak_of_first,
-      'temporary_bytes_per_element': temporary / case.elements,
-    }
-    if case.floor is not None:
-      rows[name]['ratio_to_floor'] = np.median(
-        seconds[name] / seconds[case.floor]
-      )
+    for name, call in calls.items():
+      times[name][i] = _timed(call)
+
+  for name, row in rows.items():
+    ratios = times[name] / times[first]
+    row.update(
+      rounds=rounds,
+      ms=1e3 * np.median(times[name][:, 0]),
+      ratio=np.median(ratios[:, 0]),
+      spread=np.quantile(ratios[:, 0], [0.25, 0.75]).tolist(),
+      cpu_ratio=np.median(ratios[:, 1]),
+    )
+    if limit is not None:
+      to_limit = times[name][:, 0] / times[limit][:, 0]
+      row['limit_ratio'] = np.median(to_limit)
+    if compiled[name] is not None:
+      row.update(_of_program(compiled[name], compiled[first], case.elements))
   return rows
+
+
+def exponents(
+  sizes: list[float], rows: list[dict[str, dict[str, Any]]]
+) -> dict[str, dict[str, float]]:
+  """The powers of size with which time, memory and compilation grow."""
+
+  def fitted(name, figure):
+    y = np.array([row[name].get(figure, np.nan) for row in rows], float)
+    if not np.all(np.isfinite(y) & (y > 0)):
+      return float('nan')
+    return float(np.polyfit(np.log(sizes), np.log(y), 1)[0])
+
+  return {
+    name: {
+      figure: fitted(name, figure)
+      for figure in ('ms', 'peak_bytes', 'compile_s', 'kernels')
+    }
+    for name in rows[0]
+  }
+
+
+def kernels(program: Any) -> int:
+  """The instructions of the compiled program's entry that do something."""
+  entry = program.as_text().split('\nENTRY ')[1].split('\n}')[0]
+  names = re.findall(r'^\s.*? = .*? ([a-z][a-z0-9-]*)\(', entry, re.MULTILINE)
+  free = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast'}
+  return sum(name not in free for name in names)
+
+
+def bandwidth(megabytes: int = 256) -> float:
+  """Bytes per second, read and written, of a copy of large arrays."""
+  x = jnp.ones(megabytes * 2**18)
+  step = jax.jit(lambda x: x + 1, donate_argnums=0)
+  x = jax.block_until_ready(step(x))
+  times = []
+  for _ in range(9):
+    start = time.perf_counter()
+    x = jax.block_until_ready(step(x))
+    times.append(time.perf_counter() - start)
+  return 2 * x.nbytes / float(np.median(times))
+
+
+def _compile(case, name, program, data):
+  """What calls the program, and the program compiled."""
+  if case.init is None:
+    compiled = jax.jit(program).lower(*data).compile()
+    return lambda: jax.block_until_ready(compiled(*data)), compiled
+  carried = case.init(name, data)
+  # What is donated is there to be written to, whether it is read or not.
+  step = jax.jit(program, donate_argnums=0, keep_unused=True)
+  compiled = step.lower(carried, *data).compile()
+
+  def call():
+    nonlocal carried
+    carried = jax.block_until_ready(compiled(carried, *data))
+
+  return call, compiled
+
+
+def _copy(program):
+  """Reads and writes half of the bytes of the program's arguments, results."""
+  memory = program.memory_analysis()
+  moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  x = jnp.ones(max(moved // 8, 1))
+  compiled = jax.jit(lambda x: x + 1).lower(x).compile()
+  return lambda: jax.block_until_ready(compiled(x)), compiled
+
+
+def _timed(call):
+  """Seconds, and seconds of all processors."""
+  start, cpu_start = time.perf_counter(), time.process_time()
+  call()
+  return time.perf_counter() - start, time.process_time() - cpu_start
+
+
+def _of_program(program, first, elements):
+  """What the compiled program tells of itself."""
+  found = {'kernels': kernels(program)}
+  memory = program.memory_analysis()
+  if memory:
+    found |= {
+      'temporary_bytes_per_element': memory.temp_size_in_bytes / elements,
+      'peak_bytes': _peak(program),
+    }
+    if first is not None:
+      found['memory_ratio'] = _peak(program) / _peak(first)
+  return found
 
 
 def _peak(program):
   """Bytes of arguments, results and temporaries that are there together."""
   memory = program.memory_analysis()
-  if not memory:
-    return float('nan')
   return (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes

@@ -1,7 +1,4 @@
-"""Forward and backward of the GHM losses against what one would use instead.
-
-python benchmarks/losses.py [--quick] [--only NAME]
-"""
+"""Forward and backward of the GHM losses against what one would use instead."""
 
 import functools
 
@@ -12,12 +9,12 @@ import optax
 
 import optax_ghm
 
-FLOOR = 'floor: one-exp cross-entropy'
+LIMIT = 'limit: cross-entropy from one exponential'
 
 
 @jax.custom_vjp
 def one_exp_cross_entropy(logits, labels):
-  """The floor: cross-entropy and its gradient from one exponential."""
+  """The limit: cross-entropy and its gradient from one exponential."""
   return _one_exp_fwd(logits, labels)[0]
 
 
@@ -49,7 +46,7 @@ def harmonized_cross_entropy(logits, labels):
 
 SIGMOID = {
   'optax.sigmoid_binary_cross_entropy': optax.sigmoid_binary_cross_entropy,
-  FLOOR: one_exp_cross_entropy,
+  LIMIT: one_exp_cross_entropy,
   'optax.losses.sigmoid_focal_loss': functools.partial(
     optax.losses.sigmoid_focal_loss, gamma=2.0
   ),
@@ -93,18 +90,92 @@ def trained(losses):
   return {name: step(loss) for name, loss in losses.items()}
 
 
-CASES = {
-  f'sigmoid N={n:.0e}': harness.Case(
-    trained(SIGMOID), functools.partial(sigmoid_data, n), n, FLOOR
+def multi_label(logits, labels):
+  return optax_ghm.sigmoid_ghm_loss_with_integer_labels(logits, labels)[0]
+
+
+def one_vs_rest(logits, labels):
+  return optax.sigmoid_binary_cross_entropy(
+    logits, jax.nn.one_hot(labels, logits.shape[-1])
   )
-  for n in (10**5, 10**6, 10**7)
-} | {
-  f'softmax N={n:.0e} C={c}': harness.Case(
-    trained(SOFTMAX), functools.partial(softmax_data, n, c), n * c
-  )
-  for n, c in ((10**5, 10), (10**4, 1000))
+
+
+def smooth_l1_ghm(predictions, targets):
+  return optax_ghm.smooth_l1_ghm_loss(predictions, targets)[0]
+
+
+def harmony(density):
+  return lambda g: optax_ghm.harmony_weights(g, density=density)[0]
+
+
+WEIGHTS = {
+  'ExactDensity': harmony(optax_ghm.ExactDensity()),
+  'WindowedDensity': harmony(optax_ghm.WindowedDensity()),
+  'BinnedDensity, 10 bins': harmony(optax_ghm.BinnedDensity(bins=10)),
+  'BinnedDensity, 10 bins, momentum': lambda g: optax_ghm.harmony_weights(
+    g,
+    optax_ghm.BinnedDensity(bins=10, momentum=0.9).init(),
+    density=optax_ghm.BinnedDensity(bins=10, momentum=0.9),
+  ),
+  'MMDetectionDensity': harmony(optax_ghm.MMDetectionDensity(bins=10)),
 }
 
 
-if __name__ == '__main__':
-  harness.main('losses', __doc__ or '', CASES)
+def norm_data(size):
+  return (jax.random.beta(jax.random.key(0), 0.5, 3.0, (size,)),)
+
+
+CASES = {
+  'sigmoid': harness.Growth(
+    'examples',
+    {
+      n: harness.Case(
+        trained(SIGMOID),
+        functools.partial(sigmoid_data, n),
+        n,
+        LIMIT,
+        quick=n <= 10**6,
+      )
+      for n in (10**5, 10**6, 10**7)
+    },
+  ),
+  'softmax, 10,000 examples': harness.Growth(
+    'classes',
+    {
+      c: harness.Case(
+        trained(SOFTMAX),
+        functools.partial(softmax_data, 10**4, c),
+        10**4 * c,
+        quick=c == 100,
+      )
+      for c in (10, 100, 1000)
+    },
+  ),
+  'one-vs-rest of 80 classes, 10,000 examples': harness.Case(
+    trained(
+      {
+        'optax.sigmoid_binary_cross_entropy, one-hot': one_vs_rest,
+        'sigmoid_ghm_loss_with_integer_labels': multi_label,
+      }
+    ),
+    functools.partial(softmax_data, 10**4, 80),
+    10**4 * 80,
+  ),
+  'regression, 1,000,000 numbers': harness.Case(
+    trained(
+      {
+        'optax.huber_loss': optax.huber_loss,
+        'smooth_l1_ghm_loss': smooth_l1_ghm,
+      }
+    ),
+    functools.partial(sigmoid_data, 10**6),
+    10**6,
+  ),
+  'weights alone': harness.Growth(
+    'examples',
+    {
+      n: harness.Case(WEIGHTS, functools.partial(norm_data, n), n)
+      for n in (10**4, 10**5, 10**6)
+    },
+  ),
+}

@@ -1,0 +1,189 @@
+"""Every primitive against what one would use instead, in one table.
+
+  python benchmarks [--quick] [--only NAME] [--save NAME]
+
+The quick run is of a case or two per suite. All figures are ratios of programs
+that ran in turn in one process (see harness.py); the columns are
+
+  ms       median time of a call
+  × first  of its time to that of the first program, median over rounds
+  spread   the quartiles of that ratio
+  × CPU    of the processors' time to that of the first
+  × limit  of its time to that of the limit, which nothing can pass
+  kernels  instructions of the compiled program that do something
+  temp     bytes of temporary memory per element of the data
+  × mem    of the peak of memory to that of the first program
+  compile  seconds to trace and compile
+
+Written to benchmarks/results as NAME.json and NAME.png. PyTorch's programs take
+part where PyTorch is installed.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import platform
+import time
+from typing import Any
+
+import backward
+import batch_norm
+import clipping
+import domains
+import flow
+import harness
+import jax
+import jaxlib
+import losses
+import norms
+import per_example
+import picture
+import rich
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+SUITES = {
+  'losses': losses.CASES,
+  'per_example': per_example.CASES,
+  'backward': backward.CASES,
+  'domains': domains.CASES,
+  'clipping': clipping.CASES,
+  'norms': norms.CASES,
+  'batch_norm': batch_norm.CASES,
+  'flow': flow.CASES,
+}
+if importlib.util.find_spec('torch'):
+  import torch_peers
+
+  SUITES['torch'] = torch_peers.CASES
+
+WIDTH = 136
+COLUMNS = {
+  'ms': ('ms', '{:.2f}'),
+  'ratio': ('× first', '{:.2f}'),
+  'spread': ('spread', '{0[0]:.2f}-{0[1]:.2f}'),
+  'cpu_ratio': ('× CPU', '{:.2f}'),
+  'limit_ratio': ('× limit', '{:.2f}'),
+  'kernels': ('kernels', '{}'),
+  'temporary_bytes_per_element': ('temp', '{:.1f}'),
+  'memory_ratio': ('× mem', '{:.2f}'),
+  'compile_s': ('compile', '{:.1f}'),
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--quick', action='store_true', help='the short run')
+  parser.add_argument('--only', default='', help='what has this in its name')
+  parser.add_argument('--save', default='latest', help='name of the results')
+  args = parser.parse_args()
+  console, started = Console(width=WIDTH), time.time()
+  report: dict[str, Any] = {'machine': machine(), 'cases': {}, 'growth': {}}
+  console.print(report['machine'])
+  for suite, cases in SUITES.items():
+    for title, case in cases.items():
+      name = f'{suite}: {title}'
+      if args.only in name:
+        if isinstance(case, harness.Growth):
+          grow(console, report, name, case, args.quick)
+        elif case.quick or not args.quick:
+          add(console, report, name, case, args.quick)
+  if report['growth']:
+    console.print(growth_table(report['growth']))
+  report['minutes'] = (time.time() - started) / 60
+  RESULTS.mkdir(exist_ok=True)
+  path = RESULTS / f'{args.save}.json'
+  path.write_text(json.dumps(report, indent=1) + '\n')
+  picture.draw(report, path.with_suffix('.png'))
+  console.print(f'{report["minutes"]:.1f} minutes; written: {path}, .png')
+
+
+def machine():
+  """What it ran on."""
+  processor = platform.processor() or platform.machine()
+  about = pathlib.Path('/proc/cpuinfo')
+  if about.exists():
+    for line in about.read_text().splitlines():
+      if line.startswith('model name'):
+        processor = line.split(':')[1].strip()
+        break
+  return {
+    'date': datetime.date.today().isoformat(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+    'jaxlib': jaxlib.__version__,
+    'device': jax.devices()[0].device_kind,
+    'processor': processor,
+    'cores': os.cpu_count(),
+    'copy_gigabytes_per_second': round(harness.bandwidth() / 1e9, 1),
+  }
+
+
+def add(console, report, name, case, quick):
+  """Measures, prints and keeps one case."""
+  rows = harness.measure(case, seconds=1.5 if quick else 8.0)
+  report['cases'][name] = rows
+  rounds = next(iter(rows.values()))['rounds']
+  table = Table(
+    title=f'{name}, {rounds} rounds', box=rich.box.SIMPLE, title_justify='left'
+  )
+  table.add_column('', min_width=46)
+  for header, _ in COLUMNS.values():
+    table.add_column(header, justify='right', no_wrap=True)
+  for program, row in rows.items():
+    table.add_row(
+      program,
+      *(
+        form.format(row[key]) if key in row else ''
+        for key, (_, form) in COLUMNS.items()
+      ),
+    )
+  console.print(table)
+  return rows
+
+
+def grow(console, report, name, growth, quick):
+  """Measures a case at its sizes, and how its figures grow with them."""
+  sizes = {
+    size: case for size, case in growth.cases.items() if case.quick or not quick
+  }
+  rows = [
+    add(console, report, f'{name}, {growth.variable} = {size:,}', case, quick)
+    for size, case in sizes.items()
+  ]
+  if len(sizes) > 1:
+    report['growth'][f'{name}, with {growth.variable}'] = {
+      'sizes': list(sizes),
+      'exponents': harness.exponents(list(sizes), rows),
+    }
+
+
+def growth_table(growths):
+  """Exponents of time, memory, compilation and kernels."""
+  table = Table(
+    title='growth: the exponents of size', box=rich.box.SIMPLE, width=WIDTH
+  )
+  table.add_column('')
+  for header in ('time', 'memory', 'compile', 'kernels'):
+    table.add_column(header, justify='right', no_wrap=True)
+  for name, growth in growths.items():
+    low, high = min(growth['sizes']), max(growth['sizes'])
+    table.add_row(f'[bold]{name}, {low:,} to {high:,}')
+    for program, figures in growth['exponents'].items():
+      table.add_row(
+        f'  {program}',
+        *('' if math.isnan(x) else f'{x:.2f}' for x in figures.values()),
+      )
+    table.add_section()
+  return table
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,160 @@
+"""What domain adaptation adds: the loss, CDAN's conditioning, harmonised forks.
+
+Forward and backward of each: the cross-entropy of the domains against Optax's,
+the multilinear maps against an outer product by hand, and in a network with two
+branches the harmonised fork against a backward pass per loss, as the paper has
+it. The limit there is the network without any harmonisation.
+"""
+
+import functools
+
+import harness
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_ghm
+
+BATCH, WIDTH = 512, 512
+
+
+def domain_data(size):
+  one, two = jax.random.split(jax.random.key(0))
+  return (
+    jax.random.normal(one, (size, 2)),
+    (jax.random.uniform(two, (size,)) < 0.3).astype(jnp.int32),
+  )
+
+
+def mean_gradient(losses):
+  return jax.value_and_grad(lambda x, labels: losses(x, labels).mean())
+
+
+def map_data(classes):
+  one, two = jax.random.split(jax.random.key(0))
+  features = jax.random.normal(one, (BATCH, 256))
+  logits = jax.random.normal(two, (BATCH, classes))
+  projections = optax_ghm.multilinear_projections(
+    jax.random.key(2), 256, classes, 1024
+  )
+  return features, jax.nn.softmax(logits), projections
+
+
+def outer_product(features, predictions, _):
+  return jnp.einsum('nf,nc->nfc', features, predictions).reshape(BATCH, -1)
+
+
+def randomized(features, predictions, projections):
+  return optax_ghm.randomized_multilinear_map(
+    features, predictions, projections
+  )
+
+
+def squared(mapped):
+  """The gradient for the features through a map."""
+  return jax.value_and_grad(lambda *args: jnp.square(mapped(*args)).mean())
+
+
+MAPS = {
+  'by hand: einsum': outer_product,
+  'multilinear_map': lambda features, predictions, _: optax_ghm.multilinear_map(
+    features, predictions
+  ),
+  'randomized_multilinear_map': randomized,
+}
+
+
+def fork_data():
+  keys = jax.random.split(jax.random.key(0), 7)
+  params = {
+    name: [
+      jax.random.normal(key, (WIDTH, WIDTH)) / WIDTH**0.5
+      for key in keys[i : i + 2]
+    ]
+    for i, name in ((0, 'trunk'), (2, 'domain'), (4, 'task'))
+  }
+  return params, jax.random.normal(keys[6], (BATCH, WIDTH))
+
+
+def layers(weights, x):
+  for w in weights:
+    x = jnp.tanh(x @ w)
+  return x
+
+
+def branches(params, first, second):
+  return (
+    jnp.mean(jnp.square(layers(params['domain'], first))),
+    jnp.mean(jnp.sin(layers(params['task'], second))),
+  )
+
+
+def forked(fork, params, x):
+  def loss(params):
+    return sum(branches(params, *fork(layers(params['trunk'], x))))
+
+  return jax.value_and_grad(loss)(params)
+
+
+def pass_per_loss(params, x):
+  """Each loss pulled back through the trunk; its gradients harmonised."""
+
+  def loss(params, which):
+    features = layers(params['trunk'], x)
+    return branches(params, features, features)[which]
+
+  domain, task = (jax.value_and_grad(loss)(params, i) for i in (0, 1))
+  first, second = optax_ghm.conflict_weights(
+    domain[1]['trunk'], task[1]['trunk']
+  )
+  trunk = jax.tree.map(
+    lambda u, v: first * u + second * v, domain[1]['trunk'], task[1]['trunk']
+  )
+  return domain[0] + task[0], {
+    'trunk': trunk,
+    'domain': domain[1]['domain'],
+    'task': task[1]['task'],
+  }
+
+
+CASES = {
+  'cross-entropy of two domains': harness.Growth(
+    'examples',
+    {
+      n: harness.Case(
+        {
+          'optax.softmax_cross_entropy_with_integer_labels': mean_gradient(
+            optax.softmax_cross_entropy_with_integer_labels
+          ),
+          'domain_loss': mean_gradient(optax_ghm.domain_loss),
+        },
+        functools.partial(domain_data, n),
+        n,
+      )
+      for n in (10**4, 10**5, 10**6)
+    },
+  ),
+  'conditioning of 256 features, batch 512': harness.Growth(
+    'classes',
+    {
+      c: harness.Case(
+        {name: squared(mapped) for name, mapped in MAPS.items()},
+        functools.partial(map_data, c),
+        BATCH * 256 * c,
+        quick=c == 10,
+      )
+      for c in (10, 30, 100)
+    },
+  ),
+  'two branches, six layers of 512, batch 512': harness.Case(
+    {
+      'by hand: a backward pass per loss': pass_per_loss,
+      'harmonized_fork': functools.partial(forked, optax_ghm.harmonized_fork),
+      'limit: nothing harmonised': functools.partial(forked, lambda x: (x, x)),
+    },
+    fork_data,
+    BATCH * WIDTH,
+    limit='limit: nothing harmonised',
+    quick=True,
+  ),
+}
