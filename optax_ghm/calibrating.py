@@ -35,6 +35,10 @@ def calibrated(
   optimizer's state untouched, where a gradient holds NaN or inf: one norm pass
   for the guard, the clip and the measurements.
 
+  In ``optax.MultiSteps`` a bad micro-batch would be in the accumulated gradient
+  before this sees it, and cost the whole step: give that
+  ``should_skip_update_fn=optax.skip_not_finite``.
+
   Args:
     optimizer: any Optax optimizer.
     clip: one that keeps a :class:`ClipState`; by default

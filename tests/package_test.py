@@ -1,13 +1,14 @@
 """The package as a whole: what it imports, what it names, what it shows."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 import optax_ghm
-from optax_ghm import flow
+from optax_ghm import flow, linen, nnx
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -29,19 +30,26 @@ def test_import_loads_neither_flax_nor_plots():
   assert int(output[1]) <= 2
 
 
-def public(module):
-  return [pytest.param(module, name, id=name) for name in module.__all__]
+EXPLAINED = ''.join(
+  path.read_text()
+  for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'))
+)
+PUBLIC = [
+  pytest.param(module, name, id=f'{module.__name__}.{name}')
+  for module in (optax_ghm, flow, linen, nnx)
+  for name in module.__all__
+]
 
 
-@pytest.mark.parametrize(('module', 'name'), public(optax_ghm) + public(flow))
-def test_every_public_name_has_a_docstring_and_is_in_the_readme(module, name):
+@pytest.mark.parametrize(('module', 'name'), PUBLIC)
+def test_every_public_name_has_a_docstring_and_is_explained(module, name):
   value = getattr(module, name)
   if callable(value):
     assert value.__doc__
-  assert name in (ROOT / 'README.md').read_text()
+  assert re.search(rf'\b{name}\b', EXPLAINED)
 
 
-@pytest.mark.parametrize(('module', 'name'), public(optax_ghm) + public(flow))
+@pytest.mark.parametrize(('module', 'name'), PUBLIC)
 def test_public_functions_have_an_example(module, name):
   value = getattr(module, name)
   plain_records = {

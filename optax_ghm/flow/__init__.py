@@ -18,11 +18,8 @@ from optax_ghm.flow.tapping import (
   Layer,
   Taps,
   TapStats,
-  leading_axes as leading_axes,
   sink,
   tap,
-  trace as trace,
-  with_loops as with_loops,
 )
 from optax_ghm.flow.verdicts import Verdict
 from optax_ghm.flow.watching import WatchState, leaf_names, watch

@@ -8,7 +8,8 @@ import flax
 import jax
 from flax import linen as nn
 
-from optax_ghm import flow as _flow, norms as _norms
+from optax_ghm import norms as _norms
+from optax_ghm.flow import tapping as _tapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Tapped:
   histogram: bool = False
   examples: int | None = None
 
-  def init(self, variables: Any, *args: Any, **kwargs: Any) -> _flow.Taps:
+  def init(self, variables: Any, *args: Any, **kwargs: Any) -> _tapping.Taps:
     """The sinks of all modules that such a call calls.
 
     Args:
@@ -72,7 +73,7 @@ class Tapped:
       ValueError: if no module is called that ``where`` takes.
     """
     outside = nn.meta.unbox(dict(variables)).get('params', {})
-    layers: list[_flow.Layer] = []
+    layers: list[_tapping.Layer] = []
     stacks: dict[str, tuple[int, ...]] = {}
 
     def discover(module, output):
@@ -85,7 +86,7 @@ class Tapped:
         return output
       own = nn.meta.unbox(module.variables.get('params', {}))
       layers.append(
-        _flow.Layer(
+        _tapping.Layer(
           name=name,
           kind=type(module).__name__,
           has_kernel=any(getattr(p, 'ndim', 0) > 1 for p in own.values()),
@@ -94,7 +95,7 @@ class Tapped:
       return output
 
     with nn.intercept_methods(_at_outputs(discover)):
-      _flow.trace(
+      _tapping.trace(
         lambda variables, args, kwargs: self.model.apply(
           variables, *args, **kwargs
         ),
@@ -104,23 +105,23 @@ class Tapped:
       )
     if not layers:
       raise ValueError('no module was called that could be tapped.')
-    return _flow.Taps(
+    return _tapping.Taps(
       {
-        layer.name: _flow.sink(
+        layer.name: _tapping.sink(
           histogram=self.histogram,
           examples=self.examples,
           stack=stacks[layer.name],
         )
         for layer in layers
       },
-      _flow.with_loops(layers, stacks),
+      _tapping.with_loops(layers, stacks),
     )
 
   def apply(
     self,
     variables: Any,
     *args: Any,
-    taps: _flow.Taps | None = None,
+    taps: _tapping.Taps | None = None,
     **kwargs: Any,
   ) -> Any:
     """What ``model.apply`` returns.
@@ -140,7 +141,7 @@ class Tapped:
     def pass_tap(module, output):
       if not module.has_variable('params', _SINK):
         return output
-      return _flow.tap(output, module.get_variable('params', _SINK))
+      return _tapping.tap(output, module.get_variable('params', _SINK))
 
     params = variables.get('params', {})
     for name, sink in taps.items():
@@ -186,7 +187,7 @@ def _stack(module, outside, strict):
     for key in module.path:
       of_module = of_module.get(key, {})
     if jax.tree.leaves(inside):
-      return _flow.leading_axes(inside, of_module, strict=strict)
+      return _tapping.leading_axes(inside, of_module, strict=strict)
     module = module.parent
   return ()
 

@@ -18,7 +18,16 @@ from optax_ghm import (
 
 
 class OverwriteWithGradient(nnx.Variable):
-  """A variable that its gradient replaces: state of the backward pass."""
+  """A variable that its gradient replaces: state of the backward pass.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import optax_ghm.nnx as ghm_nnx
+    >>> model = nnx.Sequential(ghm_nnx.Harmonize())
+    >>> states = nnx.state(model, ghm_nnx.OverwriteWithGradient)
+    >>> len(nnx.to_flat_state(states))
+    1
+  """
 
 
 class Harmonize(nnx.Module):
@@ -204,7 +213,19 @@ def apply_gradients(
     ValueError: if the gradients of the states are missing.
 
   Examples:
-    See :class:`Harmonize`.
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm.nnx as ghm_nnx
+    >>> model = ghm_nnx.InBackward(optax.trace(0.5), jnp.ones(2))
+    >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    >>> def loss(model):
+    ...   return model(jnp.ones(2)).sum()
+    >>> grads = nnx.grad(loss, argnums=ghm_nnx.trained)(model)
+    >>> ghm_nnx.apply_gradients(optimizer, model, grads)
+    >>> momentum = model.state.get_value().carried.trace
+    >>> momentum.tolist()
+    [1.0, 1.0]
   """
   states, params = nnx.split_state(gradients, OverwriteWithGradient, ...)
   old = nnx.state(model, OverwriteWithGradient)

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from optax_ghm import flow as _flow, norms as _norms
+from optax_ghm import norms as _norms
+from optax_ghm.flow import tapping as _tapping
 from optax_ghm.nnx.subclassing import subclass
 
 
@@ -65,7 +66,7 @@ class Tapped:
     *args: Any,
     method: str | Callable[..., Any] = '__call__',
     **kwargs: Any,
-  ) -> _flow.Taps:
+  ) -> _tapping.Taps:
     """The sinks of all modules that have a ``__call__``.
 
     Args:
@@ -98,7 +99,9 @@ class Tapped:
       with _watched(copy, {name: _Discovery(name, found) for name in modules}):
         _method(copy, method)(*args, **kwargs)
 
-    _flow.trace(run, jax.eval_shape(lambda state: state, state), args, kwargs)
+    _tapping.trace(
+      run, jax.eval_shape(lambda state: state, state), args, kwargs
+    )
     stats, layers = {}, []
     for name in dict.fromkeys([*stacks, *modules]):
       module = modules[name]
@@ -108,23 +111,23 @@ class Tapped:
       while stack is None:  # nothing to tell by: as the module around it
         around = around.rpartition('/')[0]
         stack = stacks.get(around) if around else ()
-      stats[name] = _flow.sink(
+      stats[name] = _tapping.sink(
         histogram=self.histogram, examples=self.examples, stack=stack
       )
       own = [v for v in vars(module).values() if isinstance(v, nnx.Param)]
       ranks = [getattr(v.get_value(), 'ndim', 0) - len(stack) for v in own]
       has_kernel = any(rank > 1 for rank in ranks)
-      layers.append(_flow.Layer(name, type(module).__name__, has_kernel))
+      layers.append(_tapping.Layer(name, type(module).__name__, has_kernel))
     if not layers:
       raise ValueError('there is no module that could be tapped.')
     known = {name: stack or () for name, stack in stacks.items()}
-    return _flow.Taps(stats, _flow.with_loops(layers, known))
+    return _tapping.Taps(stats, _tapping.with_loops(layers, known))
 
   def apply(
     self,
     model: nnx.Module,
     *args: Any,
-    taps: _flow.Taps | None = None,
+    taps: _tapping.Taps | None = None,
     method: str | Callable[..., Any] = '__call__',
     **kwargs: Any,
   ) -> Any:
@@ -180,7 +183,7 @@ def _stack(inside, outside, strict):
   both = [path for path in outside if path in inside]
   if not both:
     return None
-  return _flow.leading_axes(
+  return _tapping.leading_axes(
     *([tree[path].get_value() for path in both] for tree in (inside, outside)),
     strict=strict,
   )
@@ -209,7 +212,7 @@ def _watch(call, module, args, kwargs):
   output = call(module, *args, **kwargs)
   held = getattr(module, _HELD)
   if isinstance(held, _Sink):
-    return _flow.tap(output, held.get_value())
+    return _tapping.tap(output, held.get_value())
   if any(map(_norms.is_inexact, jax.tree.leaves(output))):
     held.found(held.name, module)
   return output
