@@ -159,7 +159,7 @@ def group_norms(
     largest = per_row(_largest)
     own = divisor(largest)
     unit = divisor(per_group('max', largest))
-    ratio = jnp.where(largest == 0, 0, own / unit[of_rows])
+    ratio = jnp.where(is_normal(largest), own / unit[of_rows], 0)
     squares = per_row(_sum_of_squares, own)
     return unit, per_group('sum', squares * jnp.square(ratio))
 
@@ -228,9 +228,17 @@ def _root(total, rescaled, axis_name):
 
 
 def divisor(largest):
-  """What to divide by so that nothing overflows: 1 for 0, inf and NaN."""
-  unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+  """What to divide by so that nothing overflows: 1 for 0, inf and NaN.
+
+  And for subnormal numbers, by which XLA may divide as by 0.
+  """
+  unit = jnp.where(is_normal(largest) & jnp.isfinite(largest), largest, 1)
   return jnp.minimum(unit, LARGEST_DIVISOR)
+
+
+def is_normal(x):
+  """False for 0 and subnormal numbers; True for inf and NaN."""
+  return ~(x < jnp.finfo(x.dtype).tiny)
 
 
 def _largest(x, axis):

@@ -18,6 +18,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 hypothesis.settings.register_profile(
   'default', max_examples=25, deadline=None, derandomize=True
 )
+hypothesis.settings.register_profile(
+  'thorough', max_examples=1000, deadline=None, derandomize=False
+)
 hypothesis.settings.load_profile('default')
 
 
