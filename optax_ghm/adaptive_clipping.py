@@ -75,12 +75,12 @@ class NormMoments(NamedTuple):
 
   Attributes:
     mean: of the norms, 0 before the first good step.
-    variance: of the norms.
+    deviation: of the norms, σ and not its square, which float32 could not hold.
     recorded: int32, how many good steps there were.
   """
 
   mean: jax.Array
-  variance: jax.Array
+  deviation: jax.Array
   recorded: jax.Array
 
 
@@ -145,15 +145,15 @@ def clip_by_zscore(
 
   def judge(step, statistics):
     norm = step.norm
-    mean, variance, recorded = statistics
+    mean, deviation, recorded = statistics
     count = recorded.astype(jnp.float32)
     warm = count < jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1)
     # Equal norms differ by rounding: that is no deviation.
-    deviation = jnp.maximum(jnp.sqrt(variance), 1e-6 * mean)
-    theta = jnp.asarray(z_threshold, jnp.float32)
-    threshold = mean + theta * deviation
+    spread = jnp.maximum(deviation, 1e-6 * mean)
+    reach = jnp.asarray(z_threshold, jnp.float32) * spread
+    threshold = mean + reach
     above = jnp.where(norm > threshold, norm - mean, 1)
-    target = mean + jnp.square(theta * deviation) / above
+    target = mean + reach * (reach / above)
     threshold = jnp.where(warm, jnp.inf, threshold)
     seen = jnp.where(norm > threshold, target, norm)
 
@@ -162,11 +162,12 @@ def clip_by_zscore(
     next_mean = mean + share * (seen - mean)
     # The first steps by Welford's rule, whose product of the distances to the
     # old mean and to the new one keeps the plain variance.
-    distance = jnp.where(warm, seen - mean, seen - next_mean)
-    moved = distance * (seen - next_mean)
+    to_new = jnp.abs(seen - next_mean)
+    distance = jnp.where(warm, jnp.abs(seen - mean), to_new)
+    moved = jnp.sqrt(distance) * jnp.sqrt(to_new)
     following = NormMoments(
       next_mean,
-      variance + share * (moved - variance),
+      jnp.hypot(jnp.sqrt(1 - share) * deviation, jnp.sqrt(share) * moved),
       _clipping.count_if(True, recorded),
     )
     usual = jnp.where(recorded > 0, mean, jnp.inf)
