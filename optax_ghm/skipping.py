@@ -164,7 +164,8 @@ def skip_spikes(
     """The mean and the limit; before they are known, more than any norm."""
     there = slots < recent.recorded
     count = jnp.minimum(recent.recorded, window.length).astype(jnp.float32)
-    mean = jnp.sum(recent.values) / jnp.maximum(count, 1)
+    # Divided before they are summed, so that no sum overflows.
+    mean = jnp.sum(recent.values / jnp.maximum(count, 1))
     distance = jnp.where(there, recent.values - mean, 0)
     deviation = _norms.norm(distance) / jnp.sqrt(jnp.maximum(count - 1, 1))
     # Equal values differ by rounding: that is no deviation.
