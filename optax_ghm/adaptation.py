@@ -97,6 +97,9 @@ def domain_loss(
   if logits.ndim == 1:
     losses = optax.sigmoid_binary_cross_entropy(z, label.astype(dtype))
   else:
+    # Of no consequence but to rounding: large logits differ by small amounts.
+    largest = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+    z -= jnp.where(jnp.isfinite(largest), largest, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(z, label)
 
   # (N, D): which domain, so that sums over it need no gather when sharded.
