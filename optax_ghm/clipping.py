@@ -35,9 +35,9 @@ class ClipState(NamedTuple):
     factor: that the last update was multiplied by, 0 if it was left out.
     clipped: int32, how many good steps were clipped.
     skipped: int32, how many steps were kept out of the statistics: those with
-      NaN or inf, or more than 1e37 times the limit, whose update is 0; those
-      that are all zero; and those beyond 10,000 times the usual norm,
-      which are clipped.
+      NaN or inf, a norm that float32 does not hold, or one of more than 1e37
+      times the limit, whose update is 0; those that are all zero; and those
+      beyond 10,000 times the usual norm, which are clipped.
     absurd_in_a_row: int32, how many steps were beyond it just now; after 20 of
       them the statistics start anew.
     statistics: what the rule remembers.

@@ -61,7 +61,8 @@ def gradient_noise(
     batch_size: b.
 
   Returns:
-    A :class:`GradientNoise` of float32 scalars.
+    A :class:`GradientNoise` of float32 scalars, which hold the squares of norms
+    from 1e-18 to 1e18.
 
   Raises:
     ValueError: if there are not two norms at least.
