@@ -89,7 +89,9 @@ def update_running_moments(
   rate = (1 - decay) / jnp.where(weight == 0, 1, weight)
 
   def average(old, new):
-    return ((1 - rate) * old + rate * new).astype(old.dtype)
+    # The shares of (1 - rate) * old + rate * new would not add up to 1.
+    moved = old + rate * (new - old)
+    return jnp.where(rate == 1, new, moved).astype(old.dtype)
 
   following = RunningMoments(
     average(running.mean, mean),
