@@ -175,17 +175,23 @@ def _smoothed(losses, learning_rates):
   """
   bad = ~np.isfinite(losses)
   last = int(np.argmax(bad)) if bad.any() else len(losses)
-  decades = np.log10(learning_rates)
-  width = max(0.1, 2 * (decades[1] - decades[0]))
-  distance = (decades[:last, None] - decades[None, :last]) / width
-  weights = np.exp(-(distance**2) / 2)
-  weights /= weights.sum(1, keepdims=True)
-  smoothed = np.full(len(losses), np.nan)
+  decade = np.log10(learning_rates[1] / learning_rates[0])
+  width = max(0.1 / decade, 2)  # in steps
+  reach = min(int(np.ceil(9 * width)), max(last - 1, 0))  # 3e-18 of the middle
+  kernel = np.exp(-((np.arange(-reach, reach + 1) / width) ** 2) / 2)
+
+  def weighted(values, kernel):
+    return np.convolve(values, kernel)[reach : reach + last]
+
+  smoothed, error = np.full(len(losses), np.nan), 0.0
   if last:
     first = np.median(losses[: max(last // 10, 1)])
     most = first + max(first - losses[:last].min(), 0)
-    smoothed[:last] = weights @ np.minimum(losses[:last], most)
-  return smoothed, np.sqrt(np.square(weights).sum(1).mean()) if last else 0.0
+    total = weighted(np.ones(last), kernel)
+    smoothed[:last] = weighted(np.minimum(losses[:last], most), kernel) / total
+    squares = weighted(np.ones(last), kernel**2) / total**2
+    error = float(np.sqrt(squares.mean()))
+  return smoothed, error
 
 
 def _suggestion(learning_rates, losses, smoothed, error):
