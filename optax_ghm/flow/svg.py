@@ -44,6 +44,7 @@ def line_chart(
   Returns:
     The element.
   """
+  lines = {name: (x, _in_range(y)) for name, (x, y) in lines.items()}
   ys = np.concatenate([y for _, y in lines.values()])
   xs = np.concatenate([x for x, _ in lines.values()])
   finite = ys[np.isfinite(ys)]
@@ -130,6 +131,7 @@ def heat_map(
   Returns:
     The element, with the values in it for whoever points at a cell.
   """
+  values = _in_range(values)
   finite = np.isfinite(values)
   nothing = np.zeros(values.shape, bool) if nothing is None else nothing
   shown = values[finite & ~nothing]
@@ -200,6 +202,12 @@ def ticks(low: float, high: float) -> list[float]:
   return [
     round(k * step, 12) for k in range(first, math.floor(high / step) + 1)
   ]
+
+
+def _in_range(values):
+  """In float64, where the finite ones can be subtracted from one another."""
+  values = np.asarray(values, np.float64)
+  return np.where(np.isfinite(values), np.clip(values, -1e300, 1e300), values)
 
 
 def _figure(content, height, label, attributes=''):
