@@ -119,7 +119,8 @@ def write_page(
     '<footer><small>optax_ghm.flow</small></footer>'
     f'<script>{_SCRIPT}</script></body></html>\n'
   )
-  with open(path, 'w', encoding='utf-8') as file:
+  # A name from a file may hold half of a surrogate pair.
+  with open(path, 'w', encoding='utf-8', errors='backslashreplace') as file:
     file.write(page)
 
 

@@ -48,17 +48,20 @@ def print_report(
   from rich.table import Table  # noqa: PLC0415
   from rich.text import Text  # noqa: PLC0415
 
+  def markup(text):
+    return escape(printable(text))
+
   console = console or Console()
   if isinstance(records, _record.Record):
     records = {'': records}
   for name, record in records.items():
     steps = record.steps
     if not len(steps):
-      console.print(f'{escape(name)}: nothing is recorded', emoji=False)
+      console.print(f'{markup(name)}: nothing is recorded', emoji=False)
       continue
     title = f'{name}: ' if name else ''
     if record.layers and not np.isnan(record.layer_stats['calls']).all():
-      table = Table(title=Text(f'{title}gradients at the layers'))
+      table = Table(title=Text(printable(f'{title}gradients at the layers')))
       table.add_column('layer')
       for column in ('norm', 'rms', 'largest', 'zeros', 'not finite'):
         table.add_column(column, justify='right')
@@ -70,10 +73,10 @@ def print_report(
           figures = [f'{row[k]:.2e}' for k in ('norm', 'rms', 'largest')]
           figures.append(f'{row["zeros"] / max(row["elements"], 1):.0%}')
           figures.append(f'{row["non_finite"]:.0f}')
-        table.add_row(Text(layer.name or '(the model)'), *figures)
+        table.add_row(Text(printable(layer.name or '(the model)')), *figures)
       console.print(table)
     if record.leaves and not np.isnan(record.leaf_stats['elements']).all():
-      table = Table(title=Text(f'{title}parameters'))
+      table = Table(title=Text(printable(f'{title}parameters')))
       table.add_column('parameter')
       for column in ('gradient', 'update', 'parameter', 'ratio', 'dead units'):
         table.add_column(column, justify='right')
@@ -81,7 +84,7 @@ def print_report(
       for i, leaf in enumerate(record.leaves):
         row = {k: v[i] for k, v in last.items()}
         table.add_row(
-          Text(leaf.name),
+          Text(printable(leaf.name)),
           *(
             f'{row[k]:.2e}'
             for k in (
@@ -95,7 +98,7 @@ def print_report(
         )
       console.print(table)
     if record.norms:
-      table = Table(title=Text(f'{title}batch normalization'))
+      table = Table(title=Text(printable(f'{title}batch normalization')))
       table.add_column('layer')
       titles = ('mean / std', 'mean drift', 'std drift', 'clipped', 'constant')
       for column in titles:
@@ -104,25 +107,32 @@ def print_report(
         values = [column[:, i] for column in record.norm_stats.values()]
         last = [u[~np.isnan(u)][-1:] for u in values]
         figures = [f'{u[0]:.2g}' if len(u) else '' for u in last]
-        table.add_row(Text(name_ or '(the model)'), *figures)
+        table.add_row(Text(printable(name_ or '(the model)')), *figures)
       console.print(table)
     verdicts = _diagnosis.diagnose(record)
     if not verdicts:
       console.print(
-        f'{escape(title)}[green]nothing is wrong[/green] by'
+        f'{markup(title)}[green]nothing is wrong[/green] by'
         f' {_diagnosis.evidence(record)}',
         highlight=False,
         emoji=False,
       )
     for verdict in verdicts:
       console.print(
-        f'{escape(title)}[bold red]{verdict.kind}[/bold red] since step'
-        f' {verdict.since}: {escape(verdict.evidence)}\n'
-        f'  try: {escape(verdict.suggestion)} [dim]({escape(verdict.source)})'
+        f'{markup(title)}[bold red]{verdict.kind}[/bold red] since step'
+        f' {verdict.since}: {markup(verdict.evidence)}\n'
+        f'  try: {markup(verdict.suggestion)} [dim]({markup(verdict.source)})'
         '[/dim]',
         highlight=False,
         emoji=False,
       )
+
+
+def printable(text: str) -> str:
+  """The text with what is no letter or sign, such as escapes, spelled out."""
+  return ''.join(
+    c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
+  )
 
 
 def _last(stats, always):
