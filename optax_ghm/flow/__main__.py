@@ -1,12 +1,13 @@
 """``python -m optax_ghm.flow report RECORD``: the page of a saved record."""
 
 import argparse
+import io
 import pathlib
 import sys
 
 from optax_ghm.flow.page import write_page
 from optax_ghm.flow.record import Record
-from optax_ghm.flow.report import print_report
+from optax_ghm.flow.report import print_report, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,17 +32,21 @@ def main(arguments: list[str] | None = None) -> int:
       for path in args.records
     }
     output = args.output or args.records[0].with_suffix('.html')
+    if output.exists() and any(map(output.samefile, args.records)):
+      raise ValueError(f'{output} is a record: give another --output.')
     write_page(output, records, args.title)
   except (OSError, ValueError) as error:
-    print(error, file=sys.stderr)
+    print(printable(str(error)), file=sys.stderr)
     return 1
   try:
     print_report(records)
   except ImportError:
     print('(install rich for the tables)', file=sys.stderr)
-  print(f'written: {output}')
+  print(printable(f'written: {output}'))
   return 0
 
 
 if __name__ == '__main__':
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')  # names may be any text
   sys.exit(main())
