@@ -27,18 +27,6 @@ PENDING = 64
 """Steps that may be on their way to the host; more make ``add`` wait."""
 
 
-_NOT_A_RECORD = (
-  AttributeError,  # a plain array has no files
-  EOFError,
-  IndexError,
-  KeyError,
-  OSError,
-  TypeError,
-  ValueError,
-  zipfile.BadZipFile,
-)
-
-
 class _Step(NamedTuple):
   number: int
   index: int  # among those with measurements, or those without
@@ -329,8 +317,11 @@ class Record:
     ``norms``; NaN at steps without them. They are among the ``scalars``, too.
     """
     scalars, norms = self.scalars, self.norms
+    missing = np.full(len(self._steps), np.nan)
     return {
-      column: np.array([scalars[f'{_NORM}{column}/{name}'] for name in norms])
+      column: np.array(
+        [scalars.get(f'{_NORM}{column}/{name}', missing) for name in norms]
+      )
       .reshape(len(norms), len(self._steps))
       .T
       for column in _batch_statistics.COLUMNS
@@ -397,45 +388,105 @@ class Record:
       The record.
 
     Raises:
-      ValueError: if the file is not one of these.
+      OSError: if the file cannot be opened.
+      ValueError: if it is not one of these, is damaged, or of another format.
     """
-    try:
-      with open(path, 'rb') as file:
-        archive = np.load(file, allow_pickle=False)
-        arrays = {name: archive[name] for name in archive.files}
-      about = json.loads(str(arrays['about']))
-      written = about['format']
-      if written == FORMAT:
-        return cls._of(about, arrays)
-    except FileNotFoundError:
-      raise
-    except _NOT_A_RECORD as error:
-      raise ValueError(f'{path} is not a record of optax_ghm.flow.') from error
+    with open(path, 'rb') as file:
+      try:
+        with zipfile.ZipFile(file) as archive:
+          about = json.loads(str(_array(archive, 'about', 'U', ())))
+          written = about['format']
+          if written == FORMAT:
+            return cls._of(about, archive)
+      except Exception as error:  # the bytes may be anything
+        raise ValueError(
+          f'{path} is not a record of optax_ghm.flow: {_in_one_line(error)}.'
+        ) from error
     raise ValueError(
-      f'{path} is of the format {written!r}, this is {FORMAT!r}.'
+      f'{path} is of the format {written!r:.80}, this is {FORMAT!r}.'
     )
 
   @classmethod
-  def _of(cls, about, arrays):
+  def _of(cls, about, archive):
     """The record that was written as these."""
-    record = cls(capacity=about['capacity'])
-    record.layers = tuple(_tapping.Layer(*layer) for layer in about['layers'])
-    record.leaves = tuple(Leaf(*leaf) for leaf in about['leaves'])
+    capacity, layers, leaves, names = (
+      about[name] for name in ('capacity', 'layers', 'leaves', 'scalars')
+    )
+    _check_type('capacity', capacity, int)
+    record = cls(capacity=capacity)
+    record.layers = tuple(_tapping.Layer(*layer) for layer in layers)
+    record.leaves = tuple(Leaf(*leaf) for leaf in leaves)
     record._knows_params = bool(record.leaves)
-    for i, number in enumerate(arrays['steps']):
-      tapped, histogram, watched = (
-        arrays[name][i] if arrays[f'has_{name}'][i] else None
-        for name in ('tapped', 'histogram', 'watched')
-      )
-      scalars = {
-        name: arrays[f'scalar_{j}'][i]
-        for j, name in enumerate(about['scalars'])
-        if arrays[f'has_scalar_{j}'][i]
-      }
+    for layer in record.layers:
+      for name, kinds in _OF_LAYERS.items():
+        _check_type(f'{name} of a layer', getattr(layer, name), kinds)
+    for leaf in record.leaves:
+      _check_type('name of a leaf', leaf.name, str)
+      _check_type('rank of a leaf', leaf.rank, int)
+    for name in names:
+      _check_type('name of a scalar', name, str)
+
+    steps = _array(archive, 'steps', 'i', (None,))
+    if (np.diff(steps) <= 0).any():
+      raise ValueError('steps do not increase')
+
+    def column(kind, name, *shape):
+      return _array(archive, name, kind, (len(steps), *shape))
+
+    rows, present = {}, {}
+    for name, shape in (
+      ('tapped', (len(layers), len(_tapping.COLUMNS))),
+      ('histogram', (len(layers), _tapping.CELLS)),
+      ('watched', (len(leaves), len(_watching.COLUMNS))),
+    ):
+      present[name] = column('b', f'has_{name}')
+      if present[name].any():
+        rows[name] = column('f', name, *shape)
+    scalars = {
+      name: (column('f', f'scalar_{j}'), column('b', f'has_scalar_{j}'))
+      for j, name in enumerate(names)
+    }
+    for i, number in enumerate(steps):
       record._append(
-        record._steps, int(number), tapped, histogram, watched, scalars
+        record._steps,
+        int(number),
+        *(
+          rows[name][i] if present[name][i] else None
+          for name in ('tapped', 'histogram', 'watched')
+        ),
+        {name: values[i] for name, (values, has) in scalars.items() if has[i]},
       )
     return record
+
+
+_OF_LAYERS = {
+  'name': str,
+  'kind': str,
+  'has_kernel': bool,
+  'loop': str | None,
+}
+
+
+def _check_type(name, value, kind):
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise ValueError(f'the {name} is {value!r:.80}')
+
+
+def _array(archive, name, kind, shape):
+  """An array of the archive, of this kind of dtype and this shape."""
+  with archive.open(f'{name}.npy') as file:
+    array = np.lib.format.read_array(file, allow_pickle=False)
+  fits = array.ndim == len(shape) and all(
+    n in (None, m) for n, m in zip(shape, array.shape, strict=True)
+  )
+  if array.dtype.kind != kind or not fits:
+    raise ValueError(f'{name} is {array.dtype}{list(array.shape)}')
+  return array
+
+
+def _in_one_line(error):
+  text = f'{error}' or type(error).__name__
+  return repr(text)[1:-1][:200].rstrip('.')
 
 
 class Leaf(NamedTuple):
