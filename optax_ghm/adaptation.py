@@ -103,7 +103,9 @@ def domain_loss(
     losses = optax.softmax_cross_entropy_with_integer_labels(z, label)
 
   # (N, D): which domain, so that sums over it need no gather when sharded.
-  member = known[:, None] & (label[:, None] == jnp.arange(count)[None])
+  member = known[:, None] & (
+    label[:, None] == jnp.arange(count, dtype=label.dtype)[None]
+  )
   weights = jax.lax.stop_gradient(jnp.asarray(example_weights).astype(dtype))
   amount = jnp.where(member, weights[:, None], 0)
   total, size = jnp.sum(amount, axis=0), jnp.asarray(domains.size, dtype)

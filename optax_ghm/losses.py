@@ -198,7 +198,10 @@ def softmax_ghm_loss_with_integer_labels(
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(
     logits, jnp.clip(labels, 0, classes - 1)
   )
-  losses = jnp.where((labels >= 0) & (labels < classes), losses, jnp.nan)
+  is_class = (labels >= 0) & (labels < classes)
+  # NaN there only: a constant one would be the first that jax_debug_nans sees.
+  nan_elsewhere = jnp.sqrt(is_class.astype(losses.dtype) - 1)
+  losses = jnp.where(is_class, losses, nan_elsewhere)
   g = -jnp.expm1(-lax.stop_gradient(losses))
   return _harmonized(losses, g, state, density, mask, axis_name, train)
 

@@ -301,7 +301,8 @@ class Pool:
     )
     divisor = jnp.maximum(count, 1)
     mean = sums / divisor
-    mean = _rounded(jnp.where(jnp.isfinite(mean), mean, jnp.nan))
+    # No constant NaN, which jax_debug_nans would take for a result.
+    mean = _rounded(jnp.where(jnp.isfinite(mean), mean, mean - mean))
     center = self.spread(mean, members)
     squares = total(
       lambda x, center: jnp.square(x - center), center, spelling=1

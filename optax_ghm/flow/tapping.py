@@ -293,7 +293,7 @@ def _squares(x, largest, of_example):
 def _histogram(magnitude):
   """How many magnitudes are in each cell, by the exponents of float32."""
   bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
-  exponent = jax.lax.shift_right_logical(bits, 23) - 127
+  exponent = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 23)) - 127
   cell = jnp.clip((exponent - LOWEST) // OCTAVES, 0, CELLS - 1)
   counted = (magnitude > 0) & (magnitude < jnp.inf)
   replicated = jax.sharding.NamedSharding(
