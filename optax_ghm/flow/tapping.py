@@ -281,7 +281,7 @@ def _measure(cotangent, sink):
 
 def _squares(x, largest, of_example):
   """Sums of squares by example, each in the unit that its size asks for."""
-  unit = jnp.where(largest < 2.0**-40, _SMALL, 1.0)
+  unit = jnp.where(largest < 2.0**-40, jnp.float32(_SMALL), 1)
   unit = jnp.where(largest > 2.0**40, _LARGE, unit)
   reciprocal = jnp.expand_dims(1 / unit, of_example)
   total = jnp.sum(jnp.square(x * reciprocal), of_example)

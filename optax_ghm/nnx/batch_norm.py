@@ -63,7 +63,7 @@ class Normalization(nnx.Module):
 
     self.scale = parameter(scale_init, use_scale, scale_metadata)
     self.bias = parameter(bias_init, use_bias, bias_metadata)
-    stats = _flow.BatchNormStats(jnp.zeros(5))
+    stats = _flow.BatchNormStats(jnp.zeros(5, jnp.float32))
     self.stats = BatchNormStats(stats) if measure else nnx.data(None)
     self.num_features = num_features
     self.use_running_average = use_running_average
