@@ -656,3 +656,13 @@ def test_no_tracer_leaks(case):
       assert_close(case.f(given()), case.expected)
     else:
       jax.jit(case.f).trace(given())
+
+
+@pytest.mark.parametrize('partitionable', [False, True])
+def test_keys_of_both_kinds_draw_the_same(partitionable):
+  with jax.threefry_partitionable(partitionable):
+    drawn, same = (
+      ghm.multilinear_projections(make(0), 2, 2, 3)
+      for make in (jax.random.key, jax.random.PRNGKey)
+    )
+  assert_close(drawn, same, rtol=0)
