@@ -7,7 +7,6 @@ differentiation: the gradient of a loss is its plain gradient times the weight.
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from optax_ghm import density as _density, norms as _norms
@@ -195,9 +194,7 @@ def softmax_ghm_loss_with_integer_labels(
   logits, labels = _integer_labels(logits, labels)
   logits, labels = _keep(logits, mask, inner_axes=1), _keep(labels, mask)
   classes = logits.shape[-1]
-  losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-    logits, jnp.clip(labels, 0, classes - 1)
-  )
+  losses = _softmax_cross_entropy(logits, jnp.clip(labels, 0, classes - 1))
   is_class = (labels >= 0) & (labels < classes)
   # NaN there only: a constant one would be the first that jax_debug_nans sees.
   nan_elsewhere = jnp.sqrt(is_class.astype(losses.dtype) - 1)
@@ -239,7 +236,8 @@ def smooth_l1_ghm_loss(
     train: False reads the state and leaves it as it is.
 
   Returns:
-    The losses, of the shape of ``predictions``, and the next state.
+    The losses, of the shape of ``predictions``, and the next state. NaN gives
+    NaN at its place; an infinite d is as good as the largest number: g is 1.
 
   Raises:
     TypeError: if ``predictions`` are not floating.
@@ -264,8 +262,9 @@ def smooth_l1_ghm_loss(
   targets = _broadcast('targets', targets, predictions.shape, predictions.dtype)
   difference = _keep(predictions - targets, mask)
   mus = jnp.full_like(difference, mu)
+  mus = jnp.maximum(mus, jnp.finfo(mus.dtype).tiny)  # less would be flushed
   losses = _authentic_smooth_l1(difference, mus)
-  g = jnp.abs(lax.stop_gradient(difference / jnp.hypot(difference, mus)))
+  g = jnp.abs(_slope(lax.stop_gradient(difference), mus))
   return _harmonized(losses, g, state, density, mask, axis_name, train)
 
 
@@ -313,27 +312,47 @@ def _sigmoid_cross_entropy_jvp(primals, tangents):
   logits, labels = primals
   d_logits, d_labels = tangents
   losses, p = _sigmoid_cross_entropy(logits, labels)
-  limits = jnp.finfo(logits.dtype)
-  finite = jnp.clip(logits, limits.min, limits.max)
   return (losses, p), (
-    (p - labels) * d_logits - finite * d_labels,
+    (p - labels) * d_logits - _finite(logits) * d_labels,
     p * (1 - p) * d_logits,
   )
+
+
+def _softmax_cross_entropy(logits, labels):
+  """log Σ exp(x - m) + (m - x_y): no digit of the loss is lost to x or m."""
+  largest = lax.stop_gradient(
+    jnp.max(logits, -1, keepdims=True, initial=-jnp.inf)
+  )
+  log_sum = jnp.log(jnp.sum(jnp.exp(logits - largest), -1))
+  own = jnp.take_along_axis(logits, labels[..., None], -1)
+  return log_sum + jnp.squeeze(largest - own, -1)
 
 
 @jax.custom_jvp
 def _authentic_smooth_l1(difference, mu):
   # sqrt(d² + μ²) - μ, without its cancellation near 0 and overflow far out
+  difference = _finite(difference)
   return difference * (difference / (jnp.hypot(difference, mu) + mu))
 
 
 @_authentic_smooth_l1.defjvp
 def _authentic_smooth_l1_jvp(primals, tangents):
   difference, mu = primals
-  root = jnp.hypot(difference, mu)
+  root = jnp.hypot(_finite(difference), mu)
   return _authentic_smooth_l1(difference, mu), (
-    difference / root * tangents[0] + (mu / root - 1) * tangents[1]
+    _slope(difference, mu) * tangents[0] + (mu / root - 1) * tangents[1]
   )
+
+
+def _slope(difference, mu):
+  difference = _finite(difference)
+  return difference / jnp.hypot(difference, mu)
+
+
+def _finite(x):
+  """Infinity as the largest number."""
+  limits = jnp.finfo(x.dtype)
+  return jnp.clip(x, limits.min, limits.max)
 
 
 def _one_hot(labels, logits):
@@ -368,4 +387,6 @@ def _integer_labels(logits, labels):
       f'labels of shape {labels.shape} do not fit logits of shape'
       f' {logits.shape}: expected {logits.shape[:-1]}.'
     )
+  if labels.dtype.itemsize < 4:  # which may not hold the number of classes
+    labels = labels.astype(jnp.int32)
   return logits, labels
