@@ -1,0 +1,283 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, strategies as st
+from hypothesis.extra import numpy as hnp
+
+import optax_ghm
+from tests.properties import strategies_arrays as arrays_of
+
+CASES = [  # few: each is compiled
+  (jnp.float16, (5,)),
+  (jnp.bfloat16, ()),
+  (jnp.float32, (1, 2, 1, 3, 1, 1)),
+  (jnp.float32, (3, 0, 2)),
+  (jnp.float64, (3, 2)),
+]
+MASKS = st.sampled_from([0.0, 0.25, 1.0, -1.0, np.nan])
+MU = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Smooth(optax_ghm.ExactDensity):
+  """A density without edges: rounding of a norm moves no weight by much."""
+
+  def observe(self, norms, state, mask=None, axis_name=None, train=True):
+    crowd, state = super().observe(norms, state, mask, axis_name, train)
+    density = jnp.where(crowd.mass > 0, crowd_of(norms), 0)
+    return crowd._replace(density=density.astype(jnp.float32)), state
+
+
+def crowd_of(norms):
+  return 1 + 3 * norms
+
+
+def sigmoid(x, y, largest):
+  """Loss, gradient and its norm, in float64; infinities as the largest."""
+  x = np.clip(x, -largest, largest)
+  loss = np.where(x >= 0, x * (1 - y), -x * y) + np.log1p(np.exp(-np.abs(x)))
+  error = np.exp(-np.logaddexp(0, -x)) - y
+  return loss, error, np.abs(error)
+
+
+def smooth_l1(x, y, largest):
+  d = np.clip(x - y, -largest, largest)
+  root = np.hypot(d, MU)
+  return d * (d / (root + MU)), d / root, np.abs(d) / root
+
+
+def softmax(x, labels):
+  known = (labels >= 0) & (labels < x.shape[-1])
+  at = np.where(known, labels, 0)[..., None].astype(int)
+  with np.errstate(invalid='ignore', divide='ignore'):
+    largest = x.max(-1, keepdims=True)
+    log_p = x - largest
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+  loss = -np.take_along_axis(log_p, at, -1)[..., 0]
+  error = np.exp(log_p) - (np.arange(x.shape[-1]) == at)
+  loss = np.where(known, loss, np.nan)
+  return loss, error, -np.expm1(-loss)
+
+
+def weights_of(g, mask, normalize=True):
+  """The harmony weights of :class:`Smooth`, in float64."""
+  valid = (mask > 0) & np.isfinite(g)
+  mass = np.where(valid, mask, 0)
+  beta = np.where(valid, mass.sum() / crowd_of(np.where(valid, g, 0)), 0)
+  return beta * mass.sum() / max((mass * beta).sum(), 1e-30)
+
+
+@functools.partial(jax.jit, static_argnames=('loss', 'density'))
+def losses_and_grad(loss, x, y, mask, density):
+  def total(x):
+    losses, state = loss(x, y, density=density, mask=mask)
+    return losses.sum(), (losses, state)
+
+  (_, aux), grad = jax.value_and_grad(total, has_aux=True)(x)
+  return *aux, grad
+
+
+def assert_defined(found, x, mask, defined, dtype):
+  """The weighted loss and its gradient; nothing where the mask is not."""
+  losses, state, grad = jax.device_get(found)
+  computed = np.promote_types(dtype, np.float32)
+  assert losses.dtype == computed and grad.dtype == dtype
+  plain, error, g = defined
+  weights = weights_of(g, mask)
+  counts = mask > 0
+  undefined = counts & np.isnan(g)
+  np.testing.assert_array_equal(np.isnan(losses), undefined)
+  assert float(state.non_finite) == undefined.sum()
+  # Weights are of float32, g of cancelling probabilities.
+  rtol, keep = arrays_of.rounding(jnp.float32), counts & ~undefined
+  expected = np.where(keep, weights * np.where(keep, plain, 0), 0)
+  arrays_of.assert_close(losses[~undefined], expected[~undefined], rtol, rtol)
+  weights, keep, undefined = (
+    u.reshape(u.shape + (1,) * (x.ndim - u.ndim))
+    for u in (weights, keep, undefined)
+  )
+  expected = np.where(keep, weights * np.where(keep, error, 0), 0)
+  sound = np.broadcast_to(~undefined, x.shape)
+  rtol = max(rtol, arrays_of.rounding(dtype))
+  atol = rtol * max(weights.max(initial=1), 1)
+  arrays_of.assert_close(np.asarray(grad)[sound], expected[sound], rtol, atol)
+
+
+ELEMENTWISE = {
+  'sigmoid': (optax_ghm.sigmoid_ghm_loss, sigmoid, (0, 1)),
+  'smooth_l1': (
+    functools.partial(optax_ghm.smooth_l1_ghm_loss, mu=MU),
+    smooth_l1,
+    (-4, 4),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', ELEMENTWISE)
+@given(
+  case=st.sampled_from(CASES),
+  layout=st.sampled_from(arrays_of.LAYOUTS),
+  data=st.data(),
+)
+def test_elementwise_losses_are_their_formula(name, case, layout, data):
+  (dtype, shape), (loss, formula, (low, high)) = case, ELEMENTWISE[name]
+  x = data.draw(arrays_of.arrays(dtype, shape, arrays_of.numbers(dtype)))
+  bounded = st.integers(low * 8, high * 8).map(lambda n: n / 8)
+  y = data.draw(arrays_of.arrays(dtype, shape, bounded))
+  mask = data.draw(arrays_of.arrays(np.float32, shape, MASKS))
+  check_elementwise(loss, formula, x, y, mask, dtype, layout)
+
+
+def check_elementwise(loss, formula, x, y, mask, dtype, layout='jax'):
+  with arrays_of.x64(dtype):
+    given_ = [arrays_of.laid_out(u, layout) for u in (x, y, mask)]
+    found = losses_and_grad(loss, *given_, Smooth())
+  x, y, mask = (np.asarray(u, np.float64) for u in (x, y, mask))
+  largest = float(jnp.finfo(np.promote_types(dtype, np.float32)).max)
+  defined = formula(x, y, largest)
+  assert_defined(found, x, mask, defined, dtype)
+
+
+@pytest.mark.parametrize(
+  ('name', 'x', 'y'),
+  [
+    ('sigmoid', np.inf, 1.0),
+    ('sigmoid', -3e38, 1.0),
+    ('sigmoid', -np.inf, 0.0),
+    ('smooth_l1', 3e38, -3e38),
+    ('smooth_l1', -np.inf, 1.0),
+    ('smooth_l1', 1e-42, 0.0),
+  ],
+)
+def test_the_ends_of_float32(name, x, y):
+  loss, formula, _ = ELEMENTWISE[name]
+  x, y = np.float32([x, 0.5]), np.float32([y, 0.0])
+  check_elementwise(loss, formula, x, y, np.ones(2), np.float32)
+
+
+@given(mu=st.floats(1e-30, 1e30), d=st.sampled_from([0.0, 1.0, -1e30, 1e-30]))
+@example(mu=1e-42, d=0.0)
+def test_smooth_l1_of_any_mu(mu, d):
+  mu = float(np.float32(mu))
+  losses, _ = optax_ghm.smooth_l1_ghm_loss(
+    jnp.float32(d), jnp.float32(0), mu=mu, density=Smooth()
+  )
+  d = float(np.float32(d))
+  expected = abs(d) * (abs(d) / (np.hypot(d, mu) + mu))
+  arrays_of.assert_close(losses, expected, 1e-6)
+
+
+@given(x=st.floats(-9, 9), y=st.sampled_from([0, 1, True, 0.25]))
+def test_python_scalars_are_losses_of_one_example(x, y):
+  for loss, formula, _ in ELEMENTWISE.values():
+    losses, _ = loss(x, y)
+    expected, *_ = formula(np.float32(x).astype(float), float(y), 1e38)
+    assert losses.shape == () and losses.dtype == jnp.float32
+    arrays_of.assert_close(losses, expected, 2e-6, 1e-6)
+
+
+@given(
+  case=st.sampled_from(
+    [
+      (jnp.float16, (4,)),
+      (jnp.bfloat16, (5, 1)),
+      (jnp.float32, (2, 0, 3)),
+      (jnp.float32, (1, 2, 1, 1, 2, 3)),
+      (jnp.float64, (5, 3)),
+    ]
+  ),
+  layout=st.sampled_from(arrays_of.LAYOUTS),
+  data=st.data(),
+)
+def test_softmax_losses_are_their_formula(case, layout, data):
+  dtype, shape = case
+  x = data.draw(arrays_of.arrays(dtype, shape, arrays_of.numbers(dtype)))
+  x = np.where(x == np.inf, jnp.finfo(dtype).max, x)  # no class is certain
+  labels = data.draw(
+    hnp.arrays(np.int32, shape[:-1], elements=st.integers(-1, shape[-1]))
+  )
+  mask = data.draw(arrays_of.arrays(np.float32, shape[:-1], MASKS))
+  with arrays_of.x64(dtype):
+    given_ = [arrays_of.laid_out(u, layout) for u in (x, labels, mask)]
+    found = losses_and_grad(
+      optax_ghm.softmax_ghm_loss_with_integer_labels, *given_, Smooth()
+    )
+  x, mask = (np.asarray(u, np.float64) for u in (x, mask))
+  defined = softmax(x, labels)
+  assert_defined(found, x, mask, defined, dtype)
+
+
+INTEGERS = [np.int8, np.uint8, np.uint32]
+
+
+@pytest.mark.parametrize(
+  'loss',
+  [
+    optax_ghm.sigmoid_ghm_loss_with_integer_labels,
+    optax_ghm.softmax_ghm_loss_with_integer_labels,
+  ],
+)
+@given(dtype=st.sampled_from(INTEGERS), data=st.data())
+def test_labels_may_be_of_any_integers(loss, dtype, data):
+  info, classes = np.iinfo(dtype), 300
+  some = st.integers(max(info.min, -400), min(info.max, 400))
+  labels = data.draw(hnp.arrays(dtype, 4, elements=some))
+  x = np.linspace(-3, 3, 4 * classes, dtype=np.float32).reshape(4, classes)
+  mask = np.ones(4, np.float32)
+  found = losses_and_grad(loss, x, labels, mask, Smooth())
+  wide = losses_and_grad(loss, x, labels.astype(np.int32), mask, Smooth())
+  jax.tree.map(np.testing.assert_array_equal, found, wide)
+
+
+LOSSES = {
+  'sigmoid': (optax_ghm.sigmoid_ghm_loss, np.float32),
+  'one_hot': (optax_ghm.sigmoid_ghm_loss_with_integer_labels, np.int32),
+  'softmax': (optax_ghm.softmax_ghm_loss_with_integer_labels, np.int32),
+  'smooth_l1': (optax_ghm.smooth_l1_ghm_loss, np.float32),
+}
+
+
+@pytest.mark.parametrize('name', LOSSES)
+@given(data=st.data())
+def test_what_is_masked_has_no_part_in_anything(name, data):
+  loss, targets = LOSSES[name]
+  integers = targets is np.int32
+  x = data.draw(
+    arrays_of.arrays(np.float32, (4, 3), arrays_of.numbers(np.float32))
+  )
+  shape = (4,) if integers else (4, 3)
+  y = data.draw(hnp.arrays(targets, shape, elements=st.integers(0, 1)))
+  mask = data.draw(arrays_of.arrays(np.float32, (4,), MASKS))
+  mask = mask if integers else mask[:, None]
+  out = ~(mask > 0)
+  other_x = np.where(out.reshape(4, 1), np.float32(7), x)
+  other_y = np.where(out.reshape(-1, *[1] * (y.ndim - 1)), targets(9), y)
+  density = optax_ghm.WindowedDensity(width=0.25, cells=8)
+  found, other = (
+    losses_and_grad(loss, *given_, mask, density)
+    for given_ in ((x, y), (other_x, other_y))
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, other)
+  losses, _, grad = found
+  assert (losses[out.reshape(4)] == 0).all()
+  assert (grad[out.reshape(4)] == 0).all()
+
+
+@pytest.mark.parametrize('name', LOSSES)
+@given(data=st.data())
+def test_compiled_or_not_losses_are_the_same(name, data):
+  loss, targets = LOSSES[name]
+  shape = (4,) if targets is np.int32 else (4, 3)
+  x = data.draw(
+    arrays_of.arrays(np.float32, (4, 3), arrays_of.numbers(np.float32))
+  )
+  y = data.draw(hnp.arrays(targets, shape, elements=st.integers(0, 1)))
+  mask = np.ones(shape, np.float32)
+  losses, state, _ = losses_and_grad(loss, x, y, mask, Smooth())
+  eager, eager_state = loss(x, y, density=Smooth(), mask=mask)
+  np.testing.assert_allclose(losses, eager, rtol=1e-5, atol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, state, eager_state)
