@@ -163,7 +163,7 @@ class _Histogram:
     """The density at every norm, and the next state.
 
     Args:
-      norms: non-negative gradient norms, any shape, any real dtype. Norms
+      norms: non-negative gradient norms, any shape and floating dtype. Norms
         outside of ``[low, high]`` count in the outermost region.
       state: from :meth:`init` or the last update.
       mask: broadcastable to ``norms``: which examples count (bool), or how much
@@ -508,13 +508,13 @@ class ExactDensity:
     order = jnp.argsort(jnp.where(valid, g, jnp.inf), axis=None)
     sorted_g = jnp.where(valid, g, jnp.inf).reshape(-1)[order]
     below = jnp.pad(jnp.cumsum(mass.reshape(-1)[order]), (1, 0))
-    first = jnp.searchsorted(sorted_g, g - self.width / 2, side='left')
-    last = jnp.searchsorted(sorted_g, g + self.width / 2, side='left')
-    # An example always counts itself, whatever the rounding of its window.
+    half = self.width / 2
+    # A window holds its own norm, however narrow it is by rounding.
+    rim = jnp.maximum(g + half, jnp.nextafter(g, jnp.inf))
+    first = jnp.searchsorted(sorted_g, g - half, side='left')
+    last = jnp.searchsorted(sorted_g, rim, side='left')
     count = jnp.maximum(below[last] - below[first], mass)
-    length = jnp.minimum(g + self.width / 2, self.high) - jnp.maximum(
-      g - self.width / 2, self.low
-    )
+    length = jnp.minimum(half, self.high - g) + jnp.minimum(half, g - self.low)
     density = jnp.where(valid, count / length, 0.0)
     if train:
       bad = jnp.sum(asked & ~valid, dtype=jnp.float32)
@@ -625,6 +625,10 @@ def _check_batch(norms, mask):
   norms = jnp.asarray(norms)
   if not jnp.issubdtype(norms.dtype, jnp.floating):
     raise TypeError(f'norms must be real floats, got dtype {norms.dtype}.')
+  if jnp.finfo(norms.dtype).bits > 32:  # the largest are not infinite, either
+    largest = float(jnp.finfo(jnp.float32).max)
+    inside = jnp.clip(norms, -largest, largest)
+    norms = jnp.where(jnp.isfinite(norms), inside, norms)
   norms = norms.astype(jnp.float32)
   return norms, None if mask is None else broadcast_mask(mask, norms.shape)
 
@@ -678,7 +682,7 @@ def harmony_weights(
   constants to differentiation.
 
   Args:
-    norms: gradient norms of the examples, any shape, any real dtype.
+    norms: gradient norms of the examples, any shape and floating dtype.
     state: of ``density``; None starts afresh.
     density: the estimator.
     mask: broadcastable to ``norms``: which examples count (bool), or as how
@@ -698,7 +702,7 @@ def harmony_weights(
     batch gives weights 0 and leaves the running density as it is.
 
   Raises:
-    TypeError: if ``norms`` or ``mask`` are not real arrays.
+    TypeError: if ``norms`` are not real and floating, or ``mask`` not real.
     ValueError: if ``mask`` does not broadcast to ``norms``, or ``state`` is of
       another estimator.
 
