@@ -1,0 +1,394 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, strategies as st
+from hypothesis.extra import numpy as hnp
+
+import optax_ghm
+from tests.properties import strategies_arrays as arrays_of
+from tests.properties.losses_test import Smooth, crowd_of
+
+CASES = [  # few: each is compiled
+  (jnp.float16, (5,)),
+  (jnp.bfloat16, ()),
+  (jnp.float32, (1, 2, 1, 3, 1, 1)),
+  (jnp.float32, (3, 0, 2)),
+  (jnp.float64, (3, 2)),
+]
+CELLS = 16
+MASKS = st.sampled_from([0.0, 0.25, 1.0, 3.0, -1.0, np.nan])
+
+
+def binned(density):
+  return np.eye(CELLS), np.full(CELLS, length_of(density) / CELLS)
+
+
+def windowed(density):
+  """What part of every cell the window of every cell covers, its length."""
+  cell = length_of(density) / CELLS
+  half = max(density.width / cell, 1) / 2
+  centre, edge = np.arange(CELLS)[:, None] + 0.5, np.arange(CELLS)
+  over = np.minimum(centre + half, edge + 1) - np.maximum(centre - half, edge)
+  over = np.clip(over, 0, 1)
+  return over, over.sum(1) * cell
+
+
+def length_of(density):
+  low, high = density.low, density.high
+  return np.log10(high / low) if density.log else high - low
+
+
+LOG = {'low': 1e-8, 'high': 1e8, 'log': True}
+HISTOGRAMS = {
+  'binned': (optax_ghm.BinnedDensity(bins=CELLS), binned),
+  'raw': (optax_ghm.BinnedDensity(bins=CELLS, normalize=False), binned),
+  'far': (optax_ghm.BinnedDensity(bins=CELLS, low=2.0, high=1e30), binned),
+  'log bins': (optax_ghm.BinnedDensity(bins=CELLS, **LOG), binned),
+  **{
+    f'windows of {width}': (
+      optax_ghm.WindowedDensity(cells=CELLS, width=width),
+      windowed,
+    )
+    for width in (1e-9, 0.05, 0.1875, 0.3, 1.0)
+  },
+  'log windows': (
+    optax_ghm.WindowedDensity(cells=CELLS, width=2.5, **LOG),
+    windowed,
+  ),
+}
+
+weigh = jax.jit(
+  optax_ghm.harmony_weights, static_argnames=('density', 'axis_name', 'train')
+)
+
+
+@jax.jit(static_argnames='density')
+def density_and_weights(norms, state, mask, density):
+  gd, _ = density.update(norms, state, mask)
+  return gd, *optax_ghm.harmony_weights(
+    norms, state, density=density, mask=mask
+  )
+
+
+def norms_in(cells, density):
+  """Norms in the middle of their cells; beyond the range at its ends."""
+  middle = (cells + 0.5) / CELLS * length_of(density)
+  if density.log:
+    return density.low * 10**middle
+  return density.low + middle
+
+
+def harmony(gd, mass, normalize):
+  beta = np.where(gd > 0, mass.sum() / np.where(gd > 0, gd, 1), 0)
+  if not normalize:
+    return beta
+  return beta * mass.sum() / max((mass * beta).sum(), 1e-30)
+
+
+@pytest.mark.parametrize('name', HISTOGRAMS)
+@given(
+  case=st.sampled_from(CASES),
+  layout=st.sampled_from(arrays_of.LAYOUTS),
+  data=st.data(),
+)
+def test_histograms_are_their_definition(name, case, layout, data):
+  density, table = HISTOGRAMS[name]
+  dtype, shape = case
+  at = data.draw(hnp.arrays(int, shape, elements=st.integers(0, CELLS - 1)))
+  mask = data.draw(arrays_of.arrays(np.float32, shape, MASKS))
+  norms = arrays_of.cast(norms_in(at, density), dtype)
+  beyond = data.draw(
+    hnp.arrays(
+      float,
+      shape,
+      elements=st.sampled_from([-2, -1, 1, 1, 1, 1, 1, np.nan, np.inf]),
+    )
+  )
+  huge = jnp.finfo(dtype).max
+  norms = np.where(beyond == -1, 0, np.where(beyond == -2, huge, norms))
+  norms = np.where(np.isfinite(beyond), norms, beyond).astype(dtype)
+  at = np.where(beyond == -1, 0, np.where(beyond == -2, CELLS - 1, at))
+  if dtype in (jnp.float16, jnp.bfloat16):  # which move a norm off its cell
+    at = cells_of(norms, density)
+  with arrays_of.x64(dtype):
+    gd, weights, state = density_and_weights(
+      arrays_of.laid_out(norms, layout),
+      density.init(),
+      arrays_of.laid_out(mask, layout),
+      density,
+    )
+  counts = mask > 0
+  valid = counts & np.isfinite(norms)
+  mass = np.where(valid, mask, 0).astype(float)
+  histogram = np.bincount(at.ravel(), mass.ravel(), CELLS)
+  part, length = table(density)
+  expected = np.where(valid, (part @ histogram / length)[at], 0)
+  np.testing.assert_allclose(gd, expected, rtol=1e-5)
+  expected = harmony(expected, mass, density.normalize)
+  np.testing.assert_allclose(weights, expected, rtol=1e-5)
+  np.testing.assert_allclose(state.histogram, histogram)
+  assert float(state.non_finite) == (counts & ~valid).sum()
+  assert {u.dtype for u in (gd, weights, *state)} == {jnp.dtype('float32')}
+
+
+def cells_of(norms, density):
+  """Of norms that 16 bits have rounded."""
+  with np.errstate(divide='ignore', invalid='ignore'):
+    norms = np.asarray(norms, np.float64)
+    middle = (
+      np.log10(norms / density.low) if density.log else (norms - density.low)
+    )
+    at = np.clip(middle * (CELLS / length_of(density)), 0, CELLS - 1)
+  return np.nan_to_num(at).astype(int)
+
+
+GRID = 64
+
+
+@given(
+  case=st.sampled_from(CASES),
+  width=st.sampled_from([1e-9, 1 / GRID, 7 / GRID, 63 / GRID, 1.0]),
+  data=st.data(),
+)
+@example(case=(jnp.float32, (3,)), width=1e-9, data=None)
+def test_the_exact_density_is_the_definition(case, width, data):
+  """Norms are on a grid whose middles the rims of windows meet."""
+  (dtype, shape), density = case, optax_ghm.ExactDensity(width=width)
+  if data is None:
+    norms, mask = np.float32([0.5, 0.5, 0.75]), np.ones(3, np.float32)
+  else:
+    on_grid = st.integers(0, GRID + 1).map(lambda k: k / GRID)
+    norms = data.draw(
+      arrays_of.arrays(
+        dtype, shape, on_grid | st.sampled_from([np.nan, np.inf])
+      )
+    )
+    mask = data.draw(arrays_of.arrays(np.float32, shape, MASKS))
+  with arrays_of.x64(dtype):
+    gd, weights, state = density_and_weights(
+      norms, density.init(), mask, density
+    )
+  counts = mask > 0
+  valid = counts & np.isfinite(norms)
+  mass = np.where(valid, mask, 0).astype(float).ravel()
+  g = np.clip(np.where(valid, norms, 2.0).astype(float), 0, 1).ravel()
+  inside = g >= g[:, None] - width / 2
+  inside &= (g < g[:, None] + width / 2) | (g == g[:, None])
+  length = np.minimum(width / 2, 1 - g) + np.minimum(width / 2, g)
+  expected = np.where(mass > 0, inside @ mass / length, 0)
+  np.testing.assert_allclose(gd.ravel(), expected, rtol=1e-5)
+  expected = harmony(expected, mass, True)
+  np.testing.assert_allclose(weights.ravel(), expected, rtol=1e-5)
+  assert float(state.non_finite) == (counts & ~valid).sum()
+
+
+@given(
+  norm=st.floats(0, 1e308), dtype=st.sampled_from([np.float32, np.float64])
+)
+@example(norm=1e300, dtype=np.float64)
+def test_every_finite_norm_has_a_weight(norm, dtype):
+  with arrays_of.x64(dtype):
+    norm = dtype(min(norm, float(np.finfo(dtype).max)))
+    for density in (optax_ghm.DEFAULT_DENSITY, optax_ghm.ExactDensity()):
+      weights, state = weigh(np.array([norm, 0.5], dtype), density=density)
+      assert (weights > 0).all() and state.non_finite == 0.0
+
+
+@pytest.mark.parametrize(
+  'density',
+  [
+    optax_ghm.BinnedDensity(bins=4, momentum=0.75),
+    optax_ghm.WindowedDensity(cells=4, width=0.25, momentum=0.75),
+    optax_ghm.MMDetectionDensity(bins=4, momentum=0.75),
+  ],
+  ids=lambda u: type(u).__name__,
+)
+@given(data=st.data())
+def test_running_histograms_are_the_decayed_sums(density, data):
+  state, histogram, evidence = density.init(), np.zeros(4), 0.0
+  reference = isinstance(density, optax_ghm.MMDetectionDensity)
+  for _ in range(data.draw(st.integers(1, 4))):
+    at = data.draw(hnp.arrays(int, 5, elements=st.integers(0, 3)))
+    mask = data.draw(
+      arrays_of.arrays(np.float32, 5, st.sampled_from([0.0, 0.25, 1.0]))
+    )
+    norms = ((at + 0.5) / 4).astype(np.float32)
+    weights, state = weigh(norms, state, density=density, mask=mask)
+    assert np.isfinite(weights).all() and ((weights > 0) == (mask > 0)).all()
+    amount = mask > 0 if reference else mask
+    mass = np.bincount(at, amount.astype(float), 4)
+    if not mass.any():
+      continue
+    decayed = 0.75 * histogram + 0.25 * mass
+    histogram = np.where(mass > 0, decayed, histogram) if reference else decayed
+    evidence = 1.0 if reference else 0.75 * evidence + 0.25
+  np.testing.assert_allclose(state.histogram, histogram, rtol=1e-6)
+  np.testing.assert_allclose(state.evidence, evidence, rtol=1e-6)
+
+
+ESTIMATORS = {
+  'binned': optax_ghm.BinnedDensity(bins=4),
+  'windowed': optax_ghm.WindowedDensity(cells=8, width=0.25),
+  'mmdetection': optax_ghm.MMDetectionDensity(bins=4),
+  'exact': optax_ghm.ExactDensity(width=0.25),
+}
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+@given(
+  norms=arrays_of.arrays(
+    np.float32, 6, arrays_of.numbers(np.float32, 0, 1).map(abs)
+  ),
+  mask=arrays_of.arrays(np.float32, 6, MASKS),
+)
+def test_what_is_masked_has_no_part_in_any_weight(name, norms, mask):
+  density = ESTIMATORS[name]
+  found = weigh(norms, density=density, mask=mask)
+  other = np.where(mask > 0, norms, np.float32(0.375))
+  expected = weigh(other, density=density, mask=mask)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert (found[0][~(mask > 0)] == 0).all()
+
+
+@jax.jit(static_argnames=('axis', 'scale'))
+def harmonized(x, dy, state, mask, axis, scale):
+  y, vjp = jax.vjp(
+    lambda x, state: optax_ghm.harmonize(
+      x, state, density=Smooth(high=1e30), axis=axis, scale=scale, mask=mask
+    ),
+    x,
+    state,
+  )
+  return y, *vjp(dy)
+
+
+@given(
+  case=st.sampled_from(
+    [
+      (jnp.float16, (3, 2), None, None),
+      (jnp.bfloat16, (), (), 0.5),
+      (jnp.float32, (2, 1, 3, 1, 2, 1), (0, -1), None),
+      (jnp.complex64, (4, 2), 1, 2.0),
+      (jnp.float32, (0, 3), None, None),
+      (jnp.float64, (3, 2), (), None),
+    ]
+  ),
+  data=st.data(),
+)
+def test_harmonized_cotangents_are_weighed_by_their_norms(case, data):
+  dtype, shape, axis, scale = case
+  real = jnp.finfo(dtype).dtype
+  axes = range(1, len(shape)) if axis is None else np.atleast_1d(axis)
+  axes = tuple(int(a) % max(len(shape), 1) for a in axes)
+  examples = tuple(n for a, n in enumerate(shape) if a not in axes)
+  ordinary = st.integers(-64, 64).map(lambda n: n / 16)
+  bad = st.sampled_from([np.nan, np.inf, 0.0])
+  dy = data.draw(arrays_of.arrays(real, shape, ordinary | bad)).astype(dtype)
+  if dtype == jnp.complex64:
+    dy = dy * np.complex64(0.6 + 0.8j)
+  mask = data.draw(hnp.arrays(bool, examples))
+  with arrays_of.x64(real):
+    x = np.ones(shape, dtype)
+    y, dx, state = harmonized(x, dy, Smooth().init(), mask, axis, scale)
+  np.testing.assert_array_equal(y, x)
+  assert dx.dtype == dtype
+  wide = np.asarray(dy, np.complex128)
+  with np.errstate(invalid='ignore'):
+    norms = np.sqrt((np.abs(wide) ** 2).sum(axes))
+  g = np.where(mask, norms, 0) * (mask.sum() if scale is None else scale)
+  valid = mask & np.isfinite(g)
+  beta = np.where(valid, 1 / crowd_of(np.where(valid, g, 0)), 0)
+  weights = np.expand_dims(beta * valid.sum() / max(beta.sum(), 1e-30), axes)
+  valid, mask = (np.expand_dims(u, axes) for u in (valid, mask))
+  sound = np.broadcast_to(valid | ~mask, shape)
+  expected = weights * np.where(valid, wide, 0)
+  dx = np.asarray(dx, np.complex128)
+  rtol = arrays_of.rounding(real)
+  np.testing.assert_allclose(dx[sound], expected[sound], rtol=rtol, atol=rtol)
+  assert float(state.non_finite) == (mask & ~valid).sum()
+
+
+@jax.jit(static_argnames=('rule', 'harmonic_range'))
+def forked(x, dy, rule, harmonic_range):
+  fork = functools.partial(
+    optax_ghm.harmonized_fork, rule=rule, harmonic_range=harmonic_range
+  )
+  y, vjp = jax.vjp(fork, x)
+  return y, vjp(dy)[0]
+
+
+def taus(g1, g2, rule, eta):
+  """The weights of two gradients, in float64."""
+  norms = [np.linalg.norm(g) for g in (g1, g2)]
+  if not (np.isfinite(norms).all() and min(norms) > 0):
+    return 1.0, 1.0
+  cosine = np.clip((g1 / norms[0]) @ (g2 / norms[1]), -1, 1)
+  if cosine >= 0:
+    return 1.0, 1.0
+  if rule == 'gh':
+    ratio = norms[1] / norms[0]
+    return 1 - cosine * ratio, 1 - cosine / ratio
+  excess = np.arccos(cosine) - np.pi / 2
+  beta = eta * excess
+  return 1 + 2 * np.sin(beta / 2), 1 - 2 * np.sin((excess - beta) / 2)
+
+
+TREE = {
+  'a': (jnp.float32, (2, 1, 2)),
+  'b': (jnp.bfloat16, (3,)),
+  'c': (jnp.complex64, (1, 2)),
+  'e': (jnp.float32, (0, 2)),
+  's': (jnp.float32, ()),
+}
+
+
+@given(
+  rule=st.sampled_from(['gh', 'gh++']),
+  scale=st.sampled_from([1e-18, 1.0, 1e18]),
+  bad=st.sampled_from([0.0, 0.0, 0.0, np.nan, np.inf]),
+  data=st.data(),
+)
+def test_forked_gradients_are_harmonized(rule, scale, bad, data):
+  ordinary = st.integers(-64, 64).map(lambda n: n / 16)
+
+  def draw(factor, bad):
+    tree = {}
+    for name, (dtype, shape) in TREE.items():
+      u = data.draw(arrays_of.arrays(jnp.float32, shape, ordinary))
+      if dtype == jnp.complex64:
+        u = u * np.complex64(0.6 + 0.8j)
+      tree[name] = np.asarray(u * np.float32(factor)).astype(dtype)
+    tree['s'] = (tree['s'] + np.float32(bad)).astype(np.float32)
+    return tree
+
+  g1, g2 = draw(scale, bad), draw(1 / scale, 0.0)
+  n, none = np.arange(3), np.zeros(3, jax.dtypes.float0)
+  x = {**g1, 'n': n}
+  y, dx = forked(x, ({**g1, 'n': none}, {**g2, 'n': none}), rule, 0.25)
+  for branch in y:
+    jax.tree.map(np.testing.assert_array_equal, branch, x)
+  assert dx.pop('n').dtype == jax.dtypes.float0
+  one, two = taus(
+    *(np.concatenate([reals(u) for u in g.values()]) for g in (g1, g2)),
+    rule,
+    0.25,
+  )
+  rtol = arrays_of.rounding(jnp.bfloat16)
+  for name, found in dx.items():
+    assert found.dtype == g1[name].dtype and found.shape == g1[name].shape
+    parts = one * reals(g1[name]), two * reals(g2[name])
+    size = sum(np.nan_to_num(abs(u)).max(initial=0) for u in parts)
+    size = size if np.isfinite(bad) else 0
+    np.testing.assert_allclose(
+      reals(found), sum(parts), rtol=rtol, atol=rtol * size
+    )
+
+
+def reals(x):
+  """The real numbers that an array holds, in a row."""
+  x = np.asarray(x)
+  wide = np.complex128 if np.iscomplexobj(x) else np.float64
+  return x.astype(wide).ravel().view(np.float64)
