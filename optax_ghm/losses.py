@@ -319,7 +319,7 @@ def _sigmoid_cross_entropy_jvp(primals, tangents):
 
 
 def _softmax_cross_entropy(logits, labels):
-  """log Σ exp(x - m) + (m - x_y): no digit of the loss is lost to x or m."""
+  """As log Σ exp(x - m) + (m - x_y): no digit of it is lost to m."""
   largest = lax.stop_gradient(
     jnp.max(logits, -1, keepdims=True, initial=-jnp.inf)
   )
