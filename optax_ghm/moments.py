@@ -85,6 +85,7 @@ def batch_moments(
     Chan, Golub, LeVeque, `Algorithms for computing the sample variance
     <https://doi.org/10.1080/00031305.1983.10483115>`_, 1983
   """
+  x = jnp.asarray(x)
   pool = Pool.of(x, axis, axis_name)
   count, mean, rest, variance = pool.measure(x, fit_mask(x, mask))
   moments = Moments(count, mean + rest, count * variance)
@@ -128,7 +129,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   return Moments(
     count=count,
     mean=a.mean + delta * share,
-    m2=a.m2 + b.m2 + delta * delta * a.count * share,
+    m2=a.m2 + b.m2 + delta * (a.count * share) * delta,
   )
 
 
@@ -164,7 +165,8 @@ def pool_moments(
 
   count = total(moments.count)
   mean = total(moments.count * moments.mean) / jnp.maximum(count, 1)
-  m2 = total(moments.m2 + moments.count * jnp.square(moments.mean - mean))
+  delta = moments.mean - mean
+  m2 = total(moments.m2 + delta * moments.count * delta)
   pooled = Moments(count, mean, m2)
   if axis is None:
     return pooled
