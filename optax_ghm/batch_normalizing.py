@@ -88,6 +88,7 @@ def batch_norm(
     Ioffe, Szegedy, `Batch Normalization: Accelerating Deep Network Training by
     Reducing Internal Covariate Shift <https://arxiv.org/abs/1502.03167>`_, 2015
   """
+  x = jnp.asarray(x)
   pool = _moments.Pool.of(x, axis, axis_name)
   y, moments = normalize(
     pool,
@@ -143,6 +144,7 @@ def batch_norm_inference(
     ... )
     Array([[2.]], dtype=float32)
   """
+  x = jnp.asarray(x)
   groups = None if domain is None else len(mean)
   pool = _moments.Pool.of(x, axis, groups=groups)
   members = None if domain is None else _moments.fit_members(x, domain)
@@ -194,6 +196,7 @@ def fold_batch_norm(
     ... )
     (Array([[0.5]], dtype=float32), Array([-0.5], dtype=float32))
   """
+  kernel, mean = jnp.asarray(kernel), jnp.asarray(mean)
   if kernel.shape[-1:] != mean.shape:
     raise ValueError(
       f'kernel, of shape {kernel.shape}, must have the {mean.shape} features'
@@ -201,7 +204,9 @@ def fold_batch_norm(
     )
   dtype = _norms.at_least_float32(kernel.dtype)
   mean, var, scale, offset, bias = (
-    jnp.full(mean.shape, default, dtype) if u is None else u.astype(dtype)
+    jnp.full(mean.shape, default, dtype)
+    if u is None
+    else jnp.asarray(u).astype(dtype)
     for u, default in (
       (mean, 0),
       (var, 1),
@@ -240,7 +245,8 @@ def normalize(
 
 def _fwd(pool, epsilon, dtype, x, scale, bias, mask, members=None, renorm=None):
   count, mean, rest, variance = pool.measure(x, mask, members)
-  rstd = jnp.where(count > 0, jax.lax.rsqrt(variance + epsilon), 0)
+  spread = variance + epsilon  # 0 of what is constant, if epsilon is
+  rstd = jnp.where((count > 0) & (spread != 0), jax.lax.rsqrt(spread), 0)
   r, d = 1.0, 0.0
   if renorm is not None:
     running_std = jnp.sqrt(renorm.var + epsilon)

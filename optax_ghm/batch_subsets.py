@@ -64,6 +64,7 @@ def ghost_batch_norm(
     Hoffer, Hubara, Soudry, `Train longer, generalize better
     <https://arxiv.org/abs/1705.08741>`_, 2017
   """
+  x = jnp.asarray(x)
   whole = _moments.Pool.of(x, axis, groups=1)  # axis 0 holds the examples
   if ghost_size < 1 or len(x) % ghost_size:
     raise ValueError(
@@ -143,6 +144,7 @@ def domain_batch_norm(
     Chang et al., `Domain-Specific Batch Normalization for Unsupervised Domain
     Adaptation <https://arxiv.org/abs/1906.03950>`_, 2019
   """
+  x = jnp.asarray(x)
   pool = _moments.Pool.of(x, axis, axis_name, num_domains)
   y, moments = _batch_normalizing.normalize(
     pool,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -75,6 +76,7 @@ def batch_renorm(
     Ioffe, `Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models <https://arxiv.org/abs/1702.03275>`_, 2017
   """
+  x = jnp.asarray(x)
   pool = _moments.Pool.of(x, axis, axis_name)
   running_mean, running_var = (
     _batch_normalizing.fit_statistics(pool, x, u, n)
@@ -88,7 +90,11 @@ def batch_renorm(
     *_batch_normalizing.fit_parameters(pool, x, scale, bias),
     _moments.fit_mask(x, mask),
     None,
-    _batch_normalizing.Renorm(running_mean, running_var, r_max, d_max),
+    _batch_normalizing.Renorm(
+      running_mean,
+      running_var,
+      *(jnp.asarray(u, running_mean.dtype) for u in (r_max, d_max)),
+    ),
   )
   return y, pool.squeezed(moments)
 
@@ -120,6 +126,6 @@ def renorm_schedules(
     (1.0, 3.0, 2.5)
   """
   return (
-    optax.linear_schedule(1.0, r_max, r_end - start, start),
-    optax.linear_schedule(0.0, d_max, d_end - start, start),
+    optax.linear_schedule(1.0, r_max, max(r_end - start, 1), start),
+    optax.linear_schedule(0.0, d_max, max(d_end - start, 1), start),
   )

@@ -97,6 +97,7 @@ def batch_norm_stats(
     Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017
   """
   moments, running = jax.lax.stop_gradient((moments, running))
+  moments = jax.tree.map(lambda u: u.astype(running.mean.dtype), moments)
   counted = moments.count > 0
   variance = moments.variance()
   std, running_std = (
