@@ -349,22 +349,24 @@ TREE = {
   rule=st.sampled_from(['gh', 'gh++']),
   scale=st.sampled_from([1e-18, 1.0, 1e18]),
   bad=st.sampled_from([0.0, 0.0, 0.0, np.nan, np.inf]),
+  against=st.sampled_from([0.0, 1.0, 4.0]),
   data=st.data(),
 )
-def test_forked_gradients_are_harmonized(rule, scale, bad, data):
+def test_forked_gradients_are_harmonized(rule, scale, bad, against, data):
   ordinary = st.integers(-64, 64).map(lambda n: n / 16)
 
-  def draw(factor, bad):
-    tree = {}
-    for name, (dtype, shape) in TREE.items():
-      u = data.draw(arrays_of.arrays(jnp.float32, shape, ordinary))
-      if dtype == jnp.complex64:
-        u = u * np.complex64(0.6 + 0.8j)
-      tree[name] = np.asarray(u * np.float32(factor)).astype(dtype)
-    tree['s'] = (tree['s'] + np.float32(bad)).astype(np.float32)
-    return tree
+  def draw(name):
+    dtype, shape = TREE[name]
+    u = data.draw(arrays_of.arrays(np.float32, shape, ordinary))
+    return u * np.complex64(0.6 + 0.8j) if dtype == jnp.complex64 else u
 
-  g1, g2 = draw(scale, bad), draw(1 / scale, 0.0)
+  g1, g2 = {}, {}
+  for name, (dtype, _) in TREE.items():
+    first, other = draw(name), draw(name)
+    second = other - first * np.float32(against)
+    g1[name] = np.asarray(first * np.float32(scale)).astype(dtype)
+    g2[name] = np.asarray(second * np.float32(1 / scale)).astype(dtype)
+  g1['s'] = (g1['s'] + np.float32(bad)).astype(np.float32)
   n, none = np.arange(3), np.zeros(3, jax.dtypes.float0)
   x = {**g1, 'n': n}
   y, dx = forked(x, ({**g1, 'n': none}, {**g2, 'n': none}), rule, 0.25)
@@ -376,8 +378,9 @@ def test_forked_gradients_are_harmonized(rule, scale, bad, data):
     rule,
     0.25,
   )
-  rtol = arrays_of.rounding(jnp.bfloat16)
   for name, found in dx.items():
+    # The angle of almost opposite gradients has half of the digits.
+    rtol = max(4 * arrays_of.rounding(found.dtype), 1e-3)
     assert found.dtype == g1[name].dtype and found.shape == g1[name].shape
     parts = one * reals(g1[name]), two * reals(g2[name])
     size = sum(np.nan_to_num(abs(u)).max(initial=0) for u in parts)

@@ -210,6 +210,7 @@ def test_the_depth_profile_is_the_line_of_least_squares(norms):
     max_size=4,
   )
 )
+@example(values=[{'a': -np.inf, 'b': np.inf, 'c': np.nan}])
 def test_json_lines_say_what_was_added(values):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'lines'
