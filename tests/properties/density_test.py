@@ -149,14 +149,22 @@ GRID = 64
 
 
 @given(
-  case=st.sampled_from(CASES),
-  width=st.sampled_from([1e-9, 1 / GRID, 7 / GRID, 63 / GRID, 1.0]),
+  case=st.sampled_from(
+    [
+      (jnp.float16, (5,), 1 / GRID),
+      (jnp.bfloat16, (), 7 / GRID),
+      (jnp.float32, (3, 0, 2), 63 / GRID),
+      (jnp.float32, (1, 2, 1, 3, 1, 1), 1.0),
+      (jnp.float64, (3, 2), 1e-9),
+    ]
+  ),
   data=st.data(),
 )
-@example(case=(jnp.float32, (3,)), width=1e-9, data=None)
-def test_the_exact_density_is_the_definition(case, width, data):
+@example(case=(jnp.float32, (3,), 1e-9), data=None)
+def test_the_exact_density_is_the_definition(case, data):
   """Norms are on a grid whose middles the rims of windows meet."""
-  (dtype, shape), density = case, optax_ghm.ExactDensity(width=width)
+  dtype, shape, width = case
+  density = optax_ghm.ExactDensity(width=width)
   if data is None:
     norms, mask = np.float32([0.5, 0.5, 0.75]), np.ones(3, np.float32)
   else:

@@ -36,6 +36,7 @@ def crowd_of(norms):
   return 1 + 3 * norms
 
 
+@np.errstate(all='ignore')
 def sigmoid(x, y, largest):
   """Loss, gradient and its norm, in float64; infinities as the largest."""
   x = np.clip(x, -largest, largest)
@@ -50,13 +51,12 @@ def smooth_l1(x, y, largest):
   return d * (d / (root + MU)), d / root, np.abs(d) / root
 
 
+@np.errstate(all='ignore')
 def softmax(x, labels):
   known = (labels >= 0) & (labels < x.shape[-1])
   at = np.where(known, labels, 0)[..., None].astype(int)
-  with np.errstate(invalid='ignore', divide='ignore'):
-    largest = x.max(-1, keepdims=True)
-    log_p = x - largest
-    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+  log_p = x - x.max(-1, keepdims=True)
+  log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
   loss = -np.take_along_axis(log_p, at, -1)[..., 0]
   error = np.exp(log_p) - (np.arange(x.shape[-1]) == at)
   loss = np.where(known, loss, np.nan)
