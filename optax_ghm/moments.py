@@ -322,6 +322,8 @@ class Pool:
       rest, squares = self.everywhere(deviations(), squares)
     rest = rest / divisor
     variance = jnp.maximum(squares / divisor - jnp.square(rest), 0)
+    # Both may be beyond float32, of a feature beside one that is far from 0.
+    variance = jnp.where(jnp.isinf(squares), jnp.inf, variance)
     return count, mean, rest, variance
 
   def _count(self, x, mask, members):
