@@ -184,6 +184,23 @@ def test_batch_norms_are_their_formula(norm, case, layout, offset, bad, data):
   assert_moments(norm, moments, parts, over, wide)
 
 
+@given(
+  large=st.sampled_from([1e20, 1e30, -1e30]),
+  other=st.floats(-1e4, 1e4, width=32),
+)
+@example(large=1e30, other=30.0)
+def test_what_is_too_large_in_one_feature_is_the_bias(large, other):
+  x = np.float32([[large, other], [0, other + 1], [1, other - 1], [2, other]])
+  arrays = x, np.ones(2, np.float32), np.float32([0.5, 0.5])
+  mask, domain = np.ones((4, 1), bool), np.zeros(4, np.int8)
+  y, moments, grads = differentiated(
+    batch, *arrays, mask, domain, x * 0 + 1, axis=-1
+  )
+  np.testing.assert_array_equal(y[:, 0], [0.5] * 4)
+  assert np.isfinite(grads[0]).all() and np.isfinite(y).all()
+  assert moments.m2[0] == np.inf
+
+
 def assert_moments(norm, moments, parts, over, dtype):
   """Of all parts together, or one by one for domains."""
   n, mean, m2 = (
