@@ -194,7 +194,7 @@ def softmax_ghm_loss_with_integer_labels(
   logits, labels = _integer_labels(logits, labels)
   logits, labels = _keep(logits, mask, inner_axes=1), _keep(labels, mask)
   classes = logits.shape[-1]
-  losses = _softmax_cross_entropy(logits, jnp.clip(labels, 0, classes - 1))
+  losses = softmax_cross_entropy(logits, jnp.clip(labels, 0, classes - 1))
   is_class = (labels >= 0) & (labels < classes)
   # NaN there only: a constant one would be the first that jax_debug_nans sees.
   nan_elsewhere = jnp.sqrt(is_class.astype(losses.dtype) - 1)
@@ -318,8 +318,8 @@ def _sigmoid_cross_entropy_jvp(primals, tangents):
   )
 
 
-def _softmax_cross_entropy(logits, labels):
-  """As log Σ exp(x - m) + (m - x_y): no digit of it is lost to m."""
+def softmax_cross_entropy(logits, labels):
+  """As log Σ exp(x - m) + (m - x_y), where Optax's loses digits to large m."""
   largest = lax.stop_gradient(
     jnp.max(logits, -1, keepdims=True, initial=-jnp.inf)
   )

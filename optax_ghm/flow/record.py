@@ -447,14 +447,15 @@ class Record:
       for j, name in enumerate(names)
     }
     for i, number in enumerate(steps):
+      tapped, histogram, watched = (
+        rows[name][i] if present[name][i] else None
+        for name in ('tapped', 'histogram', 'watched')
+      )
+      known = {
+        name: values[i] for name, (values, has) in scalars.items() if has[i]
+      }
       record._append(
-        record._steps,
-        int(number),
-        *(
-          rows[name][i] if present[name][i] else None
-          for name in ('tapped', 'histogram', 'watched')
-        ),
-        {name: values[i] for name, (values, has) in scalars.items() if has[i]},
+        record._steps, int(number), tapped, histogram, watched, known
       )
     return record
 
