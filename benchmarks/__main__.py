@@ -128,7 +128,7 @@ def machine():
 
 def add(console, report, name, case, quick):
   """Measures, prints and keeps one case."""
-  rows = harness.measure(case, seconds=1.5 if quick else 8.0)
+  rows = harness.measure(case, seconds=1.0 if quick else 5.0)
   report['cases'][name] = rows
   rounds = next(iter(rows.values()))['rounds']
   table = Table(

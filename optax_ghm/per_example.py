@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from optax_ghm import norms as _norms
 
@@ -65,9 +66,16 @@ def weighted_sum(
     if not _norms.is_inexact(update):
       return update
     dtype = _norms.at_least_float32(update.dtype)
-    each = jnp.expand_dims(weights, range(1, update.ndim)).astype(dtype)
-    each = jnp.where(each != 0, each * update.astype(dtype), 0)
-    total = jnp.sum(each, axis=0)
+    counts = jnp.expand_dims(weights != 0, range(1, update.ndim))
+    kind = jax.typeof(update).sharding
+    # A product of matrices: XLA is slow to sum over the first axis.
+    total = jnp.tensordot(
+      weights.astype(dtype),
+      jnp.where(counts, update, 0).astype(dtype),
+      axes=1,
+      precision=jax.lax.Precision.HIGHEST,
+      out_sharding=kind.update(spec=PartitionSpec(*kind.spec[1:])),
+    )
     if axis_name is not None:
       total = jax.lax.psum(total, axis_name)
     return total.astype(update.dtype)
