@@ -95,6 +95,8 @@ def main():
           grow(console, report, name, case, args.quick)
         elif case.quick or not args.quick:
           add(console, report, name, case, args.quick)
+  if not report['cases']:
+    parser.error(f'no case has {args.only!r} in its name')
   if report['growth']:
     console.print(growth_table(report['growth']))
   report['minutes'] = (time.time() - started) / 60
