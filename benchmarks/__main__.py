@@ -130,7 +130,7 @@ def machine():
 
 def add(console, report, name, case, quick):
   """Measures, prints and keeps one case."""
-  rows = harness.measure(case, seconds=1.0 if quick else 5.0)
+  rows = harness.measure(case, seconds=1.0 if quick else 4.0)
   report['cases'][name] = rows
   rounds = next(iter(rows.values()))['rounds']
   table = Table(

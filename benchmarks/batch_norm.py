@@ -58,7 +58,7 @@ def two_writes(x, scale, bias, cotangent):
 def programs():
   normalize = {
     'flax.linen.BatchNorm': functools.partial(by_flax, fast=True),
-    'the same, two-pass variance': functools.partial(by_flax, fast=False),
+    'flax.linen.BatchNorm, two passes': functools.partial(by_flax, fast=False),
     'optax_ghm.batch_norm': by_ours,
   }
   return {

@@ -8,6 +8,7 @@ pass: the plain operation alone or, where there is none, a program that reads
 and writes as many bytes as the first one's arguments and results have.
 """
 
+import gc
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -69,6 +70,13 @@ class Eager(NamedTuple):
 
 def measure(case: Case, seconds: float) -> dict[str, dict[str, Any]]:
   """One row of figures per program, of as many rounds as fit into seconds."""
+  rows = _measure(case, seconds)
+  jax.clear_caches()  # a process can only hold so many programs
+  gc.collect()
+  return rows
+
+
+def _measure(case, seconds):
   data = jax.block_until_ready(case.data())
   calls, compiled, rows = {}, {}, {}
   for name, program in case.programs.items():

@@ -262,8 +262,11 @@ class Pool:
     """Statistics as they apply to every example: 0 to one of no group."""
     if self.groups is None:
       return u
-    belongs = self._belongs(members, u.ndim)
-    return jnp.sum(jnp.where(belongs, u[:, None], 0), 0)
+    spread = jnp.zeros_like(u[:1])
+    for group in range(self.groups):
+      belongs = self._belongs(members, group, u.ndim)
+      spread = jnp.where(belongs, u[group : group + 1], spread)
+    return spread
 
   def known(self, x: jax.Array, members: jax.Array | None) -> jax.Array | None:
     """Which examples are of a group, of the rank of ``x``; None is all."""
@@ -339,13 +342,26 @@ class Pool:
     """Sums per example as sums per group, if there are groups."""
     if self.groups is None:
       return sums
-    belongs = self._belongs(members, sums.ndim)
-    return jnp.sum(jnp.where(belongs, sums[None], 0), 1)
+    groups = jnp.arange(self.groups, dtype=members.dtype)
+    belongs = (groups[:, None] == members[None]).astype(sums.dtype)
 
-  def _belongs(self, members, ndim):
-    """(groups, examples, 1, ...): comparing spares scatters and gathers."""
-    belongs = jnp.arange(self.groups)[:, None] == members[None]
-    return jnp.expand_dims(belongs, tuple(range(2, ndim + 1)))
+    def added(terms):  # in one pass, whatever the number of groups
+      return _norms.contract(belongs, terms)
+
+    def apart():
+      finite = jnp.isfinite(sums)
+      bad = added((~finite).astype(sums.dtype)) > 0
+      return jnp.where(bad, jnp.inf, added(jnp.where(finite, sums, 0)))
+
+    # 0 times NaN is NaN: what is not finite would be in every group.
+    together = added(sums)
+    return jax.lax.cond(
+      jnp.all(jnp.isfinite(together)), lambda: together, apart
+    )
+
+  def _belongs(self, members, group, ndim):
+    """(examples, 1, ...): comparing spares scatters and gathers."""
+    return jnp.expand_dims(members == group, tuple(range(1, ndim)))
 
 
 def fit_members(x: jax.Array, members: ArrayLike) -> jax.Array:

@@ -236,6 +236,26 @@ def divisor(largest):
   return jnp.minimum(unit, LARGEST_DIVISOR)
 
 
+def contract(weights: jax.Array, x: jax.Array) -> jax.Array:
+  """The sums of ``x`` along its first axis, with one or several weights.
+
+  As a product of matrices: XLA is slow to sum along the first axis.
+
+  Args:
+    weights: (..., N), of the dtype of ``x``.
+    x: (N, ...), all finite.
+  """
+  sharding = jax.typeof(x).sharding
+  spec = PartitionSpec(*[None] * (weights.ndim - 1), *sharding.spec[1:])
+  return jnp.tensordot(
+    weights,
+    x,
+    axes=1,
+    precision=jax.lax.Precision.HIGHEST,
+    out_sharding=sharding.update(spec=spec),
+  )
+
+
 def is_normal(x):
   """False for 0 and subnormal numbers; True for inf and NaN."""
   return ~(x < jnp.finfo(x.dtype).tiny)

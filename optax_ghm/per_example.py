@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from optax_ghm import norms as _norms
 
@@ -67,14 +66,8 @@ def weighted_sum(
       return update
     dtype = _norms.at_least_float32(update.dtype)
     counts = jnp.expand_dims(weights != 0, range(1, update.ndim))
-    kind = jax.typeof(update).sharding
-    # A product of matrices: XLA is slow to sum over the first axis.
-    total = jnp.tensordot(
-      weights.astype(dtype),
-      jnp.where(counts, update, 0).astype(dtype),
-      axes=1,
-      precision=jax.lax.Precision.HIGHEST,
-      out_sharding=kind.update(spec=PartitionSpec(*kind.spec[1:])),
+    total = _norms.contract(
+      weights.astype(dtype), jnp.where(counts, update, 0).astype(dtype)
     )
     if axis_name is not None:
       total = jax.lax.psum(total, axis_name)

@@ -1,0 +1,71 @@
+"""What the benchmarks measure, and that README says what they measured."""
+
+import importlib
+import json
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def of_benchmarks(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+
+
+def test_readme_has_the_figures_of_the_reference():
+  summary = importlib.import_module('summary')
+  saved = ROOT / 'benchmarks' / 'results' / 'reference.json'
+  table = summary.table(json.loads(saved.read_text()))
+  assert table in (ROOT / 'README.md').read_text()
+
+
+def test_a_case_is_measured():
+  harness = importlib.import_module('harness')
+  case = harness.Case(
+    {
+      'twice': lambda x: 2 * x,
+      'sorted': lambda x: (jnp.sort(2 * x), x + 1),
+      'eager': harness.Eager(lambda x: x.sum),
+    },
+    lambda: (jnp.ones(1000, jnp.float32),),
+    elements=1000,
+  )
+  rows = harness.measure(case, seconds=0)
+  assert list(rows) == ['twice', 'sorted', 'eager', harness.COPY]
+  assert all(row['rounds'] == harness.FEWEST_ROUNDS for row in rows.values())
+  assert rows['twice']['ratio'] == 1 == rows[harness.COPY]['limit_ratio']
+  assert rows['twice']['kernels'] == 1 < rows['sorted']['kernels']
+  assert rows['twice']['peak_bytes'] == 2 * 4000
+  assert rows['sorted']['memory_ratio'] > 1.5
+  assert 'kernels' not in rows['eager'] and rows['eager']['ms'] > 0
+
+
+def test_a_step_is_carried_on():
+  harness = importlib.import_module('harness')
+  case = harness.Case(
+    {'step': lambda carried, x: carried + x},
+    lambda: (jnp.ones(8, jnp.float32),),
+    elements=8,
+    limit='step',
+    init=lambda name, data: jnp.zeros(8, jnp.float32),
+  )
+  rows = harness.measure(case, seconds=0)
+  assert rows['step']['limit_ratio'] == 1
+  assert rows['step']['peak_bytes'] == 2 * 32  # one is donated
+
+
+def test_exponents_are_those_of_a_power():
+  harness = importlib.import_module('harness')
+  sizes = [10, 100, 1000]
+  rows = [
+    {'f': {'ms': 3 * n**1.5, 'peak_bytes': 8 * n, 'compile_s': 2.0}}
+    for n in sizes
+  ]
+  found = harness.exponents(sizes, rows)['f']
+  assert found['ms'] == pytest.approx(1.5)
+  assert found['peak_bytes'] == pytest.approx(1)
+  assert found['compile_s'] == pytest.approx(0, abs=1e-9)
+  assert found['kernels'] != found['kernels']  # there is none
