@@ -147,7 +147,12 @@ def multilinear_map(features: jax.Array, predictions: jax.Array) -> jax.Array:
     <https://arxiv.org/abs/1705.10667>`_, 2018
   """
   _check_leading(features, predictions)
-  product = jnp.einsum('...f,...c->...fc', features, predictions)
+  product = jnp.einsum(
+    '...f,...c->...fc',
+    features,
+    predictions,
+    precision=jax.lax.Precision.HIGHEST,  # of the gradient, which sums
+  )
   *leading, count, classes = product.shape
   return product.reshape(*leading, count * classes)
 

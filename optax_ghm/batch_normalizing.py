@@ -246,7 +246,8 @@ def normalize(
 def _fwd(pool, epsilon, dtype, x, scale, bias, mask, members=None, renorm=None):
   count, mean, rest, variance = pool.measure(x, mask, members)
   spread = variance + epsilon  # 0 of what is constant, if epsilon is
-  rstd = jnp.where((count > 0) & (spread != 0), jax.lax.rsqrt(spread), 0)
+  known = (count > 0) & (spread != 0)
+  rstd = jnp.where(known, jax.lax.rsqrt(jnp.where(known, spread, 1)), 0)
   r, d = 1.0, 0.0
   if renorm is not None:
     running_std = jnp.sqrt(renorm.var + epsilon)

@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from optax_ghm import norms as _norms
 
 FAR_FROM_ZERO = 4.0
 """In standard deviations: below it the mean's own rounding cannot be seen."""
+
+MOST_COMPARED = 16
+"""Groups that are told apart by comparing, which fuses; of more one gathers."""
 
 
 class Moments(NamedTuple):
@@ -260,11 +264,17 @@ class Pool:
 
   def spread(self, u: jax.Array, members: jax.Array | None = None) -> jax.Array:
     """Statistics as they apply to every example: 0 to one of no group."""
-    if self.groups is None:
+    if self.groups is None or members is None:
       return u
+    if self.groups > MOST_COMPARED:
+      of = jax.typeof(members).sharding
+      spec = PartitionSpec(*of.spec, *jax.typeof(u).sharding.spec[1:])
+      own = u.at[members].get(mode='clip', out_sharding=of.update(spec=spec))
+      known = self.known(u, members)
+      return own if known is None else jnp.where(known, own, 0)
     spread = jnp.zeros_like(u[:1])
     for group in range(self.groups):
-      belongs = self._belongs(members, group, u.ndim)
+      belongs = jnp.expand_dims(members == group, tuple(range(1, u.ndim)))
       spread = jnp.where(belongs, u[group : group + 1], spread)
     return spread
 
@@ -343,25 +353,21 @@ class Pool:
     if self.groups is None:
       return sums
     groups = jnp.arange(self.groups, dtype=members.dtype)
-    belongs = (groups[:, None] == members[None]).astype(sums.dtype)
-
-    def added(terms):  # in one pass, whatever the number of groups
-      return _norms.contract(belongs, terms)
+    belongs = groups[:, None] == members[None]
+    weights = belongs.astype(sums.dtype)
+    together = _norms.contract(weights, sums)
 
     def apart():
-      finite = jnp.isfinite(sums)
-      bad = added((~finite).astype(sums.dtype)) > 0
-      return jnp.where(bad, jnp.inf, added(jnp.where(finite, sums, 0)))
+      own = jnp.expand_dims(belongs, tuple(range(2, sums.ndim + 1)))
+      bad = jnp.sum(jnp.where(own, sums[None], 0), 1)
+      finite = jnp.where(jnp.isfinite(sums), sums, 0)
+      return jnp.where(jnp.isfinite(bad), _norms.contract(weights, finite), bad)
 
-    # 0 times NaN is NaN: what is not finite would be in every group.
-    together = added(sums)
+    # 0 times NaN is NaN: what is not finite would be in every group. The others
+    # then have the sums, bit for bit, that they have without it.
     return jax.lax.cond(
       jnp.all(jnp.isfinite(together)), lambda: together, apart
     )
-
-  def _belongs(self, members, group, ndim):
-    """(examples, 1, ...): comparing spares scatters and gathers."""
-    return jnp.expand_dims(members == group, tuple(range(1, ndim)))
 
 
 def fit_members(x: jax.Array, members: ArrayLike) -> jax.Array:

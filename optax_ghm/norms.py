@@ -243,7 +243,7 @@ def contract(weights: jax.Array, x: jax.Array) -> jax.Array:
 
   Args:
     weights: (..., N), of the dtype of ``x``.
-    x: (N, ...), all finite.
+    x: (N, ...). Where it is not finite, no sum over it is, 0 times or not.
   """
   sharding = jax.typeof(x).sharding
   spec = PartitionSpec(*[None] * (weights.ndim - 1), *sharding.spec[1:])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
 from tests.batch_normalizing_test import (
@@ -451,3 +451,57 @@ def test_ghosts_without_features():
   y, moments = optax_ghm.ghost_batch_norm(jnp.zeros((4, 0)), ghost_size=2)
   assert y.shape == (4, 0)
   assert moments.mean.shape == (0,)
+
+
+@pytest.mark.parametrize(
+  'kind', [None, AxisType.Auto, AxisType.Explicit], ids=str
+)
+def test_many_domains(rng, kind):
+  """More than are compared one by one."""
+  x = rng.normal(size=(64, 3)).astype(np.float32)
+  domain = rng.permutation(np.arange(64, dtype=np.int32) % 21 - 1)
+  expected = np.zeros((64, 3))
+  for d in range(20):
+    of = x[domain == d].astype(np.float64)  # one example at least
+    expected[domain == d] = (of - of.mean(0)) / np.sqrt(of.var(0) + 1e-5)
+
+  @jax.jit
+  def normalized(x, domain):
+    ones, zeros = jnp.ones(3, jnp.float32), jnp.zeros(3, jnp.float32)
+    return optax_ghm.domain_batch_norm(x, domain, ones, zeros, num_domains=20)[
+      0
+    ]
+
+  inputs = jnp.asarray(x), jnp.asarray(domain)
+  slope = jax.grad(lambda x: (normalized(x, inputs[1]) ** 3).sum())(inputs[0])
+  if kind is not None:
+    mesh = jax.make_mesh((8,), ('d',), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+      inputs = jax.device_put(inputs, NamedSharding(mesh, P('d')))
+      np.testing.assert_allclose(normalized(*inputs), expected, atol=1e-5)
+      sharded = jax.grad(lambda x: (normalized(x, inputs[1]) ** 3).sum())
+      np.testing.assert_allclose(sharded(inputs[0]), slope, atol=1e-4)
+  np.testing.assert_allclose(normalized(*inputs), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('count', [2, 20])
+def test_a_bad_cotangent_stays_what_it_is_in_its_domain(rng, bad, count):
+  x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+  domain = jnp.arange(8, dtype=jnp.int32) % 2
+
+  def pulled(cotangent):
+    _, pull = jax.vjp(
+      lambda bias: optax_ghm.domain_batch_norm(
+        x, domain, None, bias, num_domains=count
+      )[0],
+      jnp.zeros((count, 3), jnp.float32),
+    )
+    return pull(cotangent)[0]
+
+  cotangent = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+  expected = np.asarray(pulled(cotangent)).copy()
+  expected[1, 2] = bad
+  np.testing.assert_allclose(
+    pulled(cotangent.at[3, 2].set(bad)), expected, rtol=1e-5
+  )
