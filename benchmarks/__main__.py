@@ -1,4 +1,4 @@
-"""Every primitive against what one would use instead, in one table.
+"""What costs something against what one would use instead, in one table.
 
   python benchmarks [--quick] [--only NAME] [--save NAME]
 
@@ -9,8 +9,8 @@ that ran in turn in one process (see harness.py); the columns are
   × first  of its time to that of the first program, median over rounds
   spread   the quartiles of that ratio
   × CPU    of the processors' time to that of the first
-  × limit  of its time to that of the limit, which nothing can pass
-  kernels  instructions of the compiled program that do something
+  × limit  of its time to what can be attained at best
+  instr.   instructions of the compiled program, loops and branches as one
   temp     bytes of temporary memory per element of the data
   × mem    of the peak of memory to that of the first program
   compile  seconds to trace and compile
@@ -69,7 +69,7 @@ COLUMNS = {
   'spread': ('spread', '{0[0]:.2f}-{0[1]:.2f}'),
   'cpu_ratio': ('× CPU', '{:.2f}'),
   'limit_ratio': ('× limit', '{:.2f}'),
-  'kernels': ('kernels', '{}'),
+  'instructions': ('instr.', '{}'),
   'temporary_bytes_per_element': ('temp', '{:.1f}'),
   'memory_ratio': ('× mem', '{:.2f}'),
   'compile_s': ('compile', '{:.1f}'),
@@ -173,7 +173,7 @@ def growth_table(growths):
     title='growth: the exponents of size', box=rich.box.SIMPLE, width=WIDTH
   )
   table.add_column('')
-  for header in ('time', 'memory', 'compile', 'kernels'):
+  for header in ('time', 'memory', 'compile', 'instr.'):
     table.add_column(header, justify='right', no_wrap=True)
   for name, growth in growths.items():
     low, high = min(growth['sizes']), max(growth['sizes'])

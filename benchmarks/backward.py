@@ -86,6 +86,7 @@ CASES = {
     {'by hand': step_by_hand, 'reverse_gradient': reversed_step},
     functools.partial(network_data, 1024, 512),
     1024 * 512,
+    limit='by hand',
     quick=True,
   ),
   'reversal alone': harness.Growth(

@@ -70,29 +70,34 @@ def programs():
 def kinds():
   running = optax_ghm.RunningMoments.init((64,))
 
-  def masked(x, scale, bias):
-    mask = (jnp.arange(len(x)) % 8 > 0)[:, None, None, None]
-    return optax_ghm.batch_norm(x, scale, bias, mask=mask)
-
-  def of_domains(x, scale, bias):
-    domain = jnp.arange(len(x)) % 2
-    return optax_ghm.domain_batch_norm(x, domain, scale, bias, num_domains=2)
-
   found = {
-    'batch_norm': optax_ghm.batch_norm,
-    'with a mask': masked,
-    'ghost_batch_norm, 16': functools.partial(
-      optax_ghm.ghost_batch_norm, ghost_size=16
+    'batch_norm': lambda domain, *args: optax_ghm.batch_norm(*args),
+    'with a mask': lambda domain, *args: optax_ghm.batch_norm(
+      *args, mask=(domain > 0)[:, None, None, None]
     ),
-    'domain_batch_norm, 2': of_domains,
-    'batch_renorm': lambda x, scale, bias: optax_ghm.batch_renorm(
-      x, running, scale, bias
+    'ghost_batch_norm, 16': lambda domain, *args: optax_ghm.ghost_batch_norm(
+      *args, ghost_size=16
+    ),
+    'domain_batch_norm, 2': lambda domain, x, *args: (
+      optax_ghm.domain_batch_norm(x, domain, *args, num_domains=2)
+    ),
+    'batch_renorm': lambda domain, x, *args: optax_ghm.batch_renorm(
+      x, running, *args
     ),
   }
-  return {
-    name: functools.partial(forward_and_backward, f)
-    for name, f in found.items()
-  }
+  return {name: functools.partial(of_kind, f) for name, f in found.items()}
+
+
+def of_kind(normalize, *data):
+  *args, domain = data
+  return forward_and_backward(functools.partial(normalize, domain), *args)
+
+
+def with_domains(shape, count):
+  """Which also serve as a mask: what is of domain 0 does not count."""
+  return *array_data(shape, jnp.dtype('float32')), jax.random.randint(
+    jax.random.key(1), shape[:1], 0, count
+  )
 
 
 def alone(shape, dtype, reused, quick):
@@ -200,21 +205,17 @@ def training(shape, dtype):
 
 
 def domains(count):
-  def normalized(x, scale, bias):
-    domain = jnp.arange(len(x)) % count
-    return optax_ghm.domain_batch_norm(
-      x, domain, scale, bias, num_domains=count
-    )
-
+  shape = 8192, 256
+  programs = {
+    'batch_norm': lambda domain, *args: optax_ghm.batch_norm(*args),
+    'domain_batch_norm': lambda domain, x, *args: optax_ghm.domain_batch_norm(
+      x, domain, *args, num_domains=count
+    ),
+  }
   return harness.Case(
-    {
-      'batch_norm': functools.partial(
-        forward_and_backward, optax_ghm.batch_norm
-      ),
-      'domain_batch_norm': functools.partial(forward_and_backward, normalized),
-    },
-    functools.partial(array_data, (8192, 256), jnp.dtype('float32')),
-    elements=8192 * 256,
+    {name: functools.partial(of_kind, f) for name, f in programs.items()},
+    functools.partial(with_domains, shape, count),
+    elements=array_size(shape),
   )
 
 
@@ -238,11 +239,11 @@ CASES = {
   ),
   'kinds, float32 (128, 32, 32, 64)': harness.Case(
     kinds(),
-    functools.partial(array_data, SHAPES[1], jnp.dtype('float32')),
+    functools.partial(with_domains, SHAPES[1], 2),
     elements=array_size(SHAPES[1]),
   ),
   'domains, (8192, 256)': harness.Growth(
-    'domains', {count: domains(count) for count in (2, 4, 8)}
+    'domains', {count: domains(count) for count in (2, 8, 64)}
   ),
   'training step, 4 convolutions, float32': training(
     (64, 32, 32, 3), jnp.dtype('float32')

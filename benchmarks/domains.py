@@ -1,9 +1,9 @@
 """What domain adaptation adds: the loss, CDAN's conditioning, harmonised forks.
 
 Forward and backward of each: the cross-entropy of the domains against Optax's,
-the multilinear maps against an outer product by hand, and in a network with two
-branches the harmonised fork against a backward pass per loss, as the paper has
-it. The limit there is the network without any harmonisation.
+the multilinear maps against a broadcast product by hand, and in a network with
+two branches the harmonised fork against a backward pass per loss, as the paper
+has it. The limit there is the network without any harmonisation.
 """
 
 import functools
@@ -41,7 +41,8 @@ def map_data(classes):
 
 
 def outer_product(features, predictions, _):
-  return jnp.einsum('nf,nc->nfc', features, predictions).reshape(BATCH, -1)
+  product = features[:, :, None] * predictions[:, None, :]
+  return product.reshape(BATCH, -1)
 
 
 def randomized(features, predictions, projections):
@@ -56,7 +57,7 @@ def squared(mapped):
 
 
 MAPS = {
-  'by hand: einsum': outer_product,
+  'by hand: broadcast': outer_product,
   'multilinear_map': lambda features, predictions, _: optax_ghm.multilinear_map(
     features, predictions
   ),

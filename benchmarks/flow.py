@@ -146,13 +146,23 @@ def recorded(depth):
     )(params, tapped.init(params, x))
     return params, taps, jax.jit(tx.update)(grads, tx.init(params), params)[1]
 
-  def fetched(params, taps, opt_state):
-    del params
-    return lambda: jax.device_get((taps, opt_state))
+  @jax.jit
+  def fresh(*measured):  # what was fetched before is on the host already
+    return jax.tree.map(jnp.copy, measured)
 
-  def added(params, taps, opt_state):
+  def fetched(params, *measured):
+    del params
+    return lambda: jax.device_get(fresh(*measured))
+
+  def added(params, *measured):
     record, steps = flow.Record(params), itertools.count()
-    return lambda: record.add(next(steps), taps=taps, opt_state=opt_state)
+
+    def call():
+      taps, opt_state = fresh(*measured)
+      record.add(next(steps), taps=taps, opt_state=opt_state)
+      return len(record)  # once it has arrived
+
+    return call
 
   return harness.Case(
     {

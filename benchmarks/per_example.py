@@ -1,9 +1,10 @@
 """What weighing per-example gradients adds to a training step that has them.
 
 An AdamW step of a network of 784, 256 and 10: gradients of all examples by
-vmap, then their mean, that of Optax's private aggregation, the harmonised one
-or the one that measures the noise scale. The limit is the step that has the
-gradient of the batch alone.
+vmap, then their mean, that of Optax's private aggregation (which also clips,
+and draws noise), the harmonised one or the one that measures the noise scale. A
+barrier keeps XLA from making the plain gradient of the mean. The limit is the
+step that has the gradient of the batch alone.
 """
 
 import functools
@@ -41,7 +42,9 @@ def data(batch):
 
 def mean():
   return optax.stateless(
-    lambda updates, params: jax.tree.map(lambda u: u.mean(0), updates)
+    lambda updates, params: jax.tree.map(
+      lambda u: u.mean(0), jax.lax.optimization_barrier(updates)
+    )
   )
 
 

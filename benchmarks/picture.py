@@ -8,7 +8,7 @@ matplotlib.use('agg')
 
 import matplotlib.pyplot as plt
 
-PEERS = ('optax.', 'flax.', 'torch.', 'jax.', 'plain', 'nothing', 'by hand')
+PEERS = ('optax.', 'flax.', 'torch', 'jax.', 'plain', 'by hand')
 OURS, PEER, LIMIT = '#1f6fb2', '#777777', '#d1495b'
 ROWS_PER_COLUMN, INCHES_PER_ROW = 110, 0.165
 

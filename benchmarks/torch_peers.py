@@ -5,6 +5,7 @@ cores. PyTorch's batch norm gets its input channels last, as JAX's does.
 """
 
 import functools
+import math
 
 import batch_norm
 import clipping
@@ -139,7 +140,7 @@ def clip_case(tree):
       },
     },
     functools.partial(clipping.gradients, tree),
-    1,
+    sum(math.prod(shape) for shape in clipping.shapes(tree)),
     init=functools.partial(clipping.initial, every),
   )
 
