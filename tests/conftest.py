@@ -1,6 +1,8 @@
 """Strict JAX for every test: eight devices, no implicit promotion."""
 
+import gc
 import os
+import pathlib
 
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -22,6 +24,19 @@ hypothesis.settings.register_profile(
   'thorough', max_examples=1000, deadline=None, derandomize=False
 )
 hypothesis.settings.load_profile('default')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_programs():
+  """Linux gives a process 65,530 mappings of memory; a program takes several.
+
+  Whoever has no more crashes in the compiler.
+  """
+  yield
+  mappings = pathlib.Path('/proc/self/maps')
+  if mappings.exists() and mappings.read_text().count('\n') > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
