@@ -34,7 +34,7 @@ def few_programs():
   """
   yield
   mappings = pathlib.Path('/proc/self/maps')
-  if mappings.exists() and mappings.read_text().count('\n') > 20_000:
+  if mappings.exists() and mappings.read_text().count('\n') > 40_000:
     jax.clear_caches()
     gc.collect()
 
