@@ -5,7 +5,7 @@ TORCH ?= torch
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-oldest test-newest bench bench-torch lint format docs clean
+.PHONY: setup demo test test-oldest test-newest bench bench-torch bench-reference lint format docs clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -37,11 +37,14 @@ test-oldest test-newest:  ## PYTHON=python3.13 for the newest of all
 bench: setup  ## against what one would use instead; ONLY=clipping, QUICK=1
 	$(BIN)/python benchmarks $(if $(QUICK),--quick) --only '$(ONLY)'
 
-bench-torch:  ## against PyTorch, in an environment that has it; TORCH=torch==...
+# in an environment that has PyTorch; TORCH=torch==... chooses which
+bench-torch: RUN := --only torch:
+bench-reference: RUN := --save reference
+bench-torch bench-reference:  ## against PyTorch; all, as in benchmarks/results
 	test -x $(VENV)-torch/bin/python || $(PYTHON) -m venv $(VENV)-torch
-	$(VENV)-torch/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-torch/bin/python -m pip install --quiet --upgrade 'pip>=25.1' $(TORCH)
 	$(VENV)-torch/bin/python -m pip install --quiet --editable '.[examples]'
-	$(VENV)-torch/bin/python benchmarks $(if $(QUICK),--quick) --only torch:
+	$(VENV)-torch/bin/python benchmarks $(if $(QUICK),--quick) $(RUN)
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .
