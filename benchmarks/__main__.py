@@ -23,7 +23,6 @@ import argparse
 import datetime
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import platform
@@ -173,7 +172,13 @@ def growth_table(growths):
     title='growth: the exponents of size', box=rich.box.SIMPLE, width=WIDTH
   )
   table.add_column('')
-  for header in ('time', 'memory', 'compile', 'instr.'):
+  columns = {
+    'ms': 'time',
+    'peak_bytes': 'memory',
+    'compile_s': 'compile',
+    'instructions': 'instr.',
+  }
+  for header in columns.values():
     table.add_column(header, justify='right', no_wrap=True)
   for name, growth in growths.items():
     low, high = min(growth['sizes']), max(growth['sizes'])
@@ -181,7 +186,7 @@ def growth_table(growths):
     for program, figures in growth['exponents'].items():
       table.add_row(
         f'  {program}',
-        *('' if math.isnan(x) else f'{x:.2f}' for x in figures.values()),
+        *(f'{figures[key]:.2f}' if key in figures else '' for key in columns),
       )
     table.add_section()
   return table

@@ -85,7 +85,9 @@ def kinds():
       x, running, *args
     ),
   }
-  return {name: functools.partial(of_kind, f) for name, f in found.items()}
+  return {name: functools.partial(of_kind, f) for name, f in found.items()} | {
+    LIMIT: lambda *data: two_writes(*data[:-1])
+  }
 
 
 def of_kind(normalize, *data):
@@ -240,6 +242,7 @@ CASES = {
   'kinds, float32 (128, 32, 32, 64)': harness.Case(
     kinds(),
     functools.partial(with_domains, SHAPES[1], 2),
+    limit=LIMIT,
     elements=array_size(SHAPES[1]),
   ),
   'domains, (8192, 256)': harness.Growth(

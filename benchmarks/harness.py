@@ -127,15 +127,14 @@ def exponents(
   """The powers of size with which time, memory and compilation grow."""
 
   def fitted(name, figure):
-    y = np.array([row[name].get(figure, np.nan) for row in rows], float)
-    if not np.all(np.isfinite(y) & (y > 0)):
-      return float('nan')
+    y = [row[name][figure] for row in rows]
     return float(np.polyfit(np.log(sizes), np.log(y), 1)[0])
 
   return {
     name: {
       figure: fitted(name, figure)
       for figure in ('ms', 'peak_bytes', 'compile_s', 'instructions')
+      if all(row[name].get(figure, 0) > 0 for row in rows)
     }
     for name in rows[0]
   }
