@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import jax
+import pytest
 
 README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
@@ -30,15 +31,22 @@ def test_python_blocks_run():
   assert session['record'].steps.tolist() == [0]
 
 
-def test_first_example_finds_what_cross_entropy_does_not():
-  def positives(block):
-    found = run([block])['found']
-    return int(found[:20].sum()), int(found[20:].sum())
+HARMONISED = 'losses, _ = optax_ghm.sigmoid_ghm_loss'
+PLAIN = 'losses = optax.sigmoid_binary_cross_entropy'
+WEIGHTED = PLAIN.replace('= ', '= jnp.where(y == 1, 50, 50 / 99) * ')
 
-  plain = BLOCKS[0].replace(
-    'losses, _ = optax_ghm.sigmoid_ghm_loss',
-    'losses = optax.sigmoid_binary_cross_entropy',
-  )
-  assert plain != BLOCKS[0]
-  found, false = positives(BLOCKS[0])
-  assert found >= positives(plain)[0] + 4 and false <= 4
+
+@pytest.mark.parametrize(
+  ('loss', 'found', 'false', 'words'),
+  [
+    (HARMONISED, 14, 1, 'finds 14, with one false alarm'),
+    (PLAIN, 8, 0, 'finds 8'),
+    (WEIGHTED, 19, 25, 'find 19 of 20, with 25 false alarms'),
+  ],
+)
+def test_the_first_example_finds_what_is_said(loss, found, false, words):
+  assert words in ' '.join(README.split())
+  positive = run([BLOCKS[0].replace(HARMONISED, loss)])['found']
+  # Another processor's rounding may move what lies on the border.
+  assert abs(int(positive[:20].sum()) - found) <= 1
+  assert abs(int(positive[20:].sum()) - false) <= 2
