@@ -61,4 +61,4 @@ docs: setup  ## the site, in docs/_build/html; a warning is an error
 	  -a -E -d docs/_build/doctrees docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) $(VENV)-* docs/_build .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-* docs/_build .jax_cache .pytest_cache .hypothesis .ruff_cache

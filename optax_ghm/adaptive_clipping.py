@@ -165,9 +165,11 @@ def clip_by_zscore(
     to_new = jnp.abs(seen - next_mean)
     distance = jnp.where(warm, jnp.abs(seen - mean), to_new)
     moved = jnp.sqrt(distance) * jnp.sqrt(to_new)
+    # Not 0: the hypotenuse of two zeros is NaN on the way, in some of JAX.
+    moved = jnp.maximum(jnp.sqrt(share) * moved, jnp.finfo(jnp.float32).tiny)
     following = NormMoments(
       next_mean,
-      jnp.hypot(jnp.sqrt(1 - share) * deviation, jnp.sqrt(share) * moved),
+      jnp.hypot(jnp.sqrt(1 - share) * deviation, moved),
       _clipping.count_if(True, recorded),
     )
     usual = jnp.where(recorded > 0, mean, jnp.inf)

@@ -17,6 +17,8 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
+
 hypothesis.settings.register_profile(
   'default', max_examples=25, deadline=None, derandomize=True
 )
@@ -24,6 +26,17 @@ hypothesis.settings.register_profile(
   'thorough', max_examples=1000, deadline=None, derandomize=False
 )
 hypothesis.settings.load_profile('default')
+
+
+def pytest_configure(config):
+  """What was compiled once is not again, by the other process or next time.
+
+  Compiling is most of the time. The programs of a thorough run are too many.
+  """
+  if config.getoption('--hypothesis-profile') != 'thorough':
+    jax.config.update('jax_compilation_cache_dir', str(CACHE))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -168,12 +168,13 @@ def tap(x: Any, sink: TapStats) -> Any:
   .. math::
     y = x, \qquad \bar x = \bar y, \qquad \bar s = \text{statistics}(\bar y)
 
-  Every other gradient is bit for bit what it is without the tap. The statistics
-  are float32 and come of one pass over the cotangent, with, in a sharded
-  ``jit``, two all-reduces of their own size. Under ``jit``, ``vmap``, ``scan``,
-  ``remat``, ``cond`` and ``shard_map`` they follow the rules of any gradient:
-  sinks that are scanned over get the statistics of their own step, one that is
-  shared gets those of all. Where no gradient passes, ``calls`` is 0.
+  Every other gradient is what it is without the tap, bit for bit as long as the
+  compiler adds in the same order. The statistics are float32 and come of one
+  pass over the cotangent, with, in a sharded ``jit``, two all-reduces of their
+  own size. Under ``jit``, ``vmap``, ``scan``, ``remat``, ``cond`` and
+  ``shard_map`` they follow the rules of any gradient: sinks that are scanned
+  over get the statistics of their own step, one that is shared gets those of
+  all. Where no gradient passes, ``calls`` is 0.
 
   Statistics are not linear in the cotangent, so forward mode (``jax.jvp``,
   ``jax.hessian``) raises.

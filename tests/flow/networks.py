@@ -277,7 +277,7 @@ def train(case, seed, steps=30, batch=128):
   keys = {'params': jax.random.key(seed), 'dropout': jax.random.key(1)}
   variables = dict(init(keys, x[:batch]))
   params = variables.pop('params')
-  state, record = tx.init(params), flow.Record(params)
+  state, record = jax.jit(tx.init)(params), flow.Record(params)
   rng = np.random.default_rng(seed)
   for i in range(steps):
     at = rng.integers(len(x), size=batch)
