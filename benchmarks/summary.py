@@ -13,7 +13,7 @@ ROWS = (
   ('`harmonize` before it, 1e6 logits', 'losses: sigmoid, examples = 1,000,000', 'harmonize before optax cross-entropy'),
   ('`softmax_ghm_loss…`, 100 classes', 'losses: softmax, 10,000 examples, classes = 100', 'softmax_ghm_loss_with_integer_labels'),
   ('`smooth_l1_ghm_loss`, 1e6 numbers', 'losses: regression, 1,000,000 numbers', 'smooth_l1_ghm_loss'),
-  ('`harmonized_aggregate`, step with 64 examples', 'per_example: AdamW on per-example gradients, batch = 64', 'harmonized_aggregate'),
+  ('`harmonized_aggregate`, 64 per-example gradients', 'per_example: AdamW on per-example gradients, batch = 64', 'harmonized_aggregate'),
   ('`reverse_gradient`, training step', 'backward: reversal in a training step', 'reverse_gradient'),
   ('`in_backward(optax.scale_by_adam())`, 1e7 numbers', 'backward: in_backward(scale_by_adam), numbers = 10,000,000', 'in_backward(optax.*)'),
   ('`harmonized_fork`, training step', 'domains: two branches, six layers of 512, batch 512', 'harmonized_fork'),
