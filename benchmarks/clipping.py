@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_ghm
-from optax_ghm import norms
+from optax_ghm._core import norms
 
 LIMIT = 'limit: nothing in front'
 

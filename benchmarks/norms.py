@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm import norms
+from optax_ghm._core import norms
 
 
 def shapes(count, kinds):

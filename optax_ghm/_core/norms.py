@@ -7,31 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-LARGEST_DIVISOR = 2.0**120
-"""XLA divides by multiplying with the reciprocal: that of more is flushed."""
-
-LARGEST_RECIPROCAL = 8e37
-"""That of more is below the least normal float32."""
-
-AxisName = str | tuple[str, ...] | None
-"""Mapped axes over which an array is split."""
-
-
-def is_inexact(x: Any) -> bool:
-  """Whether it has a gradient: a floating or complex array, nothing else."""
-  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-  """The dtype to compute in: 16-bit floats become float32, others stay."""
-  return np.promote_types(dtype, np.float32)
-
-
-def multiply(x: jax.Array, factor: jax.Array) -> jax.Array:
-  """X times a real number of its precision; complex infinities stay so."""
-  if jnp.iscomplexobj(x):
-    return jax.lax.complex(x.real * factor, x.imag * factor)
-  return x * factor
+from optax_ghm._core import leaf_rows, trees
+from optax_ghm._core.arrays import (
+  AxisName,
+  at_least_float32,
+  divisor,
+  is_normal,
+  is_split,
+)
 
 
 def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
@@ -54,7 +37,7 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
 
   Examples:
     >>> import jax.numpy as jnp
-    >>> from optax_ghm import norms
+    >>> from optax_ghm._core import norms
     >>> print(norms.norm(jnp.array([3e30, 4e30])))
     5e+30
     >>> norms.norm(jnp.array([[3.0, 4.0], [0.0, 0.0]]), axis=-1)
@@ -89,17 +72,12 @@ def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
 
   Examples:
     >>> import jax.numpy as jnp
-    >>> from optax_ghm import norms
+    >>> from optax_ghm._core import norms
     >>> print(norms.global_norm({'a': jnp.array(3e30), 'b': jnp.array([4e30])}))
     5e+30
   """
-  leaves = counted(tree)
+  leaves = trees.counted(tree)
   return group_norms(leaves, np.zeros(len(leaves), int), 1, axis_name)[0]
-
-
-def counted(tree: Any) -> list[jax.Array]:
-  """The leaves that have a norm: floating or complex, and not empty."""
-  return [u for u in jax.tree.leaves(tree) if is_inexact(u) and u.size]
 
 
 def group_norms(
@@ -128,7 +106,7 @@ def group_norms(
   Examples:
     >>> import jax.numpy as jnp
     >>> import numpy as np
-    >>> from optax_ghm import norms
+    >>> from optax_ghm._core import norms
     >>> leaves = [jnp.array([3.0]), jnp.full(4, 1e30), jnp.array([4.0])]
     >>> norms.group_norms(leaves, np.array([0, 1, 0]), 2)
     Array([5.e+00, 2.e+30], dtype=float32)
@@ -136,7 +114,7 @@ def group_norms(
   if not leaves:
     return jnp.zeros([count], jnp.float32)
   dtype = _result_dtype(leaves)
-  arrays, of_rows = rows(leaves, groups)
+  arrays, of_rows = leaf_rows.rows(leaves, groups)
 
   def per_row(reduce, *values):
     parts, start = [], 0
@@ -227,40 +205,6 @@ def _root(total, rescaled, axis_name):
   return unit * _sqrt(total)
 
 
-def divisor(largest):
-  """What to divide by so that nothing overflows: 1 for 0, inf and NaN.
-
-  And for subnormal numbers, by which XLA may divide as by 0.
-  """
-  unit = jnp.where(is_normal(largest) & jnp.isfinite(largest), largest, 1)
-  return jnp.minimum(unit, LARGEST_DIVISOR)
-
-
-def contract(weights: jax.Array, x: jax.Array) -> jax.Array:
-  """The sums of ``x`` along its first axis, with one or several weights.
-
-  As a product of matrices: XLA is slow to sum along the first axis.
-
-  Args:
-    weights: (..., N), of the dtype of ``x``.
-    x: (N, ...). Where it is not finite, no sum over it is, 0 times or not.
-  """
-  sharding = jax.typeof(x).sharding
-  spec = PartitionSpec(*[None] * (weights.ndim - 1), *sharding.spec[1:])
-  return jnp.tensordot(
-    weights,
-    x,
-    axes=1,
-    precision=jax.lax.Precision.HIGHEST,
-    out_sharding=sharding.update(spec=spec),
-  )
-
-
-def is_normal(x):
-  """False for 0 and subnormal numbers; True for inf and NaN."""
-  return ~(x < jnp.finfo(x.dtype).tiny)
-
-
 def _largest(x, axis):
   return jnp.max(jnp.abs(x.astype(at_least_float32(x.dtype))), axis)
 
@@ -272,58 +216,3 @@ def _sum_of_squares(x, axis, unit=None):
   if unit is not None:
     parts = [part / unit.astype(part.dtype) for part in parts]
   return sum(jnp.sum(jnp.square(part), axis) for part in parts)
-
-
-SMALL, MANY, TOGETHER = 2**14, 32, 64
-"""Leaves of up to so many elements are joined where there are so many, and so
-many at a time: XLA compiles a few dozen operands per concatenation soonest."""
-
-
-def rows(
-  leaves: list[jax.Array], groups: np.ndarray
-) -> tuple[list[jax.Array], np.ndarray]:
-  """The leaves, each in a row of an array with a new first axis.
-
-  Small leaves of one group share a row, if there is but one group; if there are
-  several, each has a row to itself, filled up with zeros.
-
-  Args:
-    leaves: as :func:`counted` gives them.
-    groups: the group of every leaf.
-
-  Returns:
-    The arrays, and the group of every row of them.
-  """
-  small = [
-    i
-    for i, leaf in enumerate(leaves)
-    if leaf.size <= SMALL and not is_split(leaf)
-  ]
-  if len(small) < MANY:
-    small = []
-  one_group = len(set(groups[small])) == 1
-  arrays, of_rows, classes = [], [], {}
-  for i in small:
-    size = 0 if one_group else 1 << (leaves[i].size - 1).bit_length()
-    classes.setdefault((leaves[i].dtype, size), []).append(i)
-  for (dtype, size), members in classes.items():
-    for start in range(0, len(members), TOGETHER):
-      some = members[start : start + TOGETHER]
-      # One flat concatenation, which XLA copies piece by piece.
-      pieces = []
-      for i in some:
-        pieces.append(leaves[i].ravel())
-        if leaves[i].size < size:
-          pieces.append(jnp.zeros(size - leaves[i].size, dtype))
-      joined = jnp.concatenate(pieces)
-      arrays.append(joined.reshape(-1, size or joined.size))
-      of_rows += [groups[i] for i in (some[:1] if one_group else some)]
-  for i in sorted(set(range(len(leaves))) - set(small)):
-    arrays.append(leaves[i][None])
-    of_rows.append(groups[i])
-  return arrays, np.array(of_rows)
-
-
-def is_split(leaf):
-  """Whether the array is known, by explicit axes, to be sharded."""
-  return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ghm import norms as _norms
+from optax_ghm._core import arrays
+from optax_ghm._core.norms import norm
 
 
 def norms(updates: Any, params: Any = None) -> jax.Array:
@@ -20,7 +21,7 @@ def norms(updates: Any, params: Any = None) -> jax.Array:
     ValueError: if the leaves differ in their first axis or have none, or do not
       have the shape of ``params`` behind it.
   """
-  examples = [u for u in jax.tree.leaves(updates) if _norms.is_inexact(u)]
+  examples = [u for u in jax.tree.leaves(updates) if arrays.is_inexact(u)]
   sizes = {u.shape[0] if u.ndim else None for u in examples}
   if len(sizes) > 1 or None in sizes:
     raise ValueError(
@@ -29,10 +30,9 @@ def norms(updates: Any, params: Any = None) -> jax.Array:
     )
   _check_per_example(updates, params)
   per_leaf = [
-    _norms.norm(u, tuple(range(1, u.ndim))).astype(jnp.float32)
-    for u in examples
+    norm(u, tuple(range(1, u.ndim))).astype(jnp.float32) for u in examples
   ]
-  return _norms.norm(jnp.stack(per_leaf, -1), axis=-1)
+  return norm(jnp.stack(per_leaf, -1), axis=-1)
 
 
 def _check_per_example(updates, params):
@@ -41,7 +41,7 @@ def _check_per_example(updates, params):
   if len(updates) != len(params):
     return
   for update, param in zip(updates, params, strict=True):
-    if _norms.is_inexact(update) and update.shape[1:] != jnp.shape(param):
+    if arrays.is_inexact(update) and update.shape[1:] != jnp.shape(param):
       raise ValueError(
         'updates must be per-example gradients, a batch axis before the shape'
         f' of the parameter: got {update.shape} for {jnp.shape(param)}. Make'
@@ -50,7 +50,7 @@ def _check_per_example(updates, params):
 
 
 def weighted_sum(
-  updates: Any, weights: jax.Array, axis_name: _norms.AxisName = None
+  updates: Any, weights: jax.Array, axis_name: arrays.AxisName = None
 ) -> Any:
   """The sum of the examples' gradients; what has weight 0 may be NaN or inf.
 
@@ -62,11 +62,11 @@ def weighted_sum(
   """
 
   def over_examples(update):
-    if not _norms.is_inexact(update):
+    if not arrays.is_inexact(update):
       return update
-    dtype = _norms.at_least_float32(update.dtype)
+    dtype = arrays.at_least_float32(update.dtype)
     counts = jnp.expand_dims(weights != 0, range(1, update.ndim))
-    total = _norms.contract(
+    total = arrays.contract(
       weights.astype(dtype), jnp.where(counts, update, 0).astype(dtype)
     )
     if axis_name is not None:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ghm import norms as _norms
+from optax_ghm._core import arrays, trees
+from optax_ghm._core.norms import group_norms, unit_norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Units:
 
 FLAX_UNITS = Units()
 
+
 Scope = Literal['global', 'leaf', 'unit'] | Groups | Units
 """The whole tree, every leaf, every unit of a leaf, or groups of leaves."""
 
@@ -124,19 +126,19 @@ class Scoped(NamedTuple):
   groups: np.ndarray
   axes: list[tuple[int, ...]] | None = None
 
-  def norms(self, tree: Any, axis_name: _norms.AxisName = None) -> jax.Array:
+  def norms(self, tree: Any, axis_name: arrays.AxisName = None) -> jax.Array:
     """The norms, float32 of the shape, in one pass if there are no units."""
-    leaves = _norms.counted(tree)
+    leaves = trees.counted(tree)
     if self.axes is None:
       count = self.shape[0] if self.shape else 1
-      norms = _norms.group_norms(leaves, self.groups, count, axis_name)
+      norms = group_norms(leaves, self.groups, count, axis_name)
     else:
-      norms = _norms.unit_norms(leaves, self.axes, axis_name)
+      norms = unit_norms(leaves, self.axes, axis_name)
     return norms.astype(jnp.float32).reshape(self.shape)
 
-  def sizes(self, tree: Any, axis_name: _norms.AxisName = None) -> jax.Array:
+  def sizes(self, tree: Any, axis_name: arrays.AxisName = None) -> jax.Array:
     """How many numbers have a norm together, float32 of the shape."""
-    leaves = _norms.counted(tree)
+    leaves = trees.counted(tree)
     if self.axes is None:
       sizes = np.zeros(self.shape[0] if self.shape else 1, np.float32)
       np.add.at(sizes, self.groups, [leaf.size for leaf in leaves])
@@ -161,7 +163,7 @@ class Scoped(NamedTuple):
 
     def scale(leaf):
       nonlocal offset
-      if not (_norms.is_inexact(leaf) and leaf.size):
+      if not (arrays.is_inexact(leaf) and leaf.size):
         return leaf
       own = factor
       if self.axes is not None:
@@ -172,8 +174,8 @@ class Scoped(NamedTuple):
         offset += count
       elif factor.ndim:
         own = factor[next(groups)]
-      dtype = _norms.at_least_float32(leaf.dtype)
-      scaled = _norms.multiply(
+      dtype = arrays.at_least_float32(leaf.dtype)
+      scaled = arrays.multiply(
         leaf.astype(dtype), own.astype(jnp.finfo(dtype).dtype)
       )
       return jnp.where(own > 0, scaled, 0).astype(leaf.dtype)
@@ -187,7 +189,7 @@ def scoped(scope: Scope, tree: Any) -> Scoped:
   Raises:
     ValueError: if it is not a :data:`Scope`.
   """
-  leaves = _norms.counted(tree)
+  leaves = trees.counted(tree)
   if isinstance(scope, Groups):
     return _grouped(scope, tree)
   if isinstance(scope, Units):
@@ -211,7 +213,7 @@ def _grouped(scope, tree):
   each = [
     label
     for label, leaf in zip(each, of_all, strict=True)
-    if _norms.is_inexact(leaf) and leaf.size
+    if arrays.is_inexact(leaf) and leaf.size
   ]
   names = sorted(set(jax.tree.leaves(labels)), key=str)
   groups = np.array([names.index(label) for label in each], int)
@@ -222,10 +224,10 @@ def _united(scope, tree):
   axes = [
     np.lib.array_utils.normalize_axis_tuple(scope.axes(path, leaf), leaf.ndim)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    if _norms.is_inexact(leaf) and leaf.size
+    if arrays.is_inexact(leaf) and leaf.size
   ]
   counts = [
     int(np.prod([leaf.shape[i] for i in set(range(leaf.ndim)) - set(kept)]))
-    for leaf, kept in zip(_norms.counted(tree), axes, strict=True)
+    for leaf, kept in zip(trees.counted(tree), axes, strict=True)
   ]
   return Scoped((sum(counts),), np.arange(len(counts)), axes)

@@ -14,152 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm import norms as _norms
-
-OVERWRITE_WITH_GRADIENT = '_overwrite_with_gradient'
-"""The name of Flax's collection for variables that their gradient replaces."""
-
-
-def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
-  """The next states, from the gradients with respect to the states.
-
-  A state is any node with a field ``calls``, the number of backward passes
-  whose next states were added up in its gradient. Where that is 0, because no
-  gradient reached the state in this step, the state stays as it was, where
-  taking the gradient itself would clear it. What has no such field, like Flax's
-  own states of that kind, is its gradient.
-
-  Args:
-    states: pytree of states that rode the backward pass.
-    gradients: their gradients, the same structure.
-
-  Returns:
-    The states to use in the next step.
-
-  Examples:
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> def loss(params, harmony):
-    ...   logits = optax_ghm.harmonize(params * jnp.arange(3.0), harmony)
-    ...   return jnp.mean(jnp.square(logits - 1))
-    >>> harmony = optax_ghm.DEFAULT_DENSITY.init()
-    >>> grads, harmony_grad = jax.grad(loss, argnums=(0, 1))(2.0, harmony)
-    >>> harmony = optax_ghm.overwrite_with_gradient(harmony, harmony_grad)
-    >>> float(harmony.histogram.sum())
-    3.0
-  """
-
-  def overwrite(state, gradient):
-    if not hasattr(state, 'calls'):
-      return gradient
-    reached = gradient.calls > 0  # one per state, where states are stacked
-
-    def choose(old, new):
-      each = jnp.expand_dims(reached, tuple(range(reached.ndim, new.ndim)))
-      return jnp.where(each, new, old)
-
-    return jax.tree.map(choose, state, gradient)
-
-  return jax.tree.map(
-    overwrite, states, gradients, is_leaf=lambda x: hasattr(x, 'calls')
-  )
-
-
-def apply_gradients(
-  tx: optax.GradientTransformation,
-  variables: dict[str, Any],
-  gradients: dict[str, Any],
-  opt_state: optax.OptState,
-  **extra_args: Any,
-) -> tuple[dict[str, Any], optax.OptState]:
-  """One step of a plain Optax loop over Linen variables.
-
-  What ``TrainState.apply_gradients`` does, for loops without one: the
-  collection ``'params'`` is updated by ``tx``, the collection
-  :data:`OVERWRITE_WITH_GRADIENT` is replaced by its gradient.
-
-  Args:
-    tx: optimizer, its state initialised on ``variables['params']``.
-    variables: with a collection ``'params'`` and, if any state rides the
-      backward pass, :data:`OVERWRITE_WITH_GRADIENT`.
-    gradients: with respect to ``variables``, the same structure.
-    opt_state: state of ``tx``.
-    **extra_args: passed to ``tx.update``.
-
-  Returns:
-    The next variables and the next state of ``tx``.
-
-  Raises:
-    ValueError: if ``variables`` and ``gradients`` hold other collections.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax
-    >>> import optax_ghm
-    >>> tx = optax.sgd(0.5)
-    >>> variables = {'params': jnp.array(1.0)}
-    >>> variables, _ = optax_ghm.apply_gradients(
-    ...   tx,
-    ...   variables,
-    ...   {'params': jnp.array(2.0)},
-    ...   tx.init(variables['params']),
-    ... )
-    >>> float(variables['params'])
-    0.0
-  """
-  known = {'params', OVERWRITE_WITH_GRADIENT}
-  for name, tree in (('variables', variables), ('gradients', gradients)):
-    if not {'params'} <= set(tree) <= known:
-      raise ValueError(
-        f"{name} must hold 'params' and at most {OVERWRITE_WITH_GRADIENT!r}"
-        f' beside it, got {sorted(tree)}: keep other collections out of what'
-        ' is differentiated.'
-      )
-  if set(variables) != set(gradients):
-    raise ValueError(
-      'variables and gradients must hold the same collections, got'
-      f' {sorted(variables)} and {sorted(gradients)}.'
-    )
-  updates, opt_state = optax.with_extra_args_support(tx).update(
-    gradients['params'], opt_state, variables['params'], **extra_args
-  )
-  following = dict(variables)
-  following['params'] = optax.apply_updates(variables['params'], updates)
-  if OVERWRITE_WITH_GRADIENT in variables:
-    following[OVERWRITE_WITH_GRADIENT] = overwrite_with_gradient(
-      variables[OVERWRITE_WITH_GRADIENT], gradients[OVERWRITE_WITH_GRADIENT]
-    )
-  return following, opt_state
-
-
-def ride(next_state: Any, cotangent: Any) -> Any:
-  """Ties every leaf of a next state to the cotangent it came with.
-
-  Where ``jax.vmap`` shares one state among examples, JAX sums over these what
-  of the state's gradient depends on the example, and takes the rest, such as a
-  count, once. Tied, all of it is summed, and ``calls`` says how many there are.
-  Compiles to nothing.
-  """
-  numbers = [u for u in jax.tree.leaves(cotangent) if u.size]
-  if not numbers:
-    return next_state
-  total = jnp.sum(numbers[0].real)
-  zero = jnp.where(jnp.isnan(total), 0, 0)
-
-  def tie(leaf):
-    # Shards that have agreed on a state must not be made to differ again.
-    if not varying_axes(zero) <= varying_axes(leaf):
-      return leaf
-    return leaf + zero.astype(leaf.dtype)
-
-  return jax.tree.map(tie, next_state)
-
-
-def varying_axes(x: jax.Array) -> frozenset[str]:
-  """The axes of a ``shard_map`` along which x differs; its name has moved."""
-  kind = jax.typeof(x)
-  return frozenset(kind.vma if hasattr(kind, 'vma') else kind.mat.varying)
+from optax_ghm._core import arrays
+from optax_ghm.backward import _float_state, _overwrite
 
 
 class InBackwardState(NamedTuple):
@@ -199,7 +55,7 @@ class InBackward:
     Returns:
       The state.
     """
-    state = jax.tree.map(_to_floats, self.tx.init(_inexact_part(x)))
+    state = jax.tree.map(_float_state.to_floats, self.tx.init(_inexact_part(x)))
     return InBackwardState(carried=state, calls=jnp.zeros([], jnp.float32))
 
   def keeps_state(self, x: Any) -> bool:
@@ -222,7 +78,9 @@ class InBackward:
     like = jax.eval_shape(self.tx.init, _inexact_part(x))
     calls = jnp.where(state.calls > 0, state.calls, 1)
     return jax.tree.map(
-      lambda shape, leaf: _from_floats(leaf, shape, calls), like, state.carried
+      lambda shape, leaf: _float_state.from_floats(leaf, shape, calls),
+      like,
+      state.carried,
     )
 
   def __call__(
@@ -270,12 +128,12 @@ class InBackward:
         cotangent, self.unpack(state, floats), floats
       )
       next_state = InBackwardState(
-        carried=jax.tree.map(_to_floats, next_state),
+        carried=jax.tree.map(_float_state.to_floats, next_state),
         calls=jnp.ones_like(state.calls),
       )
       return (
         _cast_like(updates, cotangent, 'updates'),
-        _cast_like(ride(next_state, cotangent), state, 'state'),
+        _cast_like(_overwrite.ride(next_state, cotangent), state, 'state'),
       )
 
     update, closed_over = _open(update, floats, state, floats)
@@ -283,7 +141,7 @@ class InBackward:
       jax.tree.leaves(_in_backward(update, floats, state, closed_over))
     )
     return structure.unflatten(
-      next(passed) if _norms.is_inexact(leaf) else leaf for leaf in leaves
+      next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
     )
 
 
@@ -380,7 +238,7 @@ _in_backward.defvjp(_in_backward_fwd, _in_backward_bwd)
 
 def _inexact_part(x):
   """None in the place of leaves that have no gradient."""
-  return jax.tree.map(lambda leaf: leaf if _norms.is_inexact(leaf) else None, x)
+  return jax.tree.map(lambda leaf: leaf if arrays.is_inexact(leaf) else None, x)
 
 
 def _types(tree):
@@ -424,41 +282,3 @@ def _cast_like(tree, like, name):
     return jax.sharding.reshard(leaf, sharding)
 
   return jax.tree.map(cast, tree, like)
-
-
-def _to_floats(leaf):
-  """A leaf of a state as floating numbers: an integer n as n = 2**16 a + b."""
-  leaf = jnp.asarray(leaf)
-  if _norms.is_inexact(leaf):
-    return leaf
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  if leaf.dtype.itemsize < 4:
-    leaf = leaf.astype(jnp.int32)
-  words = jax.lax.bitcast_convert_type(leaf, jnp.int32)
-  return jnp.stack([words >> 16, words & 0xFFFF], axis=-1).astype(jnp.float32)
-
-
-def _from_floats(leaf, like, calls):
-  """The mean of ``calls`` leaves that were added up, of the dtype of ``like``.
-
-  Exact for integers that are equal in all calls, up to 512, also where the sum
-  was averaged since, to rounding.
-  """
-  calls = jnp.expand_dims(calls, tuple(range(calls.ndim, leaf.ndim)))
-  mean = leaf / calls.astype(leaf.dtype)
-  if _norms.is_inexact(like):
-    return mean
-  high, low = mean[..., 0], mean[..., 1]
-  whole = jnp.round(high)
-  whole = jnp.where(jnp.abs(high - whole) < 0.01, whole, jnp.floor(high))
-  rest = jnp.where(jnp.abs(high - whole) < 0.01, 0, high - whole)
-  low = jnp.round(rest * 2**16 + low)
-  words = whole.astype(jnp.int32) * 2**16 + low.astype(jnp.int32)
-  if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-    data = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    impl = jax.random.key_impl(jnp.empty((), like.dtype))
-    return jax.random.wrap_key_data(data, impl=impl)
-  if like.dtype.itemsize < 4:
-    return words.astype(like.dtype)
-  return jax.lax.bitcast_convert_type(words, like.dtype)

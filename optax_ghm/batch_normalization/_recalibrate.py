@@ -8,11 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ghm import (
-  batch_subsets as _batch_subsets,
-  moments as _moments,
-  norms as _norms,
-)
+from optax_ghm._core import arrays
+from optax_ghm.batch_normalization import _domain, _moments
 
 
 def moments_of_call(
@@ -43,7 +40,7 @@ def moments_of_call(
   }
   if 'domain' not in given:
     return _moments.batch_moments(given['x'], **options)
-  return _batch_subsets.domain_batch_norm(
+  return _domain.domain_batch_norm(
     given['x'], given['domain'], num_domains=norm.num_domains, **options
   )[1]
 
@@ -59,7 +56,7 @@ def hashable(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 def nothing_measured(mean: jax.Array) -> _moments.Moments:
   """Moments of nothing, for averages of this shape."""
-  return _moments.Moments.init(mean.shape, _norms.at_least_float32(mean.dtype))
+  return _moments.Moments.init(mean.shape, arrays.at_least_float32(mean.dtype))
 
 
 def settle(

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm import (
-  batch_normalizing as _batch_normalizing,
-  moments as _moments,
-  norms as _norms,
-  running_moments as _running_moments,
+from optax_ghm._core import arrays
+from optax_ghm.batch_normalization import (
+  _moments,
+  _normalize,
+  _pool,
+  _running_moments,
 )
 
 
@@ -26,7 +27,7 @@ def batch_renorm(
   axis: int | tuple[int, ...] = -1,
   epsilon: float = 1e-5,
   mask: jax.Array | None = None,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, _moments.Moments]:
   r"""Batch renormalisation: what training sees is what evaluation will see.
@@ -77,20 +78,20 @@ def batch_renorm(
     Batch-Normalized Models <https://arxiv.org/abs/1702.03275>`_, 2017
   """
   x = jnp.asarray(x)
-  pool = _moments.Pool.of(x, axis, axis_name)
+  pool = _pool.Pool.of(x, axis, axis_name)
   running_mean, running_var = (
-    _batch_normalizing.fit_statistics(pool, x, u, n)
+    _normalize.fit_statistics(pool, x, u, n)
     for u, n in ((running.mean, 'running.mean'), (running.var, 'running.var'))
   )
-  y, moments = _batch_normalizing.normalize(
+  y, moments = _normalize.normalize(
     pool,
     epsilon,
     dtype or x.dtype,
     x,
-    *_batch_normalizing.fit_parameters(pool, x, scale, bias),
-    _moments.fit_mask(x, mask),
+    *_normalize.fit_parameters(pool, x, scale, bias),
+    _pool.fit_mask(x, mask),
     None,
-    _batch_normalizing.Renorm(
+    _normalize.Renorm(
       running_mean,
       running_var,
       *(jnp.asarray(u, running_mean.dtype) for u in (r_max, d_max)),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_ghm import moments as _moments
+from optax_ghm.batch_normalization import _moments
 
 
 class RunningMoments(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_ghm import moments as _moments, running_moments as _running_moments
+from optax_ghm.batch_normalization import _moments, _running_moments
 
 COLUMNS = ('mean_to_std', 'mean_drift', 'std_drift', 'clipped', 'constant')
 

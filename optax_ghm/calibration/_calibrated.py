@@ -6,11 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm import (
-  adaptive_clipping as _adaptive_clipping,
-  clipping as _clipping,
-  gating as _gating,
-)
+from optax_ghm._core.update_where import update_where
+from optax_ghm.calibration import _clip, _zscore
 
 
 class CalibratedState(NamedTuple):
@@ -64,12 +61,12 @@ def calibrated(
   """
   inner = optax.with_extra_args_support(optimizer)
   before = optax.with_extra_args_support(
-    _adaptive_clipping.clip_by_zscore() if clip is None else clip
+    _zscore.clip_by_zscore() if clip is None else clip
   )
 
   def init_fn(params):
     clip_state = before.init(params)
-    if not isinstance(clip_state, _clipping.ClipState):
+    if not isinstance(clip_state, _clip.ClipState):
       raise TypeError(
         'clip must be one that keeps a ClipState, such as clip_by_zscore(); the'
         f' state of this one is a {type(clip_state).__name__}.'
@@ -80,7 +77,7 @@ def calibrated(
     clipping: Any = before.update(updates, state.clip, params, **extra_args)
     clipped, clip_state = clipping
     sound = jnp.all(clip_state.factor > 0)
-    stepped, inner_state = _gating.update_where(
+    stepped, inner_state = update_where(
       sound, inner.update, clipped, state.optimizer, params, **extra_args
     )
     # One bad leaf leaves out the step of all: then no other learns from it.

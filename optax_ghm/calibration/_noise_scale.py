@@ -7,11 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm import (
-  clipping as _clipping,
-  norms as _norms,
-  per_example as _per_example,
-)
+from optax_ghm._core import arrays, counters, per_example
+from optax_ghm._core.norms import global_norm
 
 
 class GradientNoise(NamedTuple):
@@ -123,7 +120,7 @@ def noise_scale_aggregate(
   batch_size: ArrayLike = 1,
   *,
   decay: ArrayLike = 0.99,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Averages the gradients of micro-batches, and measures their noise.
 
@@ -181,20 +178,20 @@ def noise_scale_aggregate(
 
   def update_fn(updates, state, params=None, *, mask=None, **extra_args):
     del extra_args
-    if not any(map(_norms.is_inexact, jax.tree.leaves(updates))):
+    if not any(map(arrays.is_inexact, jax.tree.leaves(updates))):
       return updates, state
-    norms = _per_example.norms(updates, params)
+    norms = per_example.norms(updates, params)
     valid = jnp.isfinite(norms)
     if mask is not None:
       valid &= jnp.asarray(mask).astype(bool)
     valid = valid.astype(jnp.float32)
     count = over_shards(jnp.sum(valid))
     share = valid / jnp.maximum(count, 1)
-    mean = _per_example.weighted_sum(updates, share, axis_name)
+    mean = per_example.weighted_sum(updates, share, axis_name)
     squares = jnp.square(jnp.where(valid > 0, norms, 0))
     noise = _from_squares(
       over_shards(jnp.sum(share * squares)),
-      jnp.square(_norms.global_norm(mean).astype(jnp.float32)),
+      jnp.square(global_norm(mean).astype(jnp.float32)),
       count,
       batch_size,
     )
@@ -211,8 +208,8 @@ def noise_scale_aggregate(
     )
     return mean, NoiseScaleState(
       average,
-      _clipping.count_if(good, state.recorded),
-      _clipping.count_if(~good, state.skipped),
+      counters.count_if(good, state.recorded),
+      counters.count_if(~good, state.skipped),
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

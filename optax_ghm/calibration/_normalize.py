@@ -6,11 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm import (
-  clipping as _clipping,
-  norms as _norms,
-  scopes as _scopes,
-)
+from optax_ghm._core import arrays, counters, scopes
 
 
 class NormalizeState(NamedTuple):
@@ -28,7 +24,7 @@ class NormalizeState(NamedTuple):
 
 
 def normalize_by_norm(
-  scope: _scopes.Scope = 'global', *, axis_name: _norms.AxisName = None
+  scope: scopes.Scope = 'global', *, axis_name: arrays.AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Divides gradients by their norm: of the tree, groups, leaves or units.
 
@@ -63,17 +59,17 @@ def normalize_by_norm(
   """
 
   def init_fn(params):
-    shape = _scopes.scoped(scope, params).shape
+    shape = scopes.scoped(scope, params).shape
     return NormalizeState(
       jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
     )
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
-    scoped = _scopes.scoped(scope, updates)
+    scoped = scopes.scoped(scope, updates)
     norm = scoped.norms(updates, axis_name)
     good = jnp.isfinite(norm) & (norm > 0)
-    good &= norm < _norms.LARGEST_RECIPROCAL
+    good &= norm < arrays.LARGEST_RECIPROCAL
     factor = jnp.where(good, 1 / jnp.where(good, norm, 1), 0)
     return scoped.scale(updates, factor), _next_state(state, norm, good)
 
@@ -83,7 +79,7 @@ def normalize_by_norm(
 def _next_state(state, divisor, divided):
   return NormalizeState(
     jnp.where(divided, divisor, state.divisor),
-    _clipping.count_if(~divided, state.skipped),
+    counters.count_if(~divided, state.skipped),
   )
 
 
@@ -92,7 +88,7 @@ _NO_DEVIATION = 1e-6
 
 
 def standardize(
-  *, axis_name: _norms.AxisName = None
+  *, axis_name: arrays.AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Brings every leaf of two or more axes to mean 0 and variance 1: ZNorm.
 
@@ -129,7 +125,7 @@ def standardize(
   """
 
   def init_fn(params):
-    shape = _scopes.scoped('leaf', params).shape
+    shape = scopes.scoped('leaf', params).shape
     return NormalizeState(
       jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
     )
@@ -141,19 +137,19 @@ def standardize(
     """The leaf and its deviation, or what shows that there is none."""
     if leaf.ndim < 2:
       return leaf, jnp.ones([], jnp.float32)
-    x = leaf.astype(_norms.at_least_float32(leaf.dtype))
+    x = leaf.astype(arrays.at_least_float32(leaf.dtype))
     # In units of the largest, so that nothing overflows.
     largest = over_shards(jax.lax.pmax, jnp.max(jnp.abs(x)))
-    unit = _norms.divisor(largest)
-    x = _norms.multiply(x, 1 / unit)
+    unit = arrays.divisor(largest)
+    x = arrays.multiply(x, 1 / unit)
     size = over_shards(jax.lax.psum, jnp.ones_like(unit) * leaf.size)
     for _ in range(2):  # the second time, what rounding left of the first mean
       total = over_shards(jax.lax.psum, jnp.sum(x))
-      x -= _norms.multiply(total, 1 / size)
+      x -= arrays.multiply(total, 1 / size)
     square = over_shards(jax.lax.psum, jnp.sum(jnp.square(jnp.abs(x))))
     deviation = jnp.sqrt(square / size)
     good = deviation > _NO_DEVIATION  # not if it is NaN
-    scaled = _norms.multiply(x, 1 / jnp.where(good, deviation, 1))
+    scaled = arrays.multiply(x, 1 / jnp.where(good, deviation, 1))
     update = jnp.where(good, scaled, 0).astype(leaf.dtype)
     return update, jnp.where(good, deviation * unit, 0).astype(jnp.float32)
 
@@ -162,7 +158,7 @@ def standardize(
     leaves, structure = jax.tree.flatten(updates)
     deviations = []
     for i, leaf in enumerate(leaves):
-      if _norms.is_inexact(leaf) and leaf.size:
+      if arrays.is_inexact(leaf) and leaf.size:
         leaves[i], deviation = standardized(leaf)
         deviations.append(deviation)
     divisor = jnp.stack(deviations) if deviations else state.divisor
@@ -172,9 +168,9 @@ def standardize(
 
 
 def centralize(
-  units: _scopes.Units = _scopes.FLAX_UNITS,
+  units: scopes.Units = scopes.FLAX_UNITS,
   *,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Takes the mean over its fan-in from every unit: gradient centralization.
 
@@ -209,12 +205,12 @@ def centralize(
   """
 
   def centralized(path, leaf):
-    if not (_norms.is_inexact(leaf) and leaf.size):
+    if not (arrays.is_inexact(leaf) and leaf.size):
       return leaf
-    if not _scopes.is_kernel(path, leaf):
+    if not scopes.is_kernel(path, leaf):
       return leaf
     axes = units.axes(path, leaf)
-    x = leaf.astype(_norms.at_least_float32(leaf.dtype))
+    x = leaf.astype(arrays.at_least_float32(leaf.dtype))
     mean = jnp.mean(x, axis=axes, keepdims=True)
     if axis_name is not None:
       mean = jax.lax.pmean(mean, axis_name)

@@ -9,6 +9,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from optax_ghm._core import arrays, counters, scopes
+from optax_ghm.calibration import _clip
+
 
 class PercentileEstimator(Protocol):
   """How a percentile of the norms so far is estimated."""
@@ -167,3 +170,59 @@ class GeometricQuantile:
     share = jnp.asarray(percentile, jnp.float32) / 100
     moved = threshold * jnp.exp(-self.learning_rate * (below - share))
     return threshold, memory.estimate, QuantileEstimate(moved)
+
+
+DEFAULT_PERCENTILE = WindowPercentile()
+
+
+def clip_by_percentile(
+  percentile: ArrayLike = 10.0,
+  *,
+  estimator: PercentileEstimator = DEFAULT_PERCENTILE,
+  scope: scopes.Scope = 'global',
+  axis_name: arrays.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Clips to a percentile of the norms so far: AutoClip.
+
+  .. math::
+    g_t \leftarrow g_t \min\left(1,
+      \frac{P_p(\lVert g_1 \rVert, \dots, \lVert g_t \rVert)}
+      {\lVert g_t \rVert}\right)
+
+  Args:
+    percentile: p, from 0 to 100. The paper's 10 clips nine steps of ten.
+    estimator: :class:`WindowPercentile`, exact over a window, or
+      :class:`GeometricQuantile`, one number.
+    scope: see :func:`clip_by_norm`.
+    axis_name: mapped axis, or axes, over which the gradients are split.
+
+  Returns:
+    A ``GradientTransformationExtraArgs`` with a :class:`ClipState`. A step with
+    NaN or inf becomes 0; like one that is all zero, or beyond 10,000 times what
+    is usual, it leaves the statistics as they were.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> tx = optax_ghm.clip_by_percentile(50.0)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for size in (1.0, 2.0, 30.0):
+    ...   update, state = tx.update(jnp.array([size]), state)
+    >>> print(update, state.threshold)
+    [2.] 2.0
+
+  References:
+    Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source
+    Separation Networks <https://arxiv.org/abs/2007.14469>`_, 2020
+  """
+  counters.check_range('percentile', percentile, 0, 100)
+
+  def judge(step, statistics):
+    threshold, usual, following = estimator.judge(
+      step.norm, percentile, statistics
+    )
+    return _clip.Verdict(threshold, threshold, usual, following)
+
+  return _clip.clip_by_rule(
+    judge, estimator.init, scope=scope, axis_name=axis_name
+  )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm import norms as _norms
+from optax_ghm._core import norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def learning_rate_range_test(
       value, grads = jax.value_and_grad(loss)(params, batch)
       updates, state = tx.update(grads, state, params, value=value)
       params = optax.apply_updates(params, updates)
-      return (params, state), (value, _norms.global_norm(grads))
+      return (params, state), (value, norms.global_norm(grads))
 
     carry = params, tx.init(params)
     return jax.lax.scan(step, carry, jnp.arange(steps))[1]

@@ -9,12 +9,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm import (
-  clipping as _clipping,
-  gating as _gating,
-  norms as _norms,
-  scopes as _scopes,
-)
+from optax_ghm._core import arrays, counters, norms, scopes
+from optax_ghm._core.update_where import update_where
+from optax_ghm.calibration import _clip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +85,7 @@ def skip_spikes(
   sigmas: ArrayLike = 6.0,
   window: SpikeWindow = DEFAULT_WINDOW,
   max_consecutive: ArrayLike = 20,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Leaves a step out whose loss or gradient norm is far beyond the last ones.
 
@@ -167,7 +164,7 @@ def skip_spikes(
     # Divided before they are summed, so that no sum overflows.
     mean = jnp.sum(recent.values / jnp.maximum(count, 1))
     distance = jnp.where(there, recent.values - mean, 0)
-    deviation = _norms.norm(distance) / jnp.sqrt(jnp.maximum(count - 1, 1))
+    deviation = norms.norm(distance) / jnp.sqrt(jnp.maximum(count - 1, 1))
     # Equal values differ by rounding: that is no deviation.
     deviation = jnp.maximum(deviation, 1e-6 * jnp.abs(mean))
     limit = mean + jnp.asarray(sigmas, jnp.float32) * deviation
@@ -192,30 +189,30 @@ def skip_spikes(
       if jnp.shape(value) != ():
         raise ValueError(f'value must be a scalar, got {jnp.shape(value)}.')
       extra_args['value'] = value
-    norm = _scopes.scoped('global', updates).norms(updates, axis_name)
+    norm = scopes.scoped('global', updates).norms(updates, axis_name)
     usual, norm_limit = threshold(state.recent_norms)
     _, value_limit = threshold(state.recent_values)
     # Without a loss, nothing is wrong with it.
     loss = -jnp.inf if value is None else jnp.asarray(value, jnp.float32)
     finite = jnp.isfinite(norm) & (jnp.isfinite(loss) | (value is None))
     spike = (norm > norm_limit) | (loss > value_limit)
-    spike |= norm > _clipping.ABSURD * usual
+    spike |= norm > _clip.ABSURD * usual
     limit = jnp.asarray(max_consecutive, jnp.float32)
     in_a_row = state.skipped_in_a_row.astype(jnp.float32)
     anew = finite & spike & (in_a_row >= limit)
     taken = finite & (~spike | anew)
-    stepped, inner_state = _gating.update_where(
+    stepped, inner_state = update_where(
       taken, inner.update, updates, state.optimizer, params, **extra_args
     )
     return stepped, SkipState(
       norm=jnp.where(jnp.isfinite(norm), norm, state.norm),
       norm_threshold=norm_limit,
       value_threshold=value_limit,
-      skipped=_clipping.count_if(~taken, state.skipped),
+      skipped=counters.count_if(~taken, state.skipped),
       skipped_in_a_row=jnp.where(
         taken,
         0,
-        _clipping.count_if(finite, state.skipped_in_a_row),
+        counters.count_if(finite, state.skipped_in_a_row),
       ),
       recent_norms=record(state.recent_norms, norm, taken & (norm > 0), anew),
       recent_values=record(

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ghm import norms as _norms
+from optax_ghm._core import arrays
+from optax_ghm._core.norms import global_norm
 
 Rule = Literal['gh', 'gh++']
 """Gradient harmonisation, and its milder form."""
@@ -20,7 +21,7 @@ def conflict_weights(
   *,
   rule: Rule = 'gh',
   harmonic_range: float = 0.5,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
   r"""Weights for two losses whose gradients point against each other.
 
@@ -103,7 +104,7 @@ def harmonized_fork(
   *,
   rule: Rule = 'gh',
   harmonic_range: float = 0.5,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
   enabled: bool = True,
 ) -> tuple[Any, Any]:
   r"""Two branches of shared features, whose gradients are harmonised.
@@ -153,13 +154,13 @@ def harmonized_fork(
   if not enabled:
     return x, x
   leaves, structure = jax.tree.flatten(x)
-  floats = [leaf for leaf in leaves if _norms.is_inexact(leaf)]
+  floats = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
   branches = _fork(rule, harmonic_range, axis_name, floats)
 
   def branch(floats):
     passed = iter(floats)
     return structure.unflatten(
-      next(passed) if _norms.is_inexact(leaf) else leaf for leaf in leaves
+      next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
     )
 
   first, second = map(branch, branches)
@@ -189,10 +190,10 @@ def _fork_bwd(rule, harmonic_range, axis_name, residuals, cotangents):
   )
 
   def combine(g1, g2):
-    dtype = _norms.at_least_float32(g1.dtype)
+    dtype = arrays.at_least_float32(g1.dtype)
     real = jnp.finfo(dtype).dtype
-    sum_ = _norms.multiply(g1.astype(dtype), one.astype(real))
-    sum_ += _norms.multiply(g2.astype(dtype), two.astype(real))
+    sum_ = arrays.multiply(g1.astype(dtype), one.astype(real))
+    sum_ += arrays.multiply(g2.astype(dtype), two.astype(real))
     return sum_.astype(g1.dtype)
 
   return (jax.tree.map(combine, first, second),)
@@ -206,15 +207,15 @@ def _cosine(first, second, axis_name):
 
   0, and norms of 1, where a tree is 0 or not finite.
   """
-  norms = [_norms.global_norm(tree, axis_name) for tree in (first, second)]
+  norms = [global_norm(tree, axis_name) for tree in (first, second)]
   dtype = np.promote_types(*(n.dtype for n in norms))
   sound = (norms[0] > 0) & (norms[1] > 0)
   sound &= jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
   one, two = (jnp.where(sound, n.astype(dtype), 1) for n in norms)
-  by = [jnp.clip(n, max=_norms.LARGEST_DIVISOR) for n in (one, two)]
+  by = [jnp.clip(n, max=arrays.LARGEST_DIVISOR) for n in (one, two)]
   dot = jnp.zeros([], dtype)
   for g1, g2 in zip(*map(jax.tree.leaves, (first, second)), strict=True):
-    if not _norms.is_inexact(g1):
+    if not arrays.is_inexact(g1):
       continue
     # Divided each, not multiplied by 1 / by: XLA would pull those factors out
     # of the product, which then overflows.

@@ -7,23 +7,18 @@ it. ``optax_ghm.linen.Tapped`` and ``optax_ghm.nnx.Tapped`` tap unmodified
 models of Flax.
 """
 
-from optax_ghm.flow.batch_statistics import BatchNormStats, batch_norm_stats
-from optax_ghm.flow.depth import DepthProfile, depth_profile
-from optax_ghm.flow.diagnosis import diagnose
-from optax_ghm.flow.page import write_page
-from optax_ghm.flow.plot import figure
-from optax_ghm.flow.record import Leaf, Record
-from optax_ghm.flow.report import print_report
-from optax_ghm.flow.tapping import (
-  Layer,
-  Taps,
-  TapStats,
-  sink,
-  tap,
-)
-from optax_ghm.flow.verdicts import Verdict
-from optax_ghm.flow.watching import WatchState, leaf_names, watch
-from optax_ghm.flow.writers import json_lines, mlflow, tensorboard, wandb
+from optax_ghm.batch_normalization import BatchNormStats, batch_norm_stats
+from optax_ghm.flow._diagnose import diagnose
+from optax_ghm.flow._page import write_page
+from optax_ghm.flow._plot import figure
+from optax_ghm.flow._record import Leaf, Record
+from optax_ghm.flow._report import print_report
+from optax_ghm.flow._rules_depth import DepthProfile, depth_profile
+from optax_ghm.flow._tap import TapStats, sink, tap
+from optax_ghm.flow._taps import Layer, Taps
+from optax_ghm.flow._verdict import Verdict
+from optax_ghm.flow._watch import WatchState, leaf_names, watch
+from optax_ghm.flow._writers import json_lines, mlflow, tensorboard, wandb
 
 __all__ = [
   'BatchNormStats',

@@ -5,9 +5,9 @@ import io
 import pathlib
 import sys
 
-from optax_ghm.flow.page import write_page
-from optax_ghm.flow.record import Record
-from optax_ghm.flow.report import print_report, printable
+from optax_ghm.flow._page import write_page
+from optax_ghm.flow._record import Record
+from optax_ghm.flow._report import print_report, printable
 
 
 def main(arguments: list[str] | None = None) -> int:

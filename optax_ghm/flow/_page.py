@@ -6,17 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from optax_ghm.flow import (
-  depth as _depth,
-  diagnosis as _diagnosis,
-  plot as _plot,
-  record as _record,
-  svg as _svg,
-  tapping as _tapping,
-)
+from optax_ghm.flow import _diagnose, _plot, _record, _rules_depth, _svg, _tap
 
 COLUMNS = 120
 """Most columns of a heat map; more steps share one, the worst is shown."""
+
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1d1d22;
@@ -44,6 +38,7 @@ svg image { image-rendering: pixelated; }
 .verdict small, footer { color: var(--quiet); }
 .well { background: var(--card); padding: .5rem .8rem; }
 """
+
 
 _SCRIPT = """
 for (const svg of document.querySelectorAll('svg[data-cells]')) {
@@ -133,11 +128,11 @@ def _section(name, record):
     f'<p class="keys">{len(steps)} recorded steps, {steps[0]} to'
     f' {steps[-1]}</p>'
   )
-  verdicts = _diagnosis.diagnose(record)
+  verdicts = _diagnose.diagnose(record)
   if not verdicts:
     parts.append(
       '<p class="well">Nothing is wrong by'
-      f' {html.escape(_diagnosis.evidence(record))}.</p>'
+      f' {html.escape(_diagnose.evidence(record))}.</p>'
     )
   for verdict in verdicts:
     parts.append(
@@ -180,7 +175,7 @@ def _of_layers(record, steps):
       nothing=nothing.T,
     ),
   ]
-  profile = _depth.depth_profile(record)
+  profile = _rules_depth.depth_profile(record)
   depth = np.arange(len(profile.layers))
   shown = np.flatnonzero(tapped)
   if len(depth) > 1:
@@ -197,7 +192,7 @@ def _of_layers(record, steps):
   if histograms is not None:
     chosen = profile.layers if len(profile.layers) else np.arange(len(names))
     chosen = chosen[[0, len(chosen) // 2, -1]]
-    lowest, octaves = _tapping.LOWEST, _tapping.OCTAVES
+    lowest, octaves = _tap.LOWEST, _tap.OCTAVES
     for i in dict.fromkeys(int(i) for i in chosen):
       counts = np.nan_to_num(histograms[tapped][:, i])
       share = counts / np.maximum(counts.sum(1, keepdims=True), 1)

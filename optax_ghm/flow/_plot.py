@@ -4,11 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_ghm.flow import (
-  depth as _depth,
-  record as _record,
-  tapping as _tapping,
-)
+from optax_ghm.flow import _record, _rules_depth, _tap
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -80,7 +76,7 @@ def figure(record: _record.Record) -> 'Figure':
   ax.set_title('over depth')
   ax.set_xlabel('layers with a kernel, from the input')
   ax.set_ylabel('log10 of the gradient norm')
-  profile = _depth.depth_profile(record)
+  profile = _rules_depth.depth_profile(record)
   if len(profile.layers):
     for t in sorted({0, len(steps) // 2, len(steps) - 1}):
       ax.plot(profile.log_norms[t], 'o-', label=f'step {steps[t]}')
@@ -106,7 +102,7 @@ def figure(record: _record.Record) -> 'Figure':
     at = int(profile.layers[0]) if len(profile.layers) else 0
     name = _text(record.layers[at].name or '(the model)')
     ax.set_title(f'magnitudes at {name}')
-    edges = _tapping.LOWEST + _tapping.OCTAVES * np.arange(_tapping.CELLS + 1)
+    edges = _tap.LOWEST + _tap.OCTAVES * np.arange(_tap.CELLS + 1)
     ax.pcolormesh(
       np.arange(len(steps) + 1) - 0.5,
       edges * np.log10(2),

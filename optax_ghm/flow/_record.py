@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm.flow import (
-  batch_statistics as _batch_statistics,
-  tapping as _tapping,
-  watching as _watching,
-)
+from optax_ghm._core import trees
+from optax_ghm.batch_normalization import _stats
+from optax_ghm.flow import _tap, _taps, _watch
 
 FORMAT = 'optax_ghm.flow 1'
 """What saved records begin with."""
+
 
 PENDING = 64
 """Steps that may be on their way to the host; more make ``add`` wait."""
@@ -89,7 +88,7 @@ class Record:
     if capacity < 4:
       raise ValueError(f'capacity must be at least 4, got {capacity}.')
     self.leaves: tuple[Leaf, ...] = () if params is None else _leaves(params)
-    self.layers: tuple[_tapping.Layer, ...] = ()
+    self.layers: tuple[_taps.Layer, ...] = ()
     self._knows_params = params is not None
     self._capacity = capacity
     # Of the steps with (True) and without (False) measurements:
@@ -106,7 +105,7 @@ class Record:
     self,
     step: int,
     *,
-    taps: _tapping.Taps | None = None,
+    taps: _taps.Taps | None = None,
     opt_state: optax.OptState | None = None,
     batch_norm: Any = None,
     **scalars: Any,
@@ -183,9 +182,9 @@ class Record:
     found = [
       leaf
       for leaf in jax.tree.leaves(
-        opt_state, is_leaf=lambda x: isinstance(x, _watching.WatchState)
+        opt_state, is_leaf=lambda x: isinstance(x, _watch.WatchState)
       )
-      if isinstance(leaf, _watching.WatchState)
+      if isinstance(leaf, _watch.WatchState)
     ]
     if len(found) != 1:
       raise ValueError(
@@ -284,7 +283,7 @@ class Record:
     ``layers``; NaN at steps without taps.
     """
     return layer_columns(
-      self._stacked('tapped', (len(self.layers), len(_tapping.COLUMNS)))
+      self._stacked('tapped', (len(self.layers), len(_tap.COLUMNS)))
     )
 
   @property
@@ -295,14 +294,14 @@ class Record:
     ``leaves``; NaN at steps without an optimizer's state.
     """
     return leaf_columns(
-      self._stacked('watched', (len(self.leaves), len(_watching.COLUMNS)))
+      self._stacked('watched', (len(self.leaves), len(_watch.COLUMNS)))
     )
 
   @property
   def norms(self) -> tuple[str, ...]:
     """The names of the batch norms of which statistics were added."""
     self._arrive(wait=True)
-    start = f'{_NORM}{_batch_statistics.COLUMNS[0]}/'
+    start = f'{_NORM}{_stats.COLUMNS[0]}/'
     return tuple(
       name.removeprefix(start)
       for name in self.scalars
@@ -324,7 +323,7 @@ class Record:
       )
       .reshape(len(norms), len(self._steps))
       .T
-      for column in _batch_statistics.COLUMNS
+      for column in _stats.COLUMNS
     }
 
   @property
@@ -333,7 +332,7 @@ class Record:
     self._arrive(wait=True)
     if all(step.histogram is None for step in self._steps):
       return None
-    return self._stacked('histogram', (len(self.layers), _tapping.CELLS))
+    return self._stacked('histogram', (len(self.layers), _tap.CELLS))
 
   def _stacked(self, field, shape):
     self._arrive(wait=True)
@@ -350,11 +349,9 @@ class Record:
     """
     arrays = {
       'steps': self.steps,
-      'tapped': self._stacked(
-        'tapped', (len(self.layers), len(_tapping.COLUMNS))
-      ),
+      'tapped': self._stacked('tapped', (len(self.layers), len(_tap.COLUMNS))),
       'watched': self._stacked(
-        'watched', (len(self.leaves), len(_watching.COLUMNS))
+        'watched', (len(self.leaves), len(_watch.COLUMNS))
       ),
     }
     if self.histograms is not None:
@@ -414,7 +411,7 @@ class Record:
     )
     _check_type('capacity', capacity, int)
     record = cls(capacity=capacity)
-    record.layers = tuple(_tapping.Layer(*layer) for layer in layers)
+    record.layers = tuple(_taps.Layer(*layer) for layer in layers)
     record.leaves = tuple(Leaf(*leaf) for leaf in leaves)
     record._knows_params = bool(record.leaves)
     for layer in record.layers:
@@ -435,9 +432,9 @@ class Record:
 
     rows, present = {}, {}
     for name, shape in (
-      ('tapped', (len(layers), len(_tapping.COLUMNS))),
-      ('histogram', (len(layers), _tapping.CELLS)),
-      ('watched', (len(leaves), len(_watching.COLUMNS))),
+      ('tapped', (len(layers), len(_tap.COLUMNS))),
+      ('histogram', (len(layers), _tap.CELLS)),
+      ('watched', (len(leaves), len(_watch.COLUMNS))),
     ):
       present[name] = column('b', f'has_{name}')
       if present[name].any():
@@ -509,11 +506,11 @@ def _by_norm(batch_norm):
   """The statistics of each batch norm, by its name."""
   found, _ = jax.tree_util.tree_flatten_with_path(
     batch_norm,
-    is_leaf=lambda u: isinstance(u, _batch_statistics.BatchNormStats),
+    is_leaf=lambda u: isinstance(u, _stats.BatchNormStats),
   )
   named = {}
   for path, stats in found:
-    if not isinstance(stats, _batch_statistics.BatchNormStats):
+    if not isinstance(stats, _stats.BatchNormStats):
       raise ValueError(
         f'batch_norm must be a tree of flow.BatchNormStats, got {stats!r}.'
       )
@@ -534,16 +531,14 @@ def _columns_apart(scalars):
     norm = name.removeprefix(_NORM)
     for at in np.ndindex(value.shape[:-1]):
       row = norm + ''.join(f'[{i}]' for i in at)
-      for column, number in zip(
-        _batch_statistics.COLUMNS, value[at], strict=True
-      ):
+      for column, number in zip(_stats.COLUMNS, value[at], strict=True):
         apart[f'{_NORM}{column}/{row}'] = number
   return apart
 
 
 def _leaves(params):
   return tuple(
-    Leaf(name, leaf.ndim) for name, leaf in _watching.counted_with_name(params)
+    Leaf(name, leaf.ndim) for name, leaf in trees.counted_with_name(params)
   )
 
 
@@ -611,7 +606,7 @@ def layer_columns(numbers: np.ndarray) -> dict[str, np.ndarray]:
   """What the properties of TapStats say, in float64."""
   columns = {
     name: np.asarray(numbers[..., i], np.float64)
-    for i, name in enumerate(_tapping.COLUMNS)
+    for i, name in enumerate(_tap.COLUMNS)
   }
   norm = np.sqrt(
     columns.pop('small_squares') * 2.0**-160
@@ -632,7 +627,7 @@ def leaf_columns(measured: np.ndarray) -> dict[str, np.ndarray]:
   """What the properties of WatchState say."""
   columns = {
     name: np.asarray(measured[..., i], np.float64)
-    for i, name in enumerate(_watching.COLUMNS)
+    for i, name in enumerate(_watch.COLUMNS)
   }
   with np.errstate(divide='ignore', invalid='ignore'):
     columns['update_ratio'] = columns['update_norm'] / columns['parameter_norm']

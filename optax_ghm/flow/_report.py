@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_ghm.flow import diagnosis as _diagnosis, record as _record
+from optax_ghm.flow import _diagnose, _record
 
 if TYPE_CHECKING:
   from rich.console import Console
@@ -109,11 +109,11 @@ def print_report(
         figures = [f'{u[0]:.2g}' if len(u) else '' for u in last]
         table.add_row(Text(printable(name_ or '(the model)')), *figures)
       console.print(table)
-    verdicts = _diagnosis.diagnose(record)
+    verdicts = _diagnose.diagnose(record)
     if not verdicts:
       console.print(
         f'{markup(title)}[green]nothing is wrong[/green] by'
-        f' {_diagnosis.evidence(record)}',
+        f' {_diagnose.evidence(record)}',
         highlight=False,
         emoji=False,
       )

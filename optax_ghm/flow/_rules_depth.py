@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optax_ghm.flow import record as _record, verdicts as _verdicts
+from optax_ghm.flow import _record, _verdict
 
 DECADES_PER_LAYER, DECADES, LEAST_R2, LEAST_LAYERS = 0.11, 2.0, 0.7, 5
 """Where a slope is called a trend: BatchNorm and ReLU alone make 0.083 decades
@@ -78,7 +78,7 @@ def depth_profile(record: _record.Record) -> DepthProfile:
     return DepthProfile(
       layers, np.zeros((len(record), 0)), nothing, nothing, nothing
     )
-  log_norms = np.log10(np.maximum(stats['norm'][:, layers], _verdicts.LEAST))
+  log_norms = np.log10(np.maximum(stats['norm'][:, layers], _verdict.LEAST))
   depth = np.arange(len(layers)) - (len(layers) - 1) / 2
   with np.errstate(invalid='ignore', divide='ignore'):
     centered = log_norms - log_norms.mean(1, keepdims=True)
@@ -90,7 +90,7 @@ def depth_profile(record: _record.Record) -> DepthProfile:
   )
 
 
-def trend_over_depth(record: _record.Record) -> list[_verdicts.Verdict]:
+def trend_over_depth(record: _record.Record) -> list[_verdict.Verdict]:
   """Whether the gradient vanishes or explodes on its way to the input."""
   profile = depth_profile(record)
   if len(profile.layers) < LEAST_LAYERS:
@@ -98,7 +98,7 @@ def trend_over_depth(record: _record.Record) -> list[_verdicts.Verdict]:
   finite = np.isfinite(profile.slope)
   if not finite.any():
     return []
-  recent = np.flatnonzero(finite)[-_verdicts.RECENT :]
+  recent = np.flatnonzero(finite)[-_verdict.RECENT :]
   slope, decades, r2 = (
     float(np.median(values[recent]))
     for values in (profile.slope, profile.decades, profile.r2)
@@ -107,7 +107,7 @@ def trend_over_depth(record: _record.Record) -> list[_verdicts.Verdict]:
     return []
   vanishing = slope > 0
   norms = 10 ** np.median(profile.log_norms[recent], axis=0)
-  names = [_verdicts.called(record, i) for i in profile.layers]
+  names = [_verdict.called(record, i) for i in profile.layers]
   verb = 'falls' if vanishing else 'grows'
   evidence = (
     f'the norm {verb} by {abs(slope):.2f} decades per layer towards the input,'
@@ -125,10 +125,10 @@ def trend_over_depth(record: _record.Record) -> list[_verdicts.Verdict]:
       n for n, u in zip(names, norms, strict=True) if u < 1e-3 * max(norms)
     )
     return [
-      _verdicts.Verdict(
+      _verdict.Verdict(
         'vanishing',
         small or tuple(names[:1]),
-        _verdicts.since(record, same),
+        _verdict.since(record, same),
         evidence,
         'initialize for the activation (He for ReLU, Glorot for tanh), put'
         ' ReLU-like activations in the place of saturating ones, add skip'
@@ -141,10 +141,10 @@ def trend_over_depth(record: _record.Record) -> list[_verdicts.Verdict]:
     n for n, u in zip(names, norms, strict=True) if u > 1e3 * min(norms)
   )
   return [
-    _verdicts.Verdict(
+    _verdict.Verdict(
       'exploding',
       large or tuple(names[:1]),
-      _verdicts.since(record, same),
+      _verdict.since(record, same),
       evidence,
       'use a smaller gain in the initialization (He for ReLU), add'
       ' normalization layers or scale the residual branches down; a clip'

@@ -2,19 +2,23 @@
 
 import numpy as np
 
-from optax_ghm.flow import record as _record, verdicts as _verdicts
+from optax_ghm.flow import _record, _verdict
 
 UPDATE_RATIOS = (1e-5, 1e-1)
 """Between them, a step's change of a kernel over its norm is usual."""
 
+
 THROWN = 10.0
 """One step whose change is this many times the kernel is one too many."""
 
+
 DEAD_SHARE = 0.5
+
+
 SPIKE, SPIKE_SIGMAS, SPIKE_HISTORY = 10.0, 8.0, 10
 
 
-def update_sizes(record: _record.Record) -> list[_verdicts.Verdict]:
+def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
   """Kernels that hardly move, or are thrown about."""
   stats = record.leaf_stats
   ratio = stats['update_ratio']
@@ -23,9 +27,9 @@ def update_sizes(record: _record.Record) -> list[_verdicts.Verdict]:
   low, high = UPDATE_RATIOS
   found: dict[str, list[tuple[int, float, str]]] = {'small': [], 'large': []}
   for i in map(int, np.flatnonzero(usable.any(0))):
-    recent = np.flatnonzero(usable[:, i])[-_verdicts.RECENT :]
+    recent = np.flatnonzero(usable[:, i])[-_verdict.RECENT :]
     median, largest = np.median(ratio[recent, i]), ratio[usable[:, i], i].max()
-    enough = len(recent) >= _verdicts.LEAST_STEPS
+    enough = len(recent) >= _verdict.LEAST_STEPS
     how = f'median of {len(recent)} recorded steps'
     if enough and median < low:
       found['small'].append((i, float(median), how))
@@ -59,11 +63,11 @@ def update_sizes(record: _record.Record) -> list[_verdicts.Verdict]:
     _, size_, how = extreme(found_here, key=lambda u: u[1])
     holds = (usable & bad)[:, at].any(1) | ~usable[:, at].any(1)
     verdicts.append(
-      _verdicts.Verdict(
+      _verdict.Verdict(
         f'{size} updates',
         names,
-        _verdicts.since(record, holds),
-        f'a step changes {_verdicts.listed(names)} by {size_:.1e} of its norm'
+        _verdict.since(record, holds),
+        f'a step changes {_verdict.listed(names)} by {size_:.1e} of its norm'
         f' ({how}); 1e-3 is usual',
         advice,
         'Karpathy, CS231n notes, "Ratio of weights:updates"',
@@ -72,7 +76,7 @@ def update_sizes(record: _record.Record) -> list[_verdicts.Verdict]:
   return verdicts
 
 
-def dead_units(record: _record.Record) -> list[_verdicts.Verdict]:
+def dead_units(record: _record.Record) -> list[_verdict.Verdict]:
   """Units without a gradient for long."""
   stats = record.leaf_stats
   with np.errstate(invalid='ignore', divide='ignore'):
@@ -88,11 +92,11 @@ def dead_units(record: _record.Record) -> list[_verdicts.Verdict]:
   leaves = [record.leaves[i].name for i in found]
   names = tuple(dict.fromkeys(u.rpartition('/')[0] or u for u in leaves))
   return [
-    _verdicts.Verdict(
+    _verdict.Verdict(
       'dead units',
       names,
-      _verdicts.since(record, is_dead[: last + 1, found].any(1)),
-      f'half or more of the units of {_verdicts.listed(names)} have had no'
+      _verdict.since(record, is_dead[: last + 1, found].any(1)),
+      f'half or more of the units of {_verdict.listed(names)} have had no'
       f' gradient for 10 measured steps: {stats["dead_units"][last, worst]:.0f}'
       f' of {stats["units"][last, worst]:.0f} by {record.leaves[worst].name}',
       'their activation is off for all examples: lower the learning rate,'
@@ -102,7 +106,7 @@ def dead_units(record: _record.Record) -> list[_verdicts.Verdict]:
   ]
 
 
-def spikes(record: _record.Record) -> list[_verdicts.Verdict]:
+def spikes(record: _record.Record) -> list[_verdict.Verdict]:
   """Steps whose gradient is many times the usual one."""
   norms = record.leaf_stats['gradient_norm']
   what = 'of all parameters together'
@@ -114,7 +118,7 @@ def spikes(record: _record.Record) -> list[_verdicts.Verdict]:
     total = np.sqrt((norms**2).sum(1))
   found, largest = [], 0.0
   for t in range(SPIKE_HISTORY, len(total)):
-    before = total[max(t - _verdicts.RECENT, 0) : t]
+    before = total[max(t - _verdict.RECENT, 0) : t]
     before = before[np.isfinite(before)]
     if len(before) < SPIKE_HISTORY or not np.isfinite(total[t]):
       continue
@@ -122,7 +126,7 @@ def spikes(record: _record.Record) -> list[_verdicts.Verdict]:
     if usual == 0:
       continue
     low, high = np.quantile(
-      np.log(np.maximum(before, _verdicts.LEAST)), [0.25, 0.75]
+      np.log(np.maximum(before, _verdict.LEAST)), [0.25, 0.75]
     )
     sigma = (high - low) / 1.349  # of a normal distribution with such quartiles
     times = float(total[t] / usual)
@@ -133,12 +137,12 @@ def spikes(record: _record.Record) -> list[_verdicts.Verdict]:
     return []
   steps = record.steps
   return [
-    _verdicts.Verdict(
+    _verdict.Verdict(
       'spikes',
       (),
       int(steps[found[0]]),
       f'at {len(found)} of {len(steps)} recorded steps the norm {what} was more'
-      f' than {SPIKE:.0f} times the median of the {_verdicts.RECENT} before,'
+      f' than {SPIKE:.0f} times the median of the {_verdict.RECENT} before,'
       ' far beyond their spread, up to'
       f' {largest:.0f} times, the last time at step {steps[found[-1]]}',
       'look at the batches of these steps; clip by what is usual'

@@ -10,16 +10,21 @@ from collections.abc import Sequence
 import numpy as np
 
 WIDTH, HEIGHT = 640, 300
+
+
 LEFT, RIGHT, TOP, BOTTOM = 130, 16, 12, 40
+
 
 BAD, NOTHING = (255, 43, 128), (128, 128, 128)
 """Colors of what is not finite, and of no gradient at all."""
+
 
 # Dark to bright in even steps of lightness, as matplotlib's viridis.
 _RAMP = np.array(
   [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)],
   float,
 )
+
 
 # Of one lightness: lines stand out on a light and on a dark page.
 _LINES = np.array([(48, 120, 214), (176, 92, 170), (222, 124, 36)], float)

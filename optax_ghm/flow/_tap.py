@@ -1,20 +1,20 @@
 """Taps: what the gradient is where it passes an activation."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_ghm import backward as _backward, norms as _norms
+from optax_ghm._core import arrays, norms
 
 LOWEST, OCTAVES, CELLS = -96, 2, 64
 """The histogram: cell i counts magnitudes from 2^(LOWEST + OCTAVES * i)."""
 
+
 _SMALL, _LARGE = 2.0**-80, 2.0**96
 """Units in which squares of small and of large numbers are summed."""
+
 
 COLUMNS = (
   'calls',
@@ -123,9 +123,7 @@ class TapStats(NamedTuple):
 
 def _root(squares):
   small, middle, large = (jnp.sqrt(squares[..., i]) for i in range(3))
-  return _norms.norm(
-    jnp.stack([small * _SMALL, middle, large * _LARGE], -1), -1
-  )
+  return norms.norm(jnp.stack([small * _SMALL, middle, large * _LARGE], -1), -1)
 
 
 def sink(
@@ -207,7 +205,7 @@ def tap(x: Any, sink: TapStats) -> Any:
     neural networks <https://proceedings.mlr.press/v9/glorot10a.html>`_, 2010
   """
   leaves, structure = jax.tree.flatten(x)
-  tapped = [leaf for leaf in leaves if _norms.is_inexact(leaf)]
+  tapped = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
   if not tapped:
     return x
   if sink.example_squares is not None:
@@ -219,15 +217,15 @@ def tap(x: Any, sink: TapStats) -> Any:
           f' array of shape {leaf.shape}.'
         )
   # Shards that share a sink add up: that is what the gradient of pcast does.
-  axes = frozenset().union(*map(_backward.varying_axes, tapped))
-  axes -= _backward.varying_axes(sink.numbers)
+  axes = frozenset().union(*map(arrays.varying_axes, tapped))
+  axes -= arrays.varying_axes(sink.numbers)
   if axes:
     sink = jax.tree.map(
       lambda u: jax.lax.pcast(u, tuple(sorted(axes)), to='varying'), sink
     )
   passed = iter(_tap(tapped, sink))
   return structure.unflatten(
-    next(passed) if _norms.is_inexact(leaf) else leaf for leaf in leaves
+    next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
   )
 
 
@@ -326,153 +324,3 @@ def _together(one, other):
       for name in ('histogram', 'example_squares')
     },
   )
-
-
-class Layer(NamedTuple):
-  """What a tap stands for.
-
-  Attributes:
-    name: path of the module, joined by slashes; empty for the whole model.
-    kind: name of its class, or empty.
-    has_kernel: whether it has a weight matrix of its own, so that it counts as
-      one layer of depth.
-    loop: name of the outermost module that a loop over layers calls and this
-      one is in, empty if there is none; None if it is to be told by the names.
-  """
-
-  name: str
-  kind: str = ''
-  has_kernel: bool = True
-  loop: str | None = None
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['stats'],
-  meta_fields=['layers'],
-)
-@dataclasses.dataclass(frozen=True)
-class Taps(Mapping):
-  """The sinks of several layers, or their statistics, by name.
-
-  Attributes:
-    stats: a :class:`TapStats` for every layer.
-    layers: a :class:`Layer` for each, in the order of the forward pass.
-
-  Examples:
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from optax_ghm import flow
-    >>> def loss(x, taps):
-    ...   for i in range(3):
-    ...     x = jnp.tanh(flow.tap(2 * x, taps[f'layer {i}']))
-    ...   return jnp.sum(x)
-    >>> sinks = flow.Taps.of([f'layer {i}' for i in range(3)])
-    >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), sinks)
-    >>> print([round(float(stats.norm), 2) for stats in taps.values()])
-    [0.0, 0.03, 0.17]
-  """
-
-  stats: dict[str, TapStats]
-  layers: tuple[Layer, ...]
-
-  @classmethod
-  def of(
-    cls,
-    names: Sequence[str],
-    *,
-    histogram: bool = False,
-    examples: int | None = None,
-  ) -> 'Taps':
-    """A sink for each name, in the order of the forward pass.
-
-    Args:
-      names: of the layers.
-      histogram: see :func:`sink`, as for the next.
-      examples: how many there are.
-
-    Returns:
-      The sinks.
-    """
-    return cls(
-      {name: sink(histogram=histogram, examples=examples) for name in names},
-      tuple(Layer(name) for name in names),
-    )
-
-  def __getitem__(self, name: str) -> TapStats:
-    return self.stats[name]
-
-  def __iter__(self) -> Iterator[str]:
-    return (layer.name for layer in self.layers)
-
-  def __len__(self) -> int:
-    return len(self.layers)
-
-
-def trace(f: Callable[..., Any], *args: Any) -> None:
-  """Runs ``f`` abstractly; shapes among its arguments stand for arrays."""
-  leaves, structure = jax.tree.flatten(args)
-  is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
-
-  def run(arrays):
-    given = iter(arrays)
-    f(
-      *structure.unflatten(
-        next(given) if abstract else leaf
-        for leaf, abstract in zip(leaves, is_shape, strict=True)
-      )
-    )
-
-  jax.eval_shape(run, [u for u, x in zip(leaves, is_shape, strict=True) if x])
-
-
-def with_loops(
-  layers: Sequence[Layer], stacks: Mapping[str, tuple[int, ...]]
-) -> tuple[Layer, ...]:
-  """The layers, each with the loop that it is in.
-
-  Args:
-    layers: those that are tapped.
-    stacks: of all modules, tapped or not, the leading axes of a sink.
-
-  Returns:
-    The same layers, ``loop`` set.
-  """
-
-  def loop(name):
-    parts = name.split('/')
-    around = ['/'.join(parts[: i + 1]) for i in range(len(parts))]
-    return next((each for each in around if stacks.get(each)), '')
-
-  return tuple(layer._replace(loop=loop(layer.name)) for layer in layers)
-
-
-def leading_axes(
-  inside: Any, outside: Any, strict: bool = True
-) -> tuple[int, ...]:
-  """The axes that arrays lost on their way into a loop over layers.
-
-  Args:
-    inside: the parameters that a module sees when it is called.
-    outside: those that are given to the model.
-    strict: whether to raise.
-
-  Returns:
-    The sizes of the leading axes of ``outside`` that ``inside`` has not.
-
-  Raises:
-    ValueError: if other axes than the leading ones were lost.
-  """
-  lost = set()
-  for u, v in zip(
-    jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True
-  ):
-    depth = v.ndim - u.ndim
-    if strict and depth and v.shape[depth:] != u.shape:
-      raise ValueError(
-        f'a parameter of shape {v.shape} is {u.shape} where it is used: layers'
-        ' can only be tapped if they are stacked along leading axes. Leave'
-        ' their modules out by where.'
-      )
-    lost.add(v.shape[:depth])
-  return lost.pop() if len(lost) == 1 else ()

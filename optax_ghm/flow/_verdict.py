@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from optax_ghm.flow import record as _record
+from optax_ghm.flow import _record
 
 RECENT = 20
 """Verdicts are about the last so many recorded steps."""
 
+
 LEAST_STEPS = 10
 """Recorded steps that verdicts need about what only shows over time."""
+
 
 LEAST = 2.0**-149
 """The least float32: what stands for 0 in a logarithm."""

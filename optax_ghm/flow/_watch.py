@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm import norms as _norms, scopes as _scopes
+from optax_ghm._core import leaf_rows, scopes, trees
+from optax_ghm._core.arrays import at_least_float32, is_split
+from optax_ghm._core.norms import global_norm, group_norms
 
 PATIENCE = 10
 """A unit is dead after so many measured steps in a row without a gradient."""
+
 
 COLUMNS = (
   'gradient_norm',
@@ -127,7 +130,7 @@ def leaf_names(params: Any) -> list[str]:
     >>> flow.leaf_names({'dense': {'kernel': jnp.ones((2, 2))}, 'step': 3})
     ['dense/kernel']
   """
-  return [name for name, _ in counted_with_name(params)]
+  return [name for name, _ in trees.counted_with_name(params)]
 
 
 def watch(
@@ -197,7 +200,7 @@ def watch(
     watched = optimizer.init(params)
     if moments:
       _moments(watched, params)
-    leaves, units = _norms.counted(params), 0
+    leaves, units = trees.counted(params), 0
     for leaf, axes in zip(leaves, _unit_axes(params), strict=True):
       if axes is not None:
         units += leaf.size // int(np.prod([leaf.shape[i] for i in axes]))
@@ -220,7 +223,7 @@ def watch(
     updates, watched = optimizer.update(
       updates, state.watched, params, **extra_args
     )
-    if not measure or not _norms.counted(gradients):
+    if not measure or not trees.counted(gradients):
       return updates, state._replace(watched=watched)
     columns, quiet = _measure(gradients, updates, params, state.quiet)
     if moments:
@@ -243,7 +246,7 @@ def watch(
 
 def _measure(gradients, updates, params, quiet):
   """The columns that any optimizer has, and the next ``quiet``."""
-  leaves = _norms.counted(gradients)
+  leaves = trees.counted(gradients)
   gradient_norm = _each_norm(leaves)
 
   is_quiet, units = [], []
@@ -254,8 +257,8 @@ def _measure(gradients, updates, params, quiet):
   if is_quiet:
     while len(is_quiet) > 1:  # XLA compiles a few dozen at a time soonest
       is_quiet = [
-        jnp.concatenate(is_quiet[i : i + _norms.TOGETHER])
-        for i in range(0, len(is_quiet), _norms.TOGETHER)
+        jnp.concatenate(is_quiet[i : i + leaf_rows.TOGETHER])
+        for i in range(0, len(is_quiet), leaf_rows.TOGETHER)
       ]
     quiet = jnp.where(is_quiet[0], quiet + 1, 0)
   of_leaf = np.repeat(np.arange(len(leaves)), units)
@@ -264,9 +267,9 @@ def _measure(gradients, updates, params, quiet):
   return {
     'gradient_norm': gradient_norm,
     # In one sum where it is made: to rescale them, all would be written out.
-    'update_norm': jnp.sqrt(_by_leaf(_squares, _norms.counted(updates))),
-    'parameter_norm': _norms.group_norms(
-      _norms.counted(params), np.arange(len(leaves)), len(leaves)
+    'update_norm': jnp.sqrt(_by_leaf(_squares, trees.counted(updates))),
+    'parameter_norm': group_norms(
+      trees.counted(params), np.arange(len(leaves)), len(leaves)
     ),
     'elements': elements,
     'zeros': elements - _by_leaf(_non_zero, leaves),
@@ -278,13 +281,13 @@ def _measure(gradients, updates, params, quiet):
 
 def _by_leaf(reduce, leaves):
   """A sum over every leaf, small ones of a size together."""
-  arrays, order = _norms.rows(leaves, np.arange(len(leaves)))
+  arrays, order = leaf_rows.rows(leaves, np.arange(len(leaves)))
   sums = [reduce(rows, tuple(range(1, rows.ndim))) for rows in arrays]
   return jnp.concatenate(sums)[np.argsort(order)]
 
 
 def _squares(x, axes):
-  x = x.astype(_norms.at_least_float32(x.dtype))
+  x = x.astype(at_least_float32(x.dtype))
   return jnp.sum((x.conj() * x).real, axes, dtype=jnp.float32)
 
 
@@ -296,7 +299,7 @@ def _non_finite(x, axes):
   def count():
     return jnp.sum((~jnp.isfinite(x)).astype(jnp.float32), axes)
 
-  if x.size <= _norms.TOGETHER * _norms.SMALL:
+  if x.size <= leaf_rows.TOGETHER * leaf_rows.SMALL:
     return count()
   # Only if there are any, which their sum of squares, known by now, tells.
   fine = jnp.all(jnp.isfinite(_squares(x, axes)))
@@ -305,14 +308,14 @@ def _non_finite(x, axes):
 
 def _each_norm(leaves):
   """Of every gradient, as soon as it is there: none is kept for the others."""
-  small = [i for i, leaf in enumerate(leaves) if leaf.size <= _norms.SMALL]
-  together = _norms.group_norms(
+  small = [i for i, leaf in enumerate(leaves) if leaf.size <= leaf_rows.SMALL]
+  together = group_norms(
     [leaves[i] for i in small], np.arange(len(small)), len(small)
   )
   norms = dict(zip(small, together, strict=True))
   for i, leaf in enumerate(leaves):
     if i not in norms:
-      norms[i] = _norms.global_norm(leaf)
+      norms[i] = global_norm(leaf)
   return jnp.stack([norms[i].astype(jnp.float32) for i in range(len(leaves))])
 
 
@@ -337,7 +340,7 @@ def _moments(watched, params):
 def _of_moments(gradients, watched):
   mu, nu = _moments(watched, gradients)
   signal_to_noise, cosine = [], []
-  for g, m, v in zip(*map(_norms.counted, (gradients, mu, nu)), strict=True):
+  for g, m, v in zip(*map(trees.counted, (gradients, mu, nu)), strict=True):
     squares = _inner(m, m)
     signal_to_noise.append(_ratio(squares, jnp.sum(v.real, dtype=jnp.float32)))
     lengths = jnp.sqrt(_inner(g, g)) * jnp.sqrt(squares)
@@ -349,7 +352,7 @@ def _of_moments(gradients, watched):
 
 
 def _inner(x, y):
-  dtype = _norms.at_least_float32(x.dtype)
+  dtype = at_least_float32(x.dtype)
   return jnp.sum(
     (x.astype(dtype).conj() * y.astype(dtype)).real, dtype=jnp.float32
   )
@@ -359,29 +362,6 @@ def _ratio(x, y):
   return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 
 
-def _counted_with_path(tree):
-  return [
-    (path, leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    if _norms.is_inexact(leaf) and leaf.size
-  ]
-
-
-def counted_with_name(tree: Any) -> list[tuple[str, Any]]:
-  """The leaves that are measured, and their names."""
-  return [(_name(path), leaf) for path, leaf in _counted_with_path(tree)]
-
-
-def _name(path):
-  names = [
-    str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
-    for k in path
-  ]
-  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
-    names.pop()  # of the box around a parameter
-  return '/'.join(names)
-
-
 def _unit_axes(tree):
   """What a unit of every leaf sums over; None for leaves without units.
 
@@ -389,22 +369,23 @@ def _unit_axes(tree):
   with a bias, whose gradient says the same at less cost.
   """
   leaves = [
-    (path, _name(path), leaf) for path, leaf in _counted_with_path(tree)
+    (path, trees.name(path), leaf)
+    for path, leaf in trees.counted_with_path(tree)
   ]
   names = {name for _, name, _ in leaves}
   every: list[tuple[int, ...] | None] = []
   for path, name, leaf in leaves:
     parent, _, own = name.rpartition('/')
-    if not _scopes.is_kernel(path, leaf):
+    if not scopes.is_kernel(path, leaf):
       every.append(())
     elif own == 'embedding' or f'{parent}/bias'.removeprefix('/') in names:
       every.append(None)
     else:
-      every.append(_scopes.flax_unit_axes(path, leaf))
+      every.append(scopes.flax_unit_axes(path, leaf))
   return every
 
 
 def _replicated(x):
-  if not _norms.is_split(x):
+  if not is_split(x):
     return x
   return jax.sharding.reshard(x, jax.sharding.PartitionSpec())

@@ -1,35 +1,26 @@
 """Harmonising any gradients: those of activations, and those per example."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from optax_ghm import (
-  backward as _backward,
-  density as _density,
-  norms as _norms,
-  per_example as _per_example,
-)
-
-PARAMETER_DENSITY = _density.WindowedDensity(
-  low=1e-8, high=1e8, log=True, width=0.5
-)
-"""Windows of half a decade over sixteen decades: norms of unknown scale."""
+from optax_ghm._core import arrays, masks
+from optax_ghm._core.norms import norm
+from optax_ghm.backward import _overwrite
+from optax_ghm.harmonization import _density, _weights
 
 
 def harmonize(
   x: jax.Array,
   state: _density.DensityState | None = None,
   *,
-  density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
+  density: _density.DensityEstimator = _weights.DEFAULT_DENSITY,
   axis: int | tuple[int, ...] | None = None,
   scale: float | jax.Array | None = None,
   mask: jax.Array | None = None,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
   enabled: bool = True,
 ) -> jax.Array:
   r"""Identity forward; backward, every example's cotangent times its harmony.
@@ -109,7 +100,7 @@ def harmonize(
     state = density.init()
   if mask is not None:
     examples = tuple(n for i, n in enumerate(x.shape) if i not in axes)
-    mask = _density.broadcast_mask(mask, examples)
+    mask = masks.broadcast_mask(mask, examples)
   return _harmonize(density, axes, axis_name, x, state, scale, mask)
 
 
@@ -127,14 +118,14 @@ def _harmonize_fwd(density, axes, axis_name, x, state, scale, mask):
 
 def _harmonize_bwd(density, axes, axis_name, residuals, cotangent):
   state, scale, mask = residuals
-  norms = _norms.norm(cotangent, axes)
+  norms = norm(cotangent, axes)
   if scale is None:
     scale = norms.size
     if mask is not None:
-      scale = jnp.sum(_density.counts(mask), dtype=jnp.float32)
+      scale = jnp.sum(masks.counts(mask), dtype=jnp.float32)
     if axis_name is not None:
       scale = jax.lax.psum(scale, axis_name)
-  weights, next_state = _density.harmony_weights(
+  weights, next_state = _weights.harmony_weights(
     norms * jnp.asarray(scale, norms.dtype),
     state,
     density=density,
@@ -142,101 +133,16 @@ def _harmonize_bwd(density, axes, axis_name, residuals, cotangent):
     axis_name=axis_name,
   )
   weights = jnp.expand_dims(weights, axes)
-  dtype = _norms.at_least_float32(cotangent.dtype)
+  dtype = arrays.at_least_float32(cotangent.dtype)
   weighed = weights.astype(dtype) * cotangent.astype(dtype)
   if mask is not None:
-    counts = jnp.expand_dims(_density.counts(mask), axes)
+    counts = jnp.expand_dims(masks.counts(mask), axes)
     weighed = jnp.where(counts, weighed, jnp.zeros_like(weighed))
-  next_state = _backward.ride(next_state, cotangent)
+  next_state = _overwrite.ride(next_state, cotangent)
   return weighed.astype(cotangent.dtype), next_state, None, None
 
 
 _harmonize.defvjp(_harmonize_fwd, _harmonize_bwd)
-
-
-class HarmonizedAggregateState(NamedTuple):
-  """State of :func:`harmonized_aggregate`: that of its density estimator."""
-
-  density: _density.DensityState
-
-
-def harmonized_aggregate(
-  density: _density.DensityEstimator = PARAMETER_DENSITY,
-  *,
-  axis_name: _norms.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
-  r"""Averages per-example gradients by the harmony of their global norms.
-
-  .. math::
-    \bar g = \frac{\sum_i m_i \beta_i g_i}{\sum_i m_i}, \qquad
-    \beta_i = \frac{N}{GD(\lVert g_i \rVert_2)}
-
-  The first link of a chain, before any moments. It takes updates with the
-  examples along the leading axis of every leaf, as ``jax.vmap(jax.grad(...))``
-  makes them and ``optax.contrib.differentially_private_aggregate`` takes them,
-  and gives updates shaped as the parameters. Put ``optax.MultiSteps`` behind
-  it, not around it.
-
-  Args:
-    density: estimator of the density of the global norms; the default has
-      logarithmic windows, for norms of any scale.
-    axis_name: mapped axis, or axes, over which the batch is split; the result
-      is then the average over all of it.
-
-  Returns:
-    A ``GradientTransformationExtraArgs``. Its ``update`` takes the extra
-    argument ``mask``, shape (batch,): which examples count (bool), or with what
-    weight (float). An example whose gradient holds NaN or inf is left out and
-    counted in ``state.density.non_finite``; if none is left, the update is 0.
-    Leaves that are not floating or complex pass unchanged.
-
-  Raises:
-    ValueError: on update, if leaves differ in their leading axis or have none,
-      or do not have the shape of ``params`` behind it.
-
-  Examples:
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> import optax
-    >>> import optax_ghm
-    >>> tx = optax.chain(optax_ghm.harmonized_aggregate(), optax.sgd(0.1))
-    >>> params = {'w': jnp.ones(2)}
-    >>> loss = lambda params, x: jnp.sum(params['w'] * x)
-    >>> grads = jax.vmap(jax.grad(loss), (None, 0))(params, jnp.eye(3, 2))
-    >>> updates, state = tx.update(grads, tx.init(params), params)
-    >>> updates['w'].shape
-    (2,)
-
-  References:
-    Li et al., `Gradient Harmonized Single-stage Detector
-    <https://arxiv.org/abs/1811.05181>`_, 2019
-  """
-
-  def init_fn(params):
-    del params
-    return HarmonizedAggregateState(density=density.init())
-
-  def update_fn(updates, state, params=None, *, mask=None, **extra_args):
-    del extra_args
-    if not any(map(_norms.is_inexact, jax.tree.leaves(updates))):
-      return updates, state
-    norms = _per_example.norms(updates, params)
-    weights, density_state = _density.harmony_weights(
-      norms, state.density, density=density, mask=mask, axis_name=axis_name
-    )
-    amount = jnp.ones_like(norms, bool) if mask is None else mask
-    amount = jnp.where(
-      weights > 0, jnp.asarray(amount).astype(jnp.float32), 0.0
-    )
-    total = jnp.sum(amount)
-    if axis_name is not None:
-      total = jax.lax.psum(total, axis_name)
-    share = weights * amount / jnp.where(total > 0, total, 1.0)
-
-    averaged = _per_example.weighted_sum(updates, share, axis_name)
-    return averaged, HarmonizedAggregateState(density_state)
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _example_axes(x, axis):

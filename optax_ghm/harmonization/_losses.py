@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_ghm import density as _density, norms as _norms
+from optax_ghm._core import arrays, masks
+from optax_ghm._core.softmax_cross_entropy import softmax_cross_entropy
+from optax_ghm.harmonization import _density, _weights
 
 
 def sigmoid_ghm_loss(
@@ -17,9 +19,9 @@ def sigmoid_ghm_loss(
   labels: jax.Array,
   state: _density.DensityState | None = None,
   *,
-  density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
+  density: _density.DensityEstimator = _weights.DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
   r"""GHM-C for binary and multi-label logits: harmonised cross-entropy.
@@ -82,9 +84,9 @@ def sigmoid_ghm_loss_with_integer_labels(
   labels: jax.Array,
   state: _density.DensityState | None = None,
   *,
-  density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
+  density: _density.DensityEstimator = _weights.DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
   r"""GHM-C for one-vs-rest logits and integer labels with a background class.
@@ -143,9 +145,9 @@ def softmax_ghm_loss_with_integer_labels(
   labels: jax.Array,
   state: _density.DensityState | None = None,
   *,
-  density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
+  density: _density.DensityEstimator = _weights.DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
   r"""GHM-C for multi-class logits: harmonised softmax cross-entropy.
@@ -209,9 +211,9 @@ def smooth_l1_ghm_loss(
   state: _density.DensityState | None = None,
   *,
   mu: float = 0.02,
-  density: _density.DensityEstimator = _density.DEFAULT_DENSITY,
+  density: _density.DensityEstimator = _weights.DEFAULT_DENSITY,
   mask: jax.Array | None = None,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
   r"""GHM-R: harmonised authentic smooth L1 loss (ASL1) for regression.
@@ -270,7 +272,7 @@ def smooth_l1_ghm_loss(
 
 def _harmonized(losses, g, state, density, mask, axis_name, train):
   """The losses times the harmony weights of their gradient norms."""
-  weights, state = _density.harmony_weights(
+  weights, state = _weights.harmony_weights(
     g,
     state,
     density=density,
@@ -289,7 +291,7 @@ def _keep(x, mask, inner_axes=0):
   if mask is None:
     return x
   examples = x.shape[: x.ndim - inner_axes]
-  counts = _density.counts(_density.broadcast_mask(mask, examples))
+  counts = masks.counts(masks.broadcast_mask(mask, examples))
   counts = lax.expand_dims(counts, range(len(examples), x.ndim))
   return jnp.where(counts, x, jnp.zeros_like(x))
 
@@ -316,16 +318,6 @@ def _sigmoid_cross_entropy_jvp(primals, tangents):
     (p - labels) * d_logits - _finite(logits) * d_labels,
     p * (1 - p) * d_logits,
   )
-
-
-def softmax_cross_entropy(logits, labels):
-  """As log Σ exp(x - m) + (m - x_y), where Optax's loses digits to large m."""
-  largest = lax.stop_gradient(
-    jnp.max(logits, -1, keepdims=True, initial=-jnp.inf)
-  )
-  log_sum = jnp.log(jnp.sum(jnp.exp(logits - largest), -1))
-  own = jnp.take_along_axis(logits, labels[..., None], -1)
-  return log_sum + jnp.squeeze(largest - own, -1)
 
 
 @jax.custom_jvp
@@ -363,7 +355,7 @@ def _float_logits(name, x):
   x = jnp.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f'{name} must be floating, got dtype {x.dtype}.')
-  return x.astype(_norms.at_least_float32(x.dtype))
+  return x.astype(arrays.at_least_float32(x.dtype))
 
 
 def _broadcast(name, x, shape, dtype):

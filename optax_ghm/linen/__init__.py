@@ -1,13 +1,15 @@
 """Flax Linen faces: modules whose state lives with the model's variables."""
 
-from optax_ghm.linen.batch_norm import (
+from optax_ghm.linen._batch_norm import (
   BatchNorm,
   BatchRenorm,
   DomainBatchNorm,
 )
-from optax_ghm.linen.mounts import GradientReversal, Harmonize, InBackward
-from optax_ghm.linen.recalibration import recalibrate
-from optax_ghm.linen.tapped import Tapped
+from optax_ghm.linen._gradient_reversal import GradientReversal
+from optax_ghm.linen._harmonize import Harmonize
+from optax_ghm.linen._in_backward import InBackward
+from optax_ghm.linen._recalibrate import recalibrate
+from optax_ghm.linen._tapped import Tapped
 
 __all__ = [
   'BatchNorm',

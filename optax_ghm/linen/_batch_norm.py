@@ -8,13 +8,14 @@ import optax
 from flax import linen as nn
 from flax.linen import dtypes, initializers, module
 
-from optax_ghm import (
-  batch_normalizing as _batch_normalizing,
-  batch_subsets as _batch_subsets,
-  flow as _flow,
-  norms as _norms,
-  renormalizing as _renormalizing,
-  running_moments as _running_moments,
+from optax_ghm._core import arrays
+from optax_ghm.batch_normalization import (
+  _batch_norm,
+  _domain,
+  _ghost,
+  _renorm,
+  _running_moments,
+  _stats,
 )
 
 STATS = 'batch_norm_stats'
@@ -34,7 +35,7 @@ class Normalization(nn.Module):
   use_scale: bool = True
   bias_init: initializers.Initializer = initializers.zeros
   scale_init: initializers.Initializer = initializers.ones
-  axis_name: _norms.AxisName = None
+  axis_name: arrays.AxisName = None
   unbiased: bool = False
   debias: bool = False
 
@@ -53,7 +54,7 @@ class Normalization(nn.Module):
     update = update and not (use_running_average or self.is_initializing())
     limits = self._limits(update)  # whose count of steps has to be there
     if use_running_average:
-      return _batch_normalizing.batch_norm_inference(
+      return _batch_norm.batch_norm_inference(
         x, running.mean, running.var, scale, bias, domain=domain, **options
       )
     # There need not be such an axis where parameters are initialized.
@@ -63,7 +64,7 @@ class Normalization(nn.Module):
       x, scale, bias, running=running, domain=domain, **limits, **options
     )
     if self.is_mutable_collection(STATS) and not self.is_initializing():
-      stats = _flow.batch_norm_stats(
+      stats = _stats.batch_norm_stats(
         moments, running, epsilon=self.epsilon, **limits
       )
       self.put_variable(STATS, 'stats', stats)
@@ -202,8 +203,8 @@ class BatchNorm(Normalization):
   def _by_batch(self, x, scale, bias, *, running, domain, **options):
     del running, domain
     if self.ghost_size is None:
-      return _batch_normalizing.batch_norm(x, scale, bias, **options)
-    return _batch_subsets.ghost_batch_norm(
+      return _batch_norm.batch_norm(x, scale, bias, **options)
+    return _ghost.ghost_batch_norm(
       x, scale, bias, ghost_size=self.ghost_size, **options
     )
 
@@ -259,7 +260,7 @@ class BatchRenorm(Normalization):
 
   def _by_batch(self, x, scale, bias, *, running, domain, **options):
     del domain
-    return _renormalizing.batch_renorm(x, running, scale, bias, **options)
+    return _renorm.batch_renorm(x, running, scale, bias, **options)
 
   def _limits(self, update):
     limits = {'r_max': self.r_max, 'd_max': self.d_max}
@@ -329,7 +330,7 @@ class DomainBatchNorm(Normalization):
 
   def _by_batch(self, x, scale, bias, *, running, domain, **options):
     del running
-    return _batch_subsets.domain_batch_norm(
+    return _domain.domain_batch_norm(
       x, domain, scale, bias, num_domains=self.num_domains, **options
     )
 

@@ -1,20 +1,11 @@
 """Linen modules that reshape the cotangent where they stand."""
 
-from typing import Any
-
 import jax
-import optax
 from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
-from jax.typing import ArrayLike
 
-from optax_ghm import (
-  backward as _backward,
-  density as _density,
-  harmonizing as _harmonizing,
-  norms as _norms,
-  reversal as _reversal,
-)
+from optax_ghm._core import arrays
+from optax_ghm.harmonization import _density, _harmonize, _weights
 
 
 class Harmonize(nn.Module):
@@ -59,10 +50,10 @@ class Harmonize(nn.Module):
     1
   """
 
-  density: _density.DensityEstimator = _density.DEFAULT_DENSITY
+  density: _density.DensityEstimator = _weights.DEFAULT_DENSITY
   axis: int | tuple[int, ...] | None = None
   scale: float | None = None
-  axis_name: _norms.AxisName = None
+  axis_name: arrays.AxisName = None
 
   @nn.compact
   def __call__(
@@ -82,7 +73,7 @@ class Harmonize(nn.Module):
       ``x``.
     """
     state = self.variable(OVERWRITE_WITH_GRADIENT, 'harmony', self.density.init)
-    return _harmonizing.harmonize(
+    return _harmonize.harmonize(
       x,
       state.value,
       density=self.density,
@@ -92,81 +83,3 @@ class Harmonize(nn.Module):
       axis_name=self.axis_name,
       enabled=enabled,
     )
-
-
-class GradientReversal(nn.Module):
-  """:func:`optax_ghm.reverse_gradient` as a module, without state.
-
-  Examples:
-    >>> from flax import linen as nn
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from optax_ghm.linen import GradientReversal
-    >>> class DomainClassifier(nn.Module):
-    ...   @nn.compact
-    ...   def __call__(self, features, scale):
-    ...     return nn.Dense(1)(GradientReversal()(features, scale))
-    >>> model, features = DomainClassifier(), jnp.ones((4, 2))
-    >>> variables = model.init(jax.random.key(0), features, 1.0)
-    >>> grad = jax.grad(lambda f, s: model.apply(variables, f, s).sum())
-    >>> bool(jnp.all(grad(features, 0.5) == -0.5 * grad(features, -1.0)))
-    True
-  """
-
-  def __call__(self, x: Any, scale: ArrayLike = 1.0) -> Any:
-    """Returns ``x``; its cotangent is multiplied by minus ``scale``.
-
-    Args:
-      x: array or pytree of arrays.
-      scale: λ, such as a schedule's value at this step; one number, or one per
-        example.
-
-    Returns:
-      ``x``.
-    """
-    return _reversal.reverse_gradient(x, scale)
-
-
-class InBackward(nn.Module):
-  """:func:`optax_ghm.in_backward` as a module that keeps the state.
-
-  The state, if ``tx`` has one, is a variable in Flax's overwrite-with-gradient
-  collection; :class:`Harmonize` says how to train with it.
-
-  Attributes:
-    tx: any Optax transformation.
-
-  Examples:
-    >>> from flax import linen as nn
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> import optax
-    >>> from optax_ghm.linen import InBackward
-    >>> clip = InBackward(optax.clip_by_global_norm(1.0))
-    >>> model, x = nn.Sequential([nn.Dense(3), clip, nn.relu]), jnp.ones((4, 2))
-    >>> variables = model.init(jax.random.key(0), x)
-    >>> model.apply(variables, x).shape
-    (4, 3)
-  """
-
-  tx: optax.GradientTransformation
-
-  @nn.compact
-  def __call__(self, x: Any, enabled: bool = True) -> Any:
-    """Returns ``x``; its cotangent is what ``tx`` makes of it.
-
-    Args:
-      x: array or pytree of arrays, of the same shapes at every call if ``tx``
-        keeps a state shaped as what it updates.
-      enabled: False is the plain identity.
-
-    Returns:
-      ``x``.
-    """
-    mounted = _backward.in_backward(self.tx)
-    if not mounted.keeps_state(x):
-      return mounted(x, enabled=enabled)
-    state = self.variable(
-      OVERWRITE_WITH_GRADIENT, 'in_backward', mounted.init, x
-    )
-    return mounted(x, state.value, enabled=enabled)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from optax_ghm import moments as _moments, recalibrating as _recalibrating
-from optax_ghm.linen import batch_norm as _batch_norm
+from optax_ghm.batch_normalization import _moments, _recalibrate
+from optax_ghm.linen import _batch_norm
 
 
 def recalibrate(
@@ -71,7 +71,7 @@ def recalibrate(
   """
   if 'batch_stats' not in variables:
     raise ValueError("variables must have the collection 'batch_stats'.")
-  apply = _recalibrating.hashable(apply)
+  apply = _recalibrate.hashable(apply)
   stats = _with_moments(flax.core.unfreeze(variables['batch_stats']))
   empty = True
   for batch in batches:
@@ -89,6 +89,8 @@ def recalibrate(
 
 
 _MOMENTS = '_moments'
+
+
 _HOMES = (nn.BatchNorm.__module__, _batch_norm.__name__)
 
 
@@ -101,7 +103,7 @@ def _measure(next_fun, args, kwargs, context):
     and context.orig_method.func.__module__ in _HOMES  # not of subclasses
     and norm.has_variable('batch_stats', _MOMENTS)
   ):
-    moments = _recalibrating.moments_of_call(
+    moments = _recalibrate.moments_of_call(
       norm, context.orig_method.func, args, kwargs
     )
     if moments is not None:
@@ -147,7 +149,7 @@ def _with_moments(stats, measured=None):
   }
   if _is_norm(stats):
     result[_MOMENTS] = (
-      _recalibrating.nothing_measured(stats['mean'])
+      _recalibrate.nothing_measured(stats['mean'])
       if measured is None
       else measured[_MOMENTS]
     )
@@ -172,5 +174,5 @@ def _settled(stats):
     if key != _MOMENTS
   }
   if _is_norm(stats):
-    result.update(_recalibrating.settle(stats[_MOMENTS], result))
+    result.update(_recalibrate.settle(stats[_MOMENTS], result))
   return result

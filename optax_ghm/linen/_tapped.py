@@ -8,8 +8,8 @@ import flax
 import jax
 from flax import linen as nn
 
-from optax_ghm import norms as _norms
-from optax_ghm.flow import tapping as _tapping
+from optax_ghm._core import arrays
+from optax_ghm.flow import _tap, _taps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Tapped:
   histogram: bool = False
   examples: int | None = None
 
-  def init(self, variables: Any, *args: Any, **kwargs: Any) -> _tapping.Taps:
+  def init(self, variables: Any, *args: Any, **kwargs: Any) -> _taps.Taps:
     """The sinks of all modules that such a call calls.
 
     Args:
@@ -73,7 +73,7 @@ class Tapped:
       ValueError: if no module is called that ``where`` takes.
     """
     outside = nn.meta.unbox(dict(variables)).get('params', {})
-    layers: list[_tapping.Layer] = []
+    layers: list[_taps.Layer] = []
     stacks: dict[str, tuple[int, ...]] = {}
 
     def discover(module, output):
@@ -86,7 +86,7 @@ class Tapped:
         return output
       own = nn.meta.unbox(module.variables.get('params', {}))
       layers.append(
-        _tapping.Layer(
+        _taps.Layer(
           name=name,
           kind=type(module).__name__,
           has_kernel=any(getattr(p, 'ndim', 0) > 1 for p in own.values()),
@@ -95,7 +95,7 @@ class Tapped:
       return output
 
     with nn.intercept_methods(_at_outputs(discover)):
-      _tapping.trace(
+      _taps.trace(
         lambda variables, args, kwargs: self.model.apply(
           variables, *args, **kwargs
         ),
@@ -105,23 +105,23 @@ class Tapped:
       )
     if not layers:
       raise ValueError('no module was called that could be tapped.')
-    return _tapping.Taps(
+    return _taps.Taps(
       {
-        layer.name: _tapping.sink(
+        layer.name: _tap.sink(
           histogram=self.histogram,
           examples=self.examples,
           stack=stacks[layer.name],
         )
         for layer in layers
       },
-      _tapping.with_loops(layers, stacks),
+      _taps.with_loops(layers, stacks),
     )
 
   def apply(
     self,
     variables: Any,
     *args: Any,
-    taps: _tapping.Taps | None = None,
+    taps: _taps.Taps | None = None,
     **kwargs: Any,
   ) -> Any:
     """What ``model.apply`` returns.
@@ -141,7 +141,7 @@ class Tapped:
     def pass_tap(module, output):
       if not module.has_variable('params', _SINK):
         return output
-      return _tapping.tap(output, module.get_variable('params', _SINK))
+      return _tap.tap(output, module.get_variable('params', _SINK))
 
     params = variables.get('params', {})
     for name, sink in taps.items():
@@ -168,7 +168,7 @@ def _at_outputs(f):
   def intercept(next_fun, args, kwargs, context):
     output = next_fun(*args, **kwargs)
     if context.method_name != '__call__' or not any(
-      map(_norms.is_inexact, jax.tree.leaves(output))
+      map(arrays.is_inexact, jax.tree.leaves(output))
     ):
       return output
     return f(context.module, output)
@@ -187,7 +187,7 @@ def _stack(module, outside, strict):
     for key in module.path:
       of_module = of_module.get(key, {})
     if jax.tree.leaves(inside):
-      return _tapping.leading_axes(inside, of_module, strict=strict)
+      return _taps.leading_axes(inside, of_module, strict=strict)
     module = module.parent
   return ()
 

@@ -1,21 +1,21 @@
 """Flax NNX faces: modules that keep their state themselves."""
 
-from optax_ghm.nnx.batch_norm import (
+from optax_ghm.nnx._batch_norm import (
   BatchNorm,
   BatchNormStats,
   BatchRenorm,
   DomainBatchNorm,
 )
-from optax_ghm.nnx.mounts import (
-  GradientReversal,
-  Harmonize,
-  InBackward,
+from optax_ghm.nnx._gradient_reversal import GradientReversal
+from optax_ghm.nnx._harmonize import Harmonize
+from optax_ghm.nnx._in_backward import InBackward
+from optax_ghm.nnx._overwrite import (
   OverwriteWithGradient,
   apply_gradients,
   trained,
 )
-from optax_ghm.nnx.recalibration import recalibrate
-from optax_ghm.nnx.tapped import Tapped
+from optax_ghm.nnx._recalibrate import recalibrate
+from optax_ghm.nnx._tapped import Tapped
 
 __all__ = [
   'BatchNorm',

@@ -10,13 +10,14 @@ import optax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from optax_ghm import (
-  batch_normalizing as _batch_normalizing,
-  batch_subsets as _batch_subsets,
-  flow as _flow,
-  norms as _norms,
-  renormalizing as _renormalizing,
-  running_moments as _running_moments,
+from optax_ghm._core import arrays
+from optax_ghm.batch_normalization import (
+  _batch_norm,
+  _domain,
+  _ghost,
+  _renorm,
+  _running_moments,
+  _stats,
 )
 
 
@@ -41,7 +42,7 @@ class Normalization(nnx.Module):
     use_scale: bool = True,
     bias_init: nnx.initializers.Initializer = nnx.initializers.zeros,
     scale_init: nnx.initializers.Initializer = nnx.initializers.ones,
-    axis_name: _norms.AxisName = None,
+    axis_name: arrays.AxisName = None,
     unbiased: bool = False,
     debias: bool = False,
     measure: bool = False,
@@ -63,7 +64,7 @@ class Normalization(nnx.Module):
 
     self.scale = parameter(scale_init, use_scale, scale_metadata)
     self.bias = parameter(bias_init, use_bias, bias_metadata)
-    stats = _flow.BatchNormStats(jnp.zeros(5, jnp.float32))
+    stats = _stats.BatchNormStats(jnp.zeros(5, jnp.float32))
     self.stats = BatchNormStats(stats) if measure else nnx.data(None)
     self.num_features = num_features
     self.use_running_average = use_running_average
@@ -114,7 +115,7 @@ class Normalization(nnx.Module):
       'dtype': dtypes.canonicalize_dtype(*given, dtype=self.dtype),
     }
     if use_running_average:
-      return _batch_normalizing.batch_norm_inference(
+      return _batch_norm.batch_norm_inference(
         x, mean, var, scale, bias, domain=domain, **options
       )
     options.update(axis_name=self.axis_name, mask=mask)
@@ -124,7 +125,9 @@ class Normalization(nnx.Module):
     )
     if self.stats is not None:
       self.stats.set_value(
-        _flow.batch_norm_stats(moments, running, epsilon=self.epsilon, **limits)
+        _stats.batch_norm_stats(
+          moments, running, epsilon=self.epsilon, **limits
+        )
       )
     if update:
       running = _running_moments.update_running_moments(
@@ -226,8 +229,8 @@ class BatchNorm(Normalization):
   def _by_batch(self, x, scale, bias, *, running, domain, **options):
     del running, domain
     if self.ghost_size is None:
-      return _batch_normalizing.batch_norm(x, scale, bias, **options)
-    return _batch_subsets.ghost_batch_norm(
+      return _batch_norm.batch_norm(x, scale, bias, **options)
+    return _ghost.ghost_batch_norm(
       x, scale, bias, ghost_size=self.ghost_size, **options
     )
 
@@ -281,7 +284,7 @@ class BatchRenorm(Normalization):
 
   def _by_batch(self, x, scale, bias, *, running, domain, **options):
     del domain
-    return _renormalizing.batch_renorm(x, running, scale, bias, **options)
+    return _renorm.batch_renorm(x, running, scale, bias, **options)
 
   def _limits(self, update):
     limits = {'r_max': self.r_max, 'd_max': self.d_max}
@@ -353,7 +356,7 @@ class DomainBatchNorm(Normalization):
 
   def _by_batch(self, x, scale, bias, *, running, domain, **options):
     del running
-    return _batch_subsets.domain_batch_norm(
+    return _domain.domain_batch_norm(
       x, domain, scale, bias, num_domains=self.num_domains, **options
     )
 

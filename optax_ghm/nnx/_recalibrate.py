@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_ghm import moments as _moments, recalibrating as _recalibrating
-from optax_ghm.nnx import batch_norm as _batch_norm
-from optax_ghm.nnx.subclassing import subclass
+from optax_ghm.batch_normalization import _moments, _recalibrate
+from optax_ghm.nnx import _batch_norm, _subclass
 
 
 def recalibrate(
@@ -45,17 +44,17 @@ def recalibrate(
     >>> model.mean.get_value()
     Array([3.], dtype=float32)
   """
-  copy, apply = nnx.clone(model), _recalibrating.hashable(apply)
+  copy, apply = nnx.clone(model), _recalibrate.hashable(apply)
   for _, norm in _norms(copy):
     if type(norm).__call__ not in _CALLS:
       raise ValueError(
         f'{type(norm).__name__} has a __call__ of its own: what it normalises'
         ' cannot be seen. Hold a batch norm instead of being one.'
       )
-    kind = subclass(type(norm), _measure)
+    kind = _subclass.subclass(type(norm), _measure)
     object.__setattr__(norm, '__class__', kind)
     mean = norm.mean.get_value()
-    start = _recalibrating.nothing_measured(mean)
+    start = _recalibrate.nothing_measured(mean)
     setattr(norm, _HELD, _Moments(start))
   carried = nnx.Any(_Moments, nnx.RngState)  # so that dropout goes on
   graph, measured, rest = nnx.split(copy, carried, ...)
@@ -75,7 +74,7 @@ def recalibrate(
       ' training mode (use_running_average=False).'
     )
   for path, norm in _norms(model):
-    for name, value in _recalibrating.settle(
+    for name, value in _recalibrate.settle(
       found[path], {n: v.get_value() for n, v in _averages(norm).items()}
     ).items():
       getattr(norm, name).set_value(value)
@@ -119,7 +118,7 @@ def _measured(measured, rest, batch, *, apply, graph):
 
 def _measure(call, norm, args, kwargs):
   """The call of a batch norm that merges the moments of what it normalises."""
-  moments = _recalibrating.moments_of_call(norm, call, args, kwargs)
+  moments = _recalibrate.moments_of_call(norm, call, args, kwargs)
   if moments is not None:
     held = getattr(norm, _HELD)
     held.set_value(_moments.merge_moments(held.get_value(), moments))

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from optax_ghm import norms as _norms
-from optax_ghm.flow import tapping as _tapping
-from optax_ghm.nnx.subclassing import subclass
+from optax_ghm._core import arrays
+from optax_ghm.flow import _tap, _taps
+from optax_ghm.nnx import _subclass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Tapped:
     *args: Any,
     method: str | Callable[..., Any] = '__call__',
     **kwargs: Any,
-  ) -> _tapping.Taps:
+  ) -> _taps.Taps:
     """The sinks of all modules that have a ``__call__``.
 
     Args:
@@ -99,9 +99,7 @@ class Tapped:
       with _watched(copy, {name: _Discovery(name, found) for name in modules}):
         _method(copy, method)(*args, **kwargs)
 
-    _tapping.trace(
-      run, jax.eval_shape(lambda state: state, state), args, kwargs
-    )
+    _taps.trace(run, jax.eval_shape(lambda state: state, state), args, kwargs)
     stats, layers = {}, []
     for name in dict.fromkeys([*stacks, *modules]):
       module = modules[name]
@@ -111,23 +109,23 @@ class Tapped:
       while stack is None:  # nothing to tell by: as the module around it
         around = around.rpartition('/')[0]
         stack = stacks.get(around) if around else ()
-      stats[name] = _tapping.sink(
+      stats[name] = _tap.sink(
         histogram=self.histogram, examples=self.examples, stack=stack
       )
       own = [v for v in vars(module).values() if isinstance(v, nnx.Param)]
       ranks = [getattr(v.get_value(), 'ndim', 0) - len(stack) for v in own]
       has_kernel = any(rank > 1 for rank in ranks)
-      layers.append(_tapping.Layer(name, type(module).__name__, has_kernel))
+      layers.append(_taps.Layer(name, type(module).__name__, has_kernel))
     if not layers:
       raise ValueError('there is no module that could be tapped.')
     known = {name: stack or () for name, stack in stacks.items()}
-    return _tapping.Taps(stats, _tapping.with_loops(layers, known))
+    return _taps.Taps(stats, _taps.with_loops(layers, known))
 
   def apply(
     self,
     model: nnx.Module,
     *args: Any,
-    taps: _tapping.Taps | None = None,
+    taps: _taps.Taps | None = None,
     method: str | Callable[..., Any] = '__call__',
     **kwargs: Any,
   ) -> Any:
@@ -183,7 +181,7 @@ def _stack(inside, outside, strict):
   both = [path for path in outside if path in inside]
   if not both:
     return None
-  return _tapping.leading_axes(
+  return _taps.leading_axes(
     *([tree[path].get_value() for path in both] for tree in (inside, outside)),
     strict=strict,
   )
@@ -198,7 +196,9 @@ def _watched(model, by_name):
       what = by_name.get('/'.join(map(str, path)))
       if what is not None:
         held.append((module, type(module)))
-        object.__setattr__(module, '__class__', subclass(type(module), _watch))
+        object.__setattr__(
+          module, '__class__', _subclass.subclass(type(module), _watch)
+        )
         setattr(module, _HELD, what)
     yield
   finally:
@@ -212,7 +212,7 @@ def _watch(call, module, args, kwargs):
   output = call(module, *args, **kwargs)
   held = getattr(module, _HELD)
   if isinstance(held, _Sink):
-    return _tapping.tap(output, held.get_value())
-  if any(map(_norms.is_inexact, jax.tree.leaves(output))):
+    return _tap.tap(output, held.get_value())
+  if any(map(arrays.is_inexact, jax.tree.leaves(output))):
     held.found(held.name, module)
   return output

@@ -1,12 +1,11 @@
 """What domain-adversarial training needs around the reversal."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm import losses as _losses, norms as _norms
+from optax_ghm._core import arrays
+from optax_ghm._core.softmax_cross_entropy import softmax_cross_entropy
 
 
 def domain_loss(
@@ -15,7 +14,7 @@ def domain_loss(
   *,
   domain_weights: jax.Array | None = None,
   example_weights: jax.Array | None = None,
-  axis_name: _norms.AxisName = None,
+  axis_name: arrays.AxisName = None,
 ) -> jax.Array:
   r"""Cross-entropy of the domains, every domain with a share of its own.
 
@@ -87,7 +86,7 @@ def domain_loss(
       f'example_weights must be of shape {domains.shape}, one per example, got'
       f' {jnp.shape(example_weights)}.'
     )
-  dtype = _norms.at_least_float32(logits.dtype)
+  dtype = arrays.at_least_float32(logits.dtype)
   domains = domains.astype(jnp.int32)
   known = (domains >= 0) & (domains < count)
   label = jnp.where(known, domains, 0)
@@ -97,7 +96,7 @@ def domain_loss(
   if logits.ndim == 1:
     losses = optax.sigmoid_binary_cross_entropy(z, label.astype(dtype))
   else:
-    losses = _losses.softmax_cross_entropy(z, label)
+    losses = softmax_cross_entropy(z, label)
 
   # (N, D): which domain, so that sums over it need no gather when sharded.
   member = known[:, None] & (
@@ -114,187 +113,3 @@ def domain_loss(
   )
   factor = jnp.sum(jnp.where(member, amount * share[None], 0), axis=1)
   return jnp.where(known, size * factor * losses, 0).astype(logits.dtype)
-
-
-def multilinear_map(features: jax.Array, predictions: jax.Array) -> jax.Array:
-  r"""Conditions the domain classifier on the prediction: CDAN's outer product.
-
-  .. math:: T(f, g) = \operatorname{vec}(f \otimes g)
-
-  The domain classifier then sees the features class by class, and cannot be
-  fooled by aligning one class with another. The authors' code lets no gradient
-  through the predictions: give ``jax.lax.stop_gradient(jax.nn.softmax(...))``.
-
-  Args:
-    features: (..., F).
-    predictions: (..., C), class probabilities.
-
-  Returns:
-    (..., F · C), the C products of a feature side by side. Where that passes
-    4,096 the paper takes :func:`randomized_multilinear_map`.
-
-  Raises:
-    ValueError: if the leading axes differ.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> optax_ghm.multilinear_map(jnp.array([1.0, 2.0]), jnp.array([0.5, 0.5]))
-    Array([0.5, 0.5, 1. , 1. ], dtype=float32)
-
-  References:
-    Long et al., `Conditional Adversarial Domain Adaptation
-    <https://arxiv.org/abs/1705.10667>`_, 2018
-  """
-  _check_leading(features, predictions)
-  product = jnp.einsum(
-    '...f,...c->...fc',
-    features,
-    predictions,
-    precision=jax.lax.Precision.HIGHEST,  # of the gradient, which sums
-  )
-  *leading, count, classes = product.shape
-  return product.reshape(*leading, count * classes)
-
-
-def multilinear_projections(
-  key: jax.Array,
-  features: int,
-  classes: int,
-  outputs: int = 1024,
-) -> tuple[jax.Array, jax.Array]:
-  """The two random matrices of :func:`randomized_multilinear_map`.
-
-  Drawn once, standard normal, and kept for the whole training.
-
-  Args:
-    key: PRNG key.
-    features: F, the number of features.
-    classes: C, the number of classes.
-    outputs: d, the number of products to keep.
-
-  Returns:
-    float32 matrices of shapes (F, d) and (C, d).
-
-  Examples:
-    >>> import jax
-    >>> import optax_ghm
-    >>> of_features, of_classes = optax_ghm.multilinear_projections(
-    ...   jax.random.key(0), 256, 10
-    ... )
-    >>> of_features.shape, of_classes.shape
-    ((256, 1024), (10, 1024))
-  """
-  one, two = jax.random.split(key)
-  return (
-    jax.random.normal(one, (features, outputs), jnp.float32),
-    jax.random.normal(two, (classes, outputs), jnp.float32),
-  )
-
-
-def randomized_multilinear_map(
-  features: jax.Array,
-  predictions: jax.Array,
-  projections: tuple[jax.Array, jax.Array],
-) -> jax.Array:
-  r"""CDAN's conditioning for large products: random products of the two.
-
-  .. math::
-    T(f, g) = \frac{1}{\sqrt d} (R_f f) \odot (R_g g), \qquad
-    \operatorname{E} \langle T(f, g), T(f', g') \rangle =
-      \langle f, f' \rangle \langle g, g' \rangle
-
-  the inner product of :func:`multilinear_map`, with variance in 1 / d.
-
-  Args:
-    features: (..., F).
-    predictions: (..., C), class probabilities.
-    projections: of shapes (F, d) and (C, d), from
-      :func:`multilinear_projections`, cast to the dtype of what they multiply.
-
-  Returns:
-    (..., d).
-
-  Raises:
-    ValueError: if the shapes do not fit.
-
-  Examples:
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> projections = optax_ghm.multilinear_projections(
-    ...   jax.random.key(0), 4096, 100
-    ... )
-    >>> optax_ghm.randomized_multilinear_map(
-    ...   jnp.ones((8, 4096)), jnp.ones((8, 100)) / 100, projections
-    ... ).shape
-    (8, 1024)
-
-  References:
-    Long et al., `Conditional Adversarial Domain Adaptation
-    <https://arxiv.org/abs/1705.10667>`_, 2018
-  """
-  _check_leading(features, predictions)
-  of_features, of_classes = projections
-  if (
-    of_features.shape[0] != features.shape[-1]
-    or of_classes.shape[0] != predictions.shape[-1]
-    or of_features.shape[1:] != of_classes.shape[1:]
-  ):
-    raise ValueError(
-      'projections must be of shapes (F, d) and (C, d), got'
-      f' {of_features.shape} and {of_classes.shape} for features'
-      f' {features.shape} and predictions {predictions.shape}.'
-    )
-  left = features @ of_features.astype(features.dtype)
-  right = predictions @ of_classes.astype(predictions.dtype)
-  return left * right / math.sqrt(of_features.shape[1])
-
-
-def _check_leading(features, predictions):
-  if features.shape[:-1] != predictions.shape[:-1]:
-    raise ValueError(
-      'features and predictions must have the same leading axes, got'
-      f' {features.shape} and {predictions.shape}.'
-    )
-
-
-def entropy_weights(logits: jax.Array) -> jax.Array:
-  r"""How much an example counts for the domain classifier: CDAN+E's weights.
-
-  .. math::
-    w = 1 + e^{-H}, \qquad H = -\sum_c p_c \log p_c, \qquad
-    p = \operatorname{softmax}(z)
-
-  Sure predictions, which are easier to transfer, count up to twice as much.
-
-  Args:
-    logits: (..., C), of the class predictor. No gradient flows back.
-
-  Returns:
-    (...), in (1, 2], in the dtype of ``logits``; 0 where these are NaN or have
-    no largest finite one. Give it to :func:`domain_loss` as
-    ``example_weights``, which divides by their sum in each domain, as the
-    authors' code does.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> sure, unsure = optax_ghm.entropy_weights(
-    ...   jnp.array([[99.0, 0.0], [0.0, 0.0]])
-    ... )
-    >>> float(sure), float(unsure)
-    (2.0, 1.5)
-
-  References:
-    Long et al., `Conditional Adversarial Domain Adaptation
-    <https://arxiv.org/abs/1705.10667>`_, 2018, equation 8
-  """
-  dtype = _norms.at_least_float32(logits.dtype)
-  log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits).astype(dtype))
-  # A class that is ruled out has p = 0 and log p = -inf: it adds nothing.
-  p = jnp.exp(log_p)
-  terms = jnp.where(p > 0, p * jnp.where(p > 0, log_p, 0), 0)
-  weights = 1 + jnp.exp(jnp.sum(terms, axis=-1))
-  sound = ~jnp.any(jnp.isnan(p), axis=-1)
-  return jnp.where(sound, weights, 0).astype(logits.dtype)

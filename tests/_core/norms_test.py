@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from optax_ghm import norms
+from optax_ghm._core import norms
 
 SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5)
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)

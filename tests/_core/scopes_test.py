@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
-from optax_ghm import scopes
+from optax_ghm._core import scopes
 
 # The layouts of Flax.
 

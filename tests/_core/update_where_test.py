@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
-from optax_ghm import gating
+from optax_ghm._core.update_where import update_where
 
 
 def where_at_the_end(condition, update, updates, state, params=None, **kwargs):
@@ -157,7 +157,7 @@ def test_equals_where_of_everything_in_a_scan(name):
 
   @jax.jit
   def run(state):
-    step = step_by(gating.update_where, name, params)
+    step = step_by(update_where, name, params)
     return jax.lax.scan(step, state, (CONDITIONS, *make_steps()))
 
   last, (updates, states) = run(init)
@@ -192,7 +192,7 @@ def test_equals_where_of_everything_eagerly(name):
         value=args[1],
       )
       for select, old in (
-        (gating.update_where, state),
+        (update_where, state),
         (where_at_the_end, expected_state),
       )
     )
@@ -210,7 +210,7 @@ def test_under_vmap_every_condition_is_its_own(name):
   @jax.jit
   @jax.vmap
   def each(condition):
-    return gating.update_where(
+    return update_where(
       condition, update, grads, init, make_params(), value=value
     )
 
@@ -239,7 +239,7 @@ def test_under_shard_map_devices_may_differ(name):
   def local(select):
     return lambda *args: select(args[0], update, *args[1:])
 
-  one = local(gating.update_where)
+  one = local(update_where)
   mesh = jax.make_mesh((8,), ('d',), axis_types=(AxisType.Auto,))
   args = conditions, grads, state, params
 
@@ -271,7 +271,7 @@ def test_sharded_jit(kind):
   grads = {'w': jnp.sin(params['w'])}
   tx = OPTIMIZERS['adamw']()
   state = tx.init(params)
-  step = jax.jit(functools.partial(gating.update_where, update=update))
+  step = jax.jit(functools.partial(update_where, update=update))
   with jax.set_mesh(mesh):
     args = jax.device_put((grads, state, params), NamedSharding(mesh, P()))
     sharded = jax.tree.map(
@@ -407,11 +407,11 @@ def test_whatever_an_update_gives_back(update, condition):
   args = update, GRADS, OLD, {'w': jnp.array([7.0, 8.0])}
   expected = where_at_the_end(condition, *args)
   for select in (
-    gating.update_where,
-    jax.jit(gating.update_where, static_argnums=1),
-    lambda c, update, *rest: jax.jit(
-      lambda c: gating.update_where(c, update, *rest)
-    )(c),
+    update_where,
+    jax.jit(update_where, static_argnums=1),
+    lambda c, update, *rest: jax.jit(lambda c: update_where(c, update, *rest))(
+      c
+    ),
   ):
     actual = select(jnp.array(condition), *args)
     chex.assert_trees_all_close(actual, expected, rtol=1e-6)
@@ -424,7 +424,7 @@ def test_whatever_an_update_gives_back(update, condition):
 def test_a_condition_of_python_or_numpy(condition):
   expected = where_at_the_end(condition, twice, GRADS, OLD, None)
   for own in (condition, np.bool_(condition), np.array(condition)):
-    actual = gating.update_where(own, twice, GRADS, OLD, None)
+    actual = update_where(own, twice, GRADS, OLD, None)
     chex.assert_trees_all_equal(actual, expected)
 
 
@@ -447,7 +447,7 @@ def test_updates_that_are_no_numbers_pass(condition, after):
     new, state = one_from_the_other({'w': updates['w']}, state, params)
     return updates | new, state
 
-  actual, state = gating.update_where(
+  actual, state = update_where(
     jnp.array(condition), update, GRADS | others, OLD
   )
   expected = where_at_the_end(condition, one_from_the_other, GRADS, OLD)
@@ -465,7 +465,7 @@ def test_a_step_left_out_moves_no_integer_either(dtype):
   """Else 0, says the docstring: ``optax.apply_updates`` adds them too."""
   updates = {'w': jnp.ones(2), 'i': jnp.ones(3, dtype)}
   for condition in (True, False):
-    actual, _ = gating.update_where(
+    actual, _ = update_where(
       jnp.array(condition), lambda u, s, p: (u, s), updates, OLD
     )
     assert types(actual) == types(updates)
@@ -487,14 +487,14 @@ def test_a_state_of_another_structure_is_an_error(state):
     return updates, jax.tree.map(lambda x: x + old['a'], state)
 
   with pytest.raises(ValueError):
-    gating.update_where(jnp.array(False), update, GRADS, {'a': X, 'b': X})
+    update_where(jnp.array(False), update, GRADS, {'a': X, 'b': X})
 
 
 def test_nothing_of_a_bad_step_comes_through():
   """Zeros, not 0 times NaN."""
   bad = {'w': jnp.array([jnp.nan, jnp.inf])}
   updates, state = jax.jit(
-    lambda g: gating.update_where(
+    lambda g: update_where(
       jnp.isfinite(g['w']).all(), one_from_the_other, g, OLD
     )
   )(bad)
@@ -539,7 +539,7 @@ def test_states_of_all_types(of_leaves, condition, seed):
     return moved, new
 
   actual = jax.jit(
-    lambda condition, *args: gating.update_where(condition, update, *args)
+    lambda condition, *args: update_where(condition, update, *args)
   )(condition, grads, state)
   expected = where_at_the_end(condition, update, grads, state)
   assert types(actual) == types(expected)
@@ -584,7 +584,7 @@ def always(condition, update, *args):
 
 
 def test_a_donated_state_is_written_in_place():
-  assert temporary_bytes(optax.adamw, gating.update_where) < 0.1 * PARAM_BYTES
+  assert temporary_bytes(optax.adamw, update_where) < 0.1 * PARAM_BYTES
   assert temporary_bytes(optax.adamw, where_at_the_end) > 0.1 * PARAM_BYTES
 
 
@@ -596,7 +596,7 @@ def momentum(learning_rate):
 def test_it_takes_no_more_memory_than_the_optimizer_alone(make):
   """Some need a copy of the momentum themselves."""
   alone = temporary_bytes(make, always)
-  selected = temporary_bytes(make, gating.update_where)
+  selected = temporary_bytes(make, update_where)
   assert selected < alone + 0.1 * PARAM_BYTES
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
-from tests.batch_normalizing_test import (
+from tests.batch_normalization.batch_norm_test import (
   EPSILON,
   Found,
   a_case,

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 import optax_ghm
 from optax_ghm import flow, linen, nnx
-from tests.properties import strategies_arrays as arrays_of
+from tests.support import strategies_arrays as arrays_of
 
 EPSILON = 1e-3
 CASES = [  # few: each is compiled; dtype, shape, feature axes, shape of a mask

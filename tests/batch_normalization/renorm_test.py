@@ -7,7 +7,7 @@ import pytest
 
 import optax_ghm
 from optax_ghm import RunningMoments
-from tests.batch_normalizing_test import (
+from tests.batch_normalization.batch_norm_test import (
   EPSILON,
   a_case,
   assert_close,

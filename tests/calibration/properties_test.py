@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, example, given, strategies as st
 
 import optax_ghm
-from tests.properties.strategies_trees import (
+from tests.support.strategies_trees import (
   STRUCTURES,
   is_inexact,
   trees,

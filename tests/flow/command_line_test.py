@@ -7,7 +7,7 @@ import pytest
 
 from optax_ghm import flow
 from optax_ghm.flow import __main__ as command_line
-from tests.flow.hand_made import taps
+from tests.support.hand_made import taps
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 
 from optax_ghm import flow
 from optax_ghm.linen import Tapped
-from tests.flow import networks
-from tests.flow.hand_made import stats, taps, watched
+from tests.support import networks
+from tests.support.hand_made import stats, taps, watched
 
 SEEDS = range(5)
 KINDS = (

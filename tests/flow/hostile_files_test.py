@@ -15,8 +15,8 @@ import rich.console
 
 from optax_ghm import flow
 from optax_ghm.flow import __main__ as command_line
-from tests.flow.hand_made import taps, watched
 from tests.flow.page_test import page_of
+from tests.support.hand_made import taps, watched
 
 PARAMS = {'w': jnp.ones((2, 3)), 'b': jnp.ones(3)}
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.core import freeze
 
 from optax_ghm.linen import Tapped
-from tests.flow.direct import (
+from tests.support.direct import (
   assert_bit_for_bit,
   assert_statistics,
   at,

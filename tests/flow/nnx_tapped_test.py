@@ -9,7 +9,7 @@ import pytest
 from flax import errors, nnx
 
 from optax_ghm.nnx import Tapped
-from tests.flow.direct import (
+from tests.support.direct import (
   assert_bit_for_bit,
   assert_statistics,
   at,

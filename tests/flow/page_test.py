@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from optax_ghm import flow
-from optax_ghm.flow import svg
-from tests.flow.hand_made import taps, watched
+from optax_ghm.flow import _svg as svg
+from tests.support.hand_made import taps, watched
 
 HOSTILE = '<script>alert(1)</script>"\'&\t</svg>\n-->'
 VOID = {'meta', 'br', 'link', 'img', 'hr', 'input'}

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import same_color
 
 from optax_ghm import flow
-from tests.flow.hand_made import silent, taps, watched
+from tests.support.hand_made import silent, taps, watched
 
 PARAMS = {'one': {'bias': jnp.ones(2), 'kernel': jnp.ones((2, 2))}}
 

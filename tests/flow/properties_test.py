@@ -11,8 +11,7 @@ from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from optax_ghm import flow
-from tests.flow import hand_made
-from tests.properties import strategies_arrays as arrays_of
+from tests.support import hand_made, strategies_arrays as arrays_of
 
 TREE = {
   'half': (jnp.float16, (3, 2)),

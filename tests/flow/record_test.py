@@ -12,9 +12,9 @@ import optax
 import pytest
 
 from optax_ghm import flow
-from optax_ghm.flow import record as record_module
+from optax_ghm.flow import _record, _tap
 from optax_ghm.linen import Tapped
-from tests.flow.hand_made import MEASURED, NUMBERS, stats, taps, watched
+from tests.support.hand_made import MEASURED, NUMBERS, stats, taps, watched
 
 PARAMS = {'a': jnp.ones((2, 3)), 'é\n"b"': {'bias': jnp.ones(3)}}
 NAMES = ['encoder/Dense_0', 'größe "x"\t<b>']
@@ -266,7 +266,7 @@ class OnItsWay:
 def on_their_way(monkeypatch):
   arrived, log = set(), []
   monkeypatch.setattr(
-    record_module,
+    _record,
     '_copied',
     lambda tree: jax.tree.map(lambda x: OnItsWay(float(x), arrived, log), tree),
   )
@@ -290,7 +290,7 @@ def test_adding_reads_nothing_that_has_not_arrived(on_their_way):
 
 def test_no_more_than_so_many_steps_are_on_their_way(on_their_way):
   _, log = on_their_way
-  record, most = flow.Record(), record_module.PENDING
+  record, most = flow.Record(), _record.PENDING
   for i in range(most):
     record.add(i, loss=jnp.float32(i))
   assert log == ['copy'] * most
@@ -746,7 +746,7 @@ BAD_FILES = {
   'about is no JSON': lambda path: _npz(path, about=np.array('{')),
   'about is a list': lambda path: _npz(path, about=np.array('[1]')),
   'nothing but the format': lambda path: _npz(
-    path, about=np.array(json.dumps({'format': record_module.FORMAT}))
+    path, about=np.array(json.dumps({'format': _record.FORMAT}))
   ),
   'no steps': _without_steps,
   'begins as a zip': lambda path: path.write_bytes(b'PK\x03\x04' + b'x' * 99),
@@ -777,6 +777,6 @@ def test_a_missing_file_raises_file_not_found(tmp_path):
 
 def test_the_columns_on_disk_are_those_of_the_format():
   """What is renamed or moved needs another format."""
-  assert record_module.FORMAT == 'optax_ghm.flow 1'
-  assert NUMBERS == flow.tapping.COLUMNS
+  assert _record.FORMAT == 'optax_ghm.flow 1'
+  assert NUMBERS == _tap.COLUMNS
   assert MEASURED == flow.watching.COLUMNS

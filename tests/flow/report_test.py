@@ -9,7 +9,7 @@ import pytest
 import rich.console
 
 from optax_ghm import flow
-from tests.flow.hand_made import silent, stats, taps, watched
+from tests.support.hand_made import silent, stats, taps, watched
 
 HOSTILE = '[red]x[/red] <b>"\'\\ [0]'
 

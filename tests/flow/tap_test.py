@@ -10,8 +10,8 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from optax_ghm import flow
-from optax_ghm.flow import tapping
-from tests.flow.direct import (
+from optax_ghm.flow import _taps
+from tests.support.direct import (
   assert_bit_for_bit,
   assert_statistics,
   cells,
@@ -424,14 +424,14 @@ def test_leading_axes_are_those_that_were_lost():
   def stack(*axes):
     return jax.tree.map(lambda u: jnp.ones(axes + u.shape), inside)
 
-  assert tapping.leading_axes(inside, inside) == ()
-  assert tapping.leading_axes(inside, stack(5)) == (5,)
-  assert tapping.leading_axes(inside, stack(5, 4)) == (5, 4)
-  assert tapping.leading_axes({}, {}) == ()
+  assert _taps.leading_axes(inside, inside) == ()
+  assert _taps.leading_axes(inside, stack(5)) == (5,)
+  assert _taps.leading_axes(inside, stack(5, 4)) == (5, 4)
+  assert _taps.leading_axes({}, {}) == ()
   mixed = {**stack(5), 'bias': inside['bias']}
-  assert tapping.leading_axes(inside, mixed) == ()
+  assert _taps.leading_axes(inside, mixed) == ()
 
 
 def test_other_axes_than_the_leading_ones_are_an_error():
   with pytest.raises(ValueError, match=r'\(2, 5, 3\) is \(2, 3\)'):
-    tapping.leading_axes([jnp.ones((2, 3))], [jnp.ones((2, 5, 3))])
+    _taps.leading_axes([jnp.ones((2, 3))], [jnp.ones((2, 5, 3))])

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from optax_ghm import flow
-from tests.flow.direct import assert_bit_for_bit, assert_statistics, at, wavy
+from tests.support.direct import assert_bit_for_bit, assert_statistics, at, wavy
 
 STEPS, BATCH, WIDTH = 3, 8, 4
 MESHES = {

@@ -12,7 +12,7 @@ from flax import linen as nn, nnx, serialization
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from optax_ghm import flow
-from tests.contracts.trial import assert_same, types
+from tests.support.trial import assert_same, types
 
 COLUMNS = (
   'gradient_norm',

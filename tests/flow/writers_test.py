@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optax_ghm import flow
-from tests.flow.hand_made import stats, taps, watched
+from tests.support.hand_made import stats, taps, watched
 
 
 def strict_json(line):

@@ -8,8 +8,8 @@ from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
-from tests.properties import strategies_arrays as arrays_of
-from tests.properties.losses_test import Smooth, crowd_of
+from tests.harmonization.losses_properties_test import Smooth, crowd_of
+from tests.support import strategies_arrays as arrays_of
 
 CASES = [  # few: each is compiled
   (jnp.float16, (5,)),

@@ -9,7 +9,7 @@ from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
-from tests.properties import strategies_arrays as arrays_of
+from tests.support import strategies_arrays as arrays_of
 
 CASES = [  # few: each is compiled
   (jnp.float16, (5,)),

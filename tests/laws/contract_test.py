@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.contracts.trial import (
+from tests.support.trial import (
   BATCH,
   STEPS,
   assert_close,

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 import optax_ghm
-from tests.contracts.trial import (
+from tests.support.trial import (
   assert_close,
   make_params,
   make_steps,

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax import export
 
-from tests.contracts.trial import (
+from tests.support.trial import (
   assert_close,
   assert_same,
   every,

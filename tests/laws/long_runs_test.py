@@ -12,7 +12,7 @@ import pytest
 
 import optax_ghm
 from optax_ghm import RunningMoments, flow
-from tests.contracts.registry import ENTRIES
+from tests.support.registry import ENTRIES
 
 STEPS, RECENT = 1_000_000, 20_000
 DECAY = 0.9999

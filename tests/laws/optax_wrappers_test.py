@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from tests.contracts.trial import (
+from tests.support.trial import (
   BATCH,
   LEARNING_RATE,
   assert_close,

@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as hnp
 
 import optax_ghm
 from optax_ghm import flow
-from tests.contracts.registry import ENTRIES
-from tests.properties.strategies_trees import (
+from tests.support.registry import ENTRIES
+from tests.support.strategies_trees import (
   BEYOND,
   FLOAT64,
   MIXED,

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 from flax import linen, nnx, serialization
 from flax.training import train_state
 
-from tests.contracts.trial import (
+from tests.support.trial import (
   LEARNING_RATE,
   assert_close,
   assert_same,

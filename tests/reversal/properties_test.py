@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
-from tests.properties.strategies_trees import (
+from tests.support.strategies_trees import (
   STRUCTURES,
   is_inexact,
   trees,

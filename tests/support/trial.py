@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.contracts.registry import ENTRIES
+from tests.support.registry import ENTRIES
 
 BATCH = 6
 STEPS = 3

@@ -1,0 +1,1 @@
+"""What every idea stands on: JAX, NumPy and Optax alone."""

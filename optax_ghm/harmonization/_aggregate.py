@@ -1,0 +1,100 @@
+"""Per-example gradients, averaged by their harmony."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ghm._core import arrays, per_example
+from optax_ghm.harmonization import _density, _weights, _windowed
+
+PARAMETER_DENSITY = _windowed.WindowedDensity(
+  low=1e-8, high=1e8, log=True, width=0.5
+)
+"""Windows of half a decade over sixteen decades: norms of unknown scale."""
+
+
+class HarmonizedAggregateState(NamedTuple):
+  """State of :func:`harmonized_aggregate`: that of its density estimator."""
+
+  density: _density.DensityState
+
+
+def harmonized_aggregate(
+  density: _density.DensityEstimator = PARAMETER_DENSITY,
+  *,
+  axis_name: arrays.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Averages per-example gradients by the harmony of their global norms.
+
+  .. math::
+    \bar g = \frac{\sum_i m_i \beta_i g_i}{\sum_i m_i}, \qquad
+    \beta_i = \frac{N}{GD(\lVert g_i \rVert_2)}
+
+  The first link of a chain, before any moments. It takes updates with the
+  examples along the leading axis of every leaf, as ``jax.vmap(jax.grad(...))``
+  makes them and ``optax.contrib.differentially_private_aggregate`` takes them,
+  and gives updates shaped as the parameters. Put ``optax.MultiSteps`` behind
+  it, not around it.
+
+  Args:
+    density: estimator of the density of the global norms; the default has
+      logarithmic windows, for norms of any scale.
+    axis_name: mapped axis, or axes, over which the batch is split; the result
+      is then the average over all of it.
+
+  Returns:
+    A ``GradientTransformationExtraArgs``. Its ``update`` takes the extra
+    argument ``mask``, shape (batch,): which examples count (bool), or with what
+    weight (float). An example whose gradient holds NaN or inf is left out and
+    counted in ``state.density.non_finite``; if none is left, the update is 0.
+    Leaves that are not floating or complex pass unchanged.
+
+  Raises:
+    ValueError: on update, if leaves differ in their leading axis or have none,
+      or do not have the shape of ``params`` behind it.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm
+    >>> tx = optax.chain(optax_ghm.harmonized_aggregate(), optax.sgd(0.1))
+    >>> params = {'w': jnp.ones(2)}
+    >>> loss = lambda params, x: jnp.sum(params['w'] * x)
+    >>> grads = jax.vmap(jax.grad(loss), (None, 0))(params, jnp.eye(3, 2))
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> updates['w'].shape
+    (2,)
+
+  References:
+    Li et al., `Gradient Harmonized Single-stage Detector
+    <https://arxiv.org/abs/1811.05181>`_, 2019
+  """
+
+  def init_fn(params):
+    del params
+    return HarmonizedAggregateState(density=density.init())
+
+  def update_fn(updates, state, params=None, *, mask=None, **extra_args):
+    del extra_args
+    if not any(map(arrays.is_inexact, jax.tree.leaves(updates))):
+      return updates, state
+    norms = per_example.norms(updates, params)
+    weights, density_state = _weights.harmony_weights(
+      norms, state.density, density=density, mask=mask, axis_name=axis_name
+    )
+    amount = jnp.ones_like(norms, bool) if mask is None else mask
+    amount = jnp.where(
+      weights > 0, jnp.asarray(amount).astype(jnp.float32), 0.0
+    )
+    total = jnp.sum(amount)
+    if axis_name is not None:
+      total = jax.lax.psum(total, axis_name)
+    share = weights * amount / jnp.where(total > 0, total, 1.0)
+
+    averaged = per_example.weighted_sum(updates, share, axis_name)
+    return averaged, HarmonizedAggregateState(density_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

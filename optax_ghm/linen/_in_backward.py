@@ -1,0 +1,54 @@
+"""A transformation in the backward pass, as a Linen module."""
+
+from typing import Any
+
+import optax
+from flax import linen as nn
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+
+from optax_ghm.backward import _in_backward
+
+
+class InBackward(nn.Module):
+  """:func:`optax_ghm.in_backward` as a module that keeps the state.
+
+  The state, if ``tx`` has one, is a variable in Flax's overwrite-with-gradient
+  collection; :class:`Harmonize` says how to train with it.
+
+  Attributes:
+    tx: any Optax transformation.
+
+  Examples:
+    >>> from flax import linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from optax_ghm.linen import InBackward
+    >>> clip = InBackward(optax.clip_by_global_norm(1.0))
+    >>> model, x = nn.Sequential([nn.Dense(3), clip, nn.relu]), jnp.ones((4, 2))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> model.apply(variables, x).shape
+    (4, 3)
+  """
+
+  tx: optax.GradientTransformation
+
+  @nn.compact
+  def __call__(self, x: Any, enabled: bool = True) -> Any:
+    """Returns ``x``; its cotangent is what ``tx`` makes of it.
+
+    Args:
+      x: array or pytree of arrays, of the same shapes at every call if ``tx``
+        keeps a state shaped as what it updates.
+      enabled: False is the plain identity.
+
+    Returns:
+      ``x``.
+    """
+    mounted = _in_backward.in_backward(self.tx)
+    if not mounted.keeps_state(x):
+      return mounted(x, enabled=enabled)
+    state = self.variable(
+      OVERWRITE_WITH_GRADIENT, 'in_backward', mounted.init, x
+    )
+    return mounted(x, state.value, enabled=enabled)

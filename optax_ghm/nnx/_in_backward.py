@@ -1,0 +1,61 @@
+"""A transformation in the backward pass, as an NNX module."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from optax_ghm.backward import _in_backward
+from optax_ghm.nnx import _overwrite
+
+
+class InBackward(nnx.Module):
+  """:func:`optax_ghm.in_backward` as a module that keeps the state.
+
+  :class:`Harmonize` says how to train with it.
+
+  Args:
+    tx: any Optax transformation.
+    x: an example of what will pass, or a ``jax.ShapeDtypeStruct`` of it; only
+      a transformation that keeps a state needs it.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm.nnx as ghm_nnx
+    >>> clip = ghm_nnx.InBackward(optax.clip_by_global_norm(1.0))
+    >>> clip(jnp.ones((4, 2))).shape
+    (4, 2)
+    >>> momentum = ghm_nnx.InBackward(optax.trace(0.9), jnp.ones((4, 2)))
+    >>> momentum.state.get_value().carried.trace.shape
+    (4, 2)
+  """
+
+  def __init__(self, tx: optax.GradientTransformation, x: Any = None):
+    self.mounted = _in_backward.in_backward(tx)
+    self.knows_x = x is not None
+    x = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
+    self.state = _overwrite.OverwriteWithGradient(self.mounted.init(x))
+
+  def __call__(self, x: Any, enabled: bool = True) -> Any:
+    """Returns ``x``; its cotangent is what ``tx`` makes of it.
+
+    Args:
+      x: array or pytree of arrays.
+      enabled: False is the plain identity.
+
+    Returns:
+      ``x``.
+
+    Raises:
+      ValueError: if ``tx`` keeps a state and the constructor was given no x.
+    """
+    if enabled and not self.knows_x and self.mounted.keeps_state(x):
+      raise ValueError(
+        'tx keeps a state: give InBackward(tx, x) an example of what passes.'
+      )
+    return self.mounted(x, self.state.get_value(), enabled=enabled)

@@ -1,0 +1,69 @@
+"""State of the backward pass in NNX models."""
+
+import jax
+from flax import nnx
+
+from optax_ghm.backward import _overwrite
+
+
+class OverwriteWithGradient(nnx.Variable):
+  """A variable that its gradient replaces: state of the backward pass.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import optax_ghm.nnx as ghm_nnx
+    >>> model = nnx.Sequential(ghm_nnx.Harmonize())
+    >>> states = nnx.state(model, ghm_nnx.OverwriteWithGradient)
+    >>> len(nnx.to_flat_state(states))
+    1
+  """
+
+
+trained = nnx.DiffState(0, nnx.Any(nnx.Param, OverwriteWithGradient))
+"""For ``nnx.grad(..., argnums=trained)``: parameters and backward states."""
+
+
+def apply_gradients(
+  optimizer: nnx.Optimizer,
+  model: nnx.Module,
+  gradients: nnx.State,
+  **extra_args,
+) -> None:
+  """Optimises the parameters and overwrites the states, in place.
+
+  Args:
+    optimizer: an ``nnx.Optimizer`` of ``model`` with ``wrt=nnx.Param``.
+    model: the model.
+    gradients: with respect to :data:`trained`.
+    **extra_args: passed to the optimizer's ``update``.
+
+  Raises:
+    ValueError: if the gradients of the states are missing.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_ghm.nnx as ghm_nnx
+    >>> model = ghm_nnx.InBackward(optax.trace(0.5), jnp.ones(2))
+    >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    >>> def loss(model):
+    ...   return model(jnp.ones(2)).sum()
+    >>> grads = nnx.grad(loss, argnums=ghm_nnx.trained)(model)
+    >>> ghm_nnx.apply_gradients(optimizer, model, grads)
+    >>> momentum = model.state.get_value().carried.trace
+    >>> momentum.tolist()
+    [1.0, 1.0]
+  """
+  states, params = nnx.split_state(gradients, OverwriteWithGradient, ...)
+  old = nnx.state(model, OverwriteWithGradient)
+  if jax.tree.structure(old) != jax.tree.structure(states):
+    raise ValueError(
+      'gradients must be those of the parameters and of the states of the'
+      ' backward pass: take them with nnx.grad(..., argnums=trained).'
+    )
+  optimizer.update(model, params, **extra_args)
+  nnx.update(
+    model,
+    _overwrite.overwrite_with_gradient(nnx.as_pure(old), nnx.as_pure(states)),
+  )
