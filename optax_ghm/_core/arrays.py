@@ -79,3 +79,8 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
   """The axes of a ``shard_map`` along which x differs; its name has moved."""
   kind = jax.typeof(x)
   return frozenset(kind.vma if hasattr(kind, 'vma') else kind.mat.varying)
+
+
+def psum(x: Any, axis_name: AxisName) -> Any:
+  """The sums over the mapped axes, if there are any: else ``x`` itself."""
+  return x if axis_name is None else jax.lax.psum(x, axis_name)

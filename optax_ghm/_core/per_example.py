@@ -69,8 +69,6 @@ def weighted_sum(
     total = arrays.contract(
       weights.astype(dtype), jnp.where(counts, update, 0).astype(dtype)
     )
-    if axis_name is not None:
-      total = jax.lax.psum(total, axis_name)
-    return total.astype(update.dtype)
+    return arrays.psum(total, axis_name).astype(update.dtype)
 
   return jax.tree.map(over_examples, updates)

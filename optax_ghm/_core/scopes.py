@@ -32,17 +32,13 @@ class Groups:
 _VECTORS = ('bias', 'scale')
 
 
-def _names(path):
-  """Of the layer and the parameter, or empty."""
-  names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
-  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
-    names.pop()  # of the box around a parameter: nnx's, or Linen's metadata
-  return ['', '', *names][-2:]
+def _layer_and_parameter(path):
+  return ['', '', *trees.names(path)][-2:]
 
 
 def is_kernel(path: tuple[Any, ...], leaf: jax.Array) -> bool:
   """Whether it has a fan-in: two axes at least, and no bias or scale."""
-  return leaf.ndim > 1 and _names(path)[1] not in _VECTORS
+  return leaf.ndim > 1 and _layer_and_parameter(path)[1] not in _VECTORS
 
 
 def flax_unit_axes(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...]:
@@ -73,7 +69,7 @@ def flax_unit_axes(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...]:
     Brock et al., `High-Performance Large-Scale Image Recognition Without
     Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
   """
-  layer, parameter = _names(path)
+  layer, parameter = _layer_and_parameter(path)
   if not is_kernel(path, leaf):
     return tuple(range(leaf.ndim))
   if parameter == 'embedding':
@@ -151,9 +147,7 @@ class Scoped(NamedTuple):
         np.array(per_leaf, np.float32),
         [leaf.size // n for leaf, n in zip(leaves, per_leaf, strict=True)],
       )
-    if axis_name is not None:
-      sizes = jax.lax.psum(sizes, axis_name)
-    return jnp.reshape(sizes, self.shape)
+    return jnp.reshape(arrays.psum(sizes, axis_name), self.shape)
 
   def scale(self, tree: Any, factor: jax.Array) -> Any:
     """The tree times the factor of each norm; 0 where that is 0."""
@@ -163,7 +157,7 @@ class Scoped(NamedTuple):
 
     def scale(leaf):
       nonlocal offset
-      if not (arrays.is_inexact(leaf) and leaf.size):
+      if not trees.is_counted(leaf):
         return leaf
       own = factor
       if self.axes is not None:
@@ -213,7 +207,7 @@ def _grouped(scope, tree):
   each = [
     label
     for label, leaf in zip(each, of_all, strict=True)
-    if arrays.is_inexact(leaf) and leaf.size
+    if trees.is_counted(leaf)
   ]
   names = sorted(set(jax.tree.leaves(labels)), key=str)
   groups = np.array([names.index(label) for label in each], int)
@@ -223,8 +217,7 @@ def _grouped(scope, tree):
 def _united(scope, tree):
   axes = [
     np.lib.array_utils.normalize_axis_tuple(scope.axes(path, leaf), leaf.ndim)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    if arrays.is_inexact(leaf) and leaf.size
+    for path, leaf in trees.counted_with_path(tree)
   ]
   counts = [
     int(np.prod([leaf.shape[i] for i in set(range(leaf.ndim)) - set(kept)]))

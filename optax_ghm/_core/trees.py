@@ -1,4 +1,4 @@
-"""The leaves that have a gradient, and their names."""
+"""The leaves of a tree that have a gradient, and their names."""
 
 from typing import Any
 
@@ -7,29 +7,36 @@ import jax
 from optax_ghm._core import arrays
 
 
+def is_counted(leaf: Any) -> bool:
+  """Whether a leaf has a norm: it is floating or complex, and not empty."""
+  return arrays.is_inexact(leaf) and leaf.size > 0
+
+
 def counted(tree: Any) -> list[jax.Array]:
-  """The leaves that have a norm: floating or complex, and not empty."""
-  return [u for u in jax.tree.leaves(tree) if arrays.is_inexact(u) and u.size]
+  """The leaves that have a norm."""
+  return [leaf for leaf in jax.tree.leaves(tree) if is_counted(leaf)]
 
 
-def counted_with_path(tree):
+def counted_with_path(tree: Any) -> list[tuple[tuple[Any, ...], jax.Array]]:
+  """The leaves that have a norm, each with its path before it."""
   return [
     (path, leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    if arrays.is_inexact(leaf) and leaf.size
+    if is_counted(leaf)
   ]
 
 
-def counted_with_name(tree: Any) -> list[tuple[str, Any]]:
-  """The leaves that are measured, and their names."""
-  return [(name(path), leaf) for path, leaf in counted_with_path(tree)]
-
-
-def name(path):
+def names(path: tuple[Any, ...]) -> list[str]:
+  """The names along a path: those of modules, then that of the parameter."""
   names = [
     str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
     for k in path
   ]
   if path and path[-1] == jax.tree_util.GetAttrKey('value'):
-    names.pop()  # of the box around a parameter
-  return '/'.join(names)
+    names.pop()  # of the box around a parameter: NNX's, or Linen's metadata
+  return names
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """The names along a path, joined by slashes."""
+  return '/'.join(names(path))

@@ -7,7 +7,6 @@ which ``flax.training.train_state.TrainState`` overwrites instead of optimising.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_ghm._core import arrays
+from optax_ghm._core.identity import identity
 from optax_ghm.backward import _float_state, _overwrite
 
 
@@ -138,7 +138,7 @@ class InBackward:
 
     update, closed_over = _open(update, floats, state, floats)
     passed = iter(
-      jax.tree.leaves(_in_backward(update, floats, state, closed_over))
+      jax.tree.leaves(_in_backward(update, floats, floats, state, closed_over))
     )
     return structure.unflatten(
       next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
@@ -216,24 +216,10 @@ def in_backward(tx: optax.GradientTransformation) -> InBackward:
   return InBackward(optax.with_extra_args_support(tx))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_backward(update, x, state, closed_over):
-  del update, state, closed_over
-  return x
-
-
-def _in_backward_fwd(update, x, state, closed_over):
-  # Calling the primitive again keeps its rule in a gradient of a gradient.
-  y = _in_backward(update, x, state, closed_over)
-  return y, (x, state, closed_over)
-
-
-def _in_backward_bwd(update, residuals, cotangent):
-  x, state, closed_over = residuals
-  return *update(cotangent, state, x, closed_over), None
-
-
-_in_backward.defvjp(_in_backward_fwd, _in_backward_bwd)
+@identity
+def _in_backward(update, cotangent, x, state, closed_over):
+  updates, next_state = update(cotangent, state, x, closed_over)
+  return updates, None, next_state, None
 
 
 def _inexact_part(x):

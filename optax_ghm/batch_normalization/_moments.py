@@ -154,7 +154,7 @@ def pool_moments(
   def total(u):
     if axis is not None:
       u = jnp.sum(u, axis, keepdims=True)
-    return u if axis_name is None else jax.lax.psum(u, axis_name)
+    return arrays.psum(u, axis_name)
 
   count = total(moments.count)
   mean = total(moments.count * moments.mean) / jnp.maximum(count, 1)

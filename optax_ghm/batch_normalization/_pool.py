@@ -11,12 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from optax_ghm._core.arrays import (
-  AxisName,
-  at_least_float32,
-  contract,
-  is_inexact,
-)
+from optax_ghm._core import arrays
 
 FAR_FROM_ZERO = 4.0
 """In standard deviations: below it the mean's own rounding cannot be seen."""
@@ -42,7 +37,7 @@ class Pool:
   """
 
   axes: tuple[int, ...]
-  axis_name: AxisName = None
+  axis_name: arrays.AxisName = None
   groups: int | None = None
   ghosts: bool = False
 
@@ -51,7 +46,7 @@ class Pool:
     cls,
     x: jax.Array,
     axis: int | tuple[int, ...],
-    axis_name: AxisName = None,
+    axis_name: arrays.AxisName = None,
     groups: int | None = None,
   ) -> 'Pool':
     """Everything but the feature axes ``axis`` of ``x``."""
@@ -89,12 +84,12 @@ class Pool:
   def total(
     self,
     f: Callable[..., jax.Array],
-    *arrays: jax.Array | None,
+    *operands: jax.Array | None,
     members: jax.Array | None = None,
     spelling: int = 0,
   ) -> jax.Array:
-    """The sums of ``f(*arrays)`` on this device."""
-    spelled, inserted = _spell(spelling, arrays)
+    """The sums of ``f(*operands)`` on this device."""
+    spelled, inserted = _spell(spelling, operands)
     terms = f(*spelled)
     kept = [a for a in range(terms.ndim) if a not in inserted]
     over = (*inserted, *(kept[a] for a in self.idle))
@@ -104,11 +99,11 @@ class Pool:
   def each(
     self,
     f: Callable[..., jax.Array],
-    *arrays: jax.Array | None,
+    *operands: jax.Array | None,
     spelling: int = 0,
   ) -> jax.Array:
-    """``f(*arrays)``, element by element."""
-    spelled, inserted = _spell(spelling, arrays)
+    """``f(*operands)``, element by element."""
+    spelled, inserted = _spell(spelling, operands)
     return jnp.squeeze(f(*spelled), inserted)
 
   def spread(self, u: jax.Array, members: jax.Array | None = None) -> jax.Array:
@@ -138,7 +133,7 @@ class Pool:
     """The sums over all devices, by one all-reduce."""
     if self.axis_name is None:
       return sums
-    return tuple(jax.lax.psum(jnp.stack(sums), self.axis_name))
+    return tuple(arrays.psum(jnp.stack(sums), self.axis_name))
 
   def measure(
     self,
@@ -189,7 +184,7 @@ class Pool:
     return count, mean, rest, variance
 
   def _count(self, x, mask, members):
-    dtype = at_least_float32(x.dtype)
+    dtype = arrays.at_least_float32(x.dtype)
     if mask is None:
       mask = jnp.ones((1,) * x.ndim, bool)
     repeats = math.prod(x.shape[a] for a in self.idle if mask.shape[a] == 1)
@@ -204,13 +199,13 @@ class Pool:
     groups = jnp.arange(self.groups, dtype=members.dtype)
     belongs = groups[:, None] == members[None]
     weights = belongs.astype(sums.dtype)
-    together = contract(weights, sums)
+    together = arrays.contract(weights, sums)
 
     def apart():
       own = jnp.expand_dims(belongs, tuple(range(2, sums.ndim + 1)))
       bad = jnp.sum(jnp.where(own, sums[None], 0), 1)
       finite = jnp.where(jnp.isfinite(sums), sums, 0)
-      return jnp.where(jnp.isfinite(bad), contract(weights, finite), bad)
+      return jnp.where(jnp.isfinite(bad), arrays.contract(weights, finite), bad)
 
     # 0 times NaN is NaN: what is not finite would be in every group. The others
     # then have the sums, bit for bit, that they have without it.
@@ -262,7 +257,7 @@ def _rounded(mean):
 _SPELLINGS = ((), (0,), (1,), (0, 1), (0, 2), (1, 2))
 
 
-def _spell(spelling, arrays):
+def _spell(spelling, operands):
   """The same arrays in other words, in at least float32.
 
   XLA on CPUs computes once, and writes out, what several of its loops need: the
@@ -274,8 +269,8 @@ def _spell(spelling, arrays):
   def spell(u):
     if inserted:
       u = jax.lax.optimization_barrier(jnp.expand_dims(u, inserted))
-    if not is_inexact(u):
+    if not arrays.is_inexact(u):
       return u
-    return u.astype(at_least_float32(u.dtype))
+    return u.astype(arrays.at_least_float32(u.dtype))
 
-  return [None if u is None else spell(u) for u in arrays], inserted
+  return [None if u is None else spell(u) for u in operands], inserted

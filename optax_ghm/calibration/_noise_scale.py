@@ -173,9 +173,6 @@ def noise_scale_aggregate(
       GradientNoise(zero, jnp.copy(zero)), count, jnp.copy(count)
     )
 
-  def over_shards(x):
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
-
   def update_fn(updates, state, params=None, *, mask=None, **extra_args):
     del extra_args
     if not any(map(arrays.is_inexact, jax.tree.leaves(updates))):
@@ -185,12 +182,12 @@ def noise_scale_aggregate(
     if mask is not None:
       valid &= jnp.asarray(mask).astype(bool)
     valid = valid.astype(jnp.float32)
-    count = over_shards(jnp.sum(valid))
+    count = arrays.psum(jnp.sum(valid), axis_name)
     share = valid / jnp.maximum(count, 1)
     mean = per_example.weighted_sum(updates, share, axis_name)
     squares = jnp.square(jnp.where(valid > 0, norms, 0))
     noise = _from_squares(
-      over_shards(jnp.sum(share * squares)),
+      arrays.psum(jnp.sum(share * squares), axis_name),
       jnp.square(global_norm(mean).astype(jnp.float32)),
       count,
       batch_size,

@@ -1,6 +1,5 @@
 """Two losses that pull apart, harmonised at the features they share."""
 
-import functools
 import math
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_ghm._core import arrays
+from optax_ghm._core.identity import identity
 from optax_ghm._core.norms import global_norm
 
 Rule = Literal['gh', 'gh++']
@@ -155,7 +155,7 @@ def harmonized_fork(
     return x, x
   leaves, structure = jax.tree.flatten(x)
   floats = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
-  branches = _fork(rule, harmonic_range, axis_name, floats)
+  branches = _branches((rule, harmonic_range, axis_name), (floats, floats))
 
   def branch(floats):
     passed = iter(floats)
@@ -167,19 +167,9 @@ def harmonized_fork(
   return first, second
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fork(rule, harmonic_range, axis_name, x):
-  del rule, harmonic_range, axis_name
-  return x, x
-
-
-def _fork_fwd(rule, harmonic_range, axis_name, x):
-  # Calling the primitive again keeps its rule in a gradient of a gradient.
-  return _fork(rule, harmonic_range, axis_name, x), None
-
-
-def _fork_bwd(rule, harmonic_range, axis_name, residuals, cotangents):
-  del residuals
+@identity
+def _branches(static, cotangents):
+  rule, harmonic_range, axis_name = static
   first, second = cotangents
   one, two = conflict_weights(
     first,
@@ -192,14 +182,12 @@ def _fork_bwd(rule, harmonic_range, axis_name, residuals, cotangents):
   def combine(g1, g2):
     dtype = arrays.at_least_float32(g1.dtype)
     real = jnp.finfo(dtype).dtype
-    sum_ = arrays.multiply(g1.astype(dtype), one.astype(real))
-    sum_ += arrays.multiply(g2.astype(dtype), two.astype(real))
-    return sum_.astype(g1.dtype)
+    combined = arrays.multiply(g1.astype(dtype), one.astype(real))
+    combined += arrays.multiply(g2.astype(dtype), two.astype(real))
+    return combined.astype(g1.dtype)
 
-  return (jax.tree.map(combine, first, second),)
-
-
-_fork.defvjp(_fork_fwd, _fork_bwd)
+  # All of it as the first branch's, so that it is rounded once.
+  return ((jax.tree.map(combine, first, second), None),)
 
 
 def _cosine(first, second, axis_name):
@@ -221,8 +209,7 @@ def _cosine(first, second, axis_name):
     # of the product, which then overflows.
     for u, v in zip(_parts(g1), _parts(g2), strict=True):
       dot += jnp.sum((u.astype(dtype) / by[0]) * (v.astype(dtype) / by[1]))
-  if axis_name is not None:
-    dot = jax.lax.psum(dot, axis_name)
+  dot = arrays.psum(dot, axis_name)
   # Kept apart from it: XLA would make it dot * by / norm, which overflows.
   rest = jax.lax.optimization_barrier((one / by[0]) * (two / by[1]))
   cosine = jnp.clip(dot / rest, -1, 1)

@@ -538,7 +538,8 @@ def _columns_apart(scalars):
 
 def _leaves(params):
   return tuple(
-    Leaf(name, leaf.ndim) for name, leaf in trees.counted_with_name(params)
+    Leaf(trees.path_name(path), leaf.ndim)
+    for path, leaf in trees.counted_with_path(params)
   )
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_ghm._core import arrays, norms
+from optax_ghm._core.identity import identity
 
 LOWEST, OCTAVES, CELLS = -96, 2, 64
 """The histogram: cell i counts magnitudes from 2^(LOWEST + OCTAVES * i)."""
@@ -223,29 +224,17 @@ def tap(x: Any, sink: TapStats) -> Any:
     sink = jax.tree.map(
       lambda u: jax.lax.pcast(u, tuple(sorted(axes)), to='varying'), sink
     )
-  passed = iter(_tap(tapped, sink))
+  passed = iter(_tap(None, tapped, sink))
   return structure.unflatten(
     next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
   )
 
 
-@jax.custom_vjp
-def _tap(leaves, sink):
-  del sink
-  return leaves
-
-
-def _tap_fwd(leaves, sink):
-  # Calling the primitive again keeps its rule in a gradient of a gradient.
-  return _tap(leaves, sink), sink
-
-
-def _tap_bwd(sink, cotangents):
+@identity
+def _tap(static, cotangents, sink):
+  del static
   several = [_measure(u, sink) for u in cotangents]
   return cotangents, functools.reduce(_together, several)
-
-
-_tap.defvjp(_tap_fwd, _tap_bwd)
 
 
 def _measure(cotangent, sink):

@@ -130,7 +130,7 @@ def leaf_names(params: Any) -> list[str]:
     >>> flow.leaf_names({'dense': {'kernel': jnp.ones((2, 2))}, 'step': 3})
     ['dense/kernel']
   """
-  return [name for name, _ in trees.counted_with_name(params)]
+  return [trees.path_name(path) for path, _ in trees.counted_with_path(params)]
 
 
 def watch(
@@ -369,7 +369,7 @@ def _unit_axes(tree):
   with a bias, whose gradient says the same at less cost.
   """
   leaves = [
-    (path, trees.name(path), leaf)
+    (path, trees.path_name(path), leaf)
     for path, leaf in trees.counted_with_path(tree)
   ]
   names = {name for _, name, _ in leaves}

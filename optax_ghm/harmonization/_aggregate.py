@@ -89,9 +89,7 @@ def harmonized_aggregate(
     amount = jnp.where(
       weights > 0, jnp.asarray(amount).astype(jnp.float32), 0.0
     )
-    total = jnp.sum(amount)
-    if axis_name is not None:
-      total = jax.lax.psum(total, axis_name)
+    total = arrays.psum(jnp.sum(amount), axis_name)
     share = weights * amount / jnp.where(total > 0, total, 1.0)
 
     averaged = per_example.weighted_sum(updates, share, axis_name)

@@ -22,7 +22,6 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_ghm._core import arrays, masks
@@ -196,9 +195,7 @@ class Histogram:
     state = settled(state)
     if not train:
       return self._remembered(cell, state), state
-    histogram = _count(cell, mask, self._cells + 2)
-    if axis_name is not None:
-      histogram = lax.psum(histogram, axis_name)
+    histogram = arrays.psum(_count(cell, mask, self._cells + 2), axis_name)
     histogram = histogram.astype(jnp.float32)
     mass, non_finite = histogram[:-2], histogram[-2]
     state = state._replace(non_finite=state.non_finite + non_finite)

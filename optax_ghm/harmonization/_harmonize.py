@@ -1,12 +1,11 @@
 """Harmonising any gradients: those of activations, and those per example."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optax_ghm._core import arrays, masks
+from optax_ghm._core.identity import identity
 from optax_ghm._core.norms import norm
 from optax_ghm.backward import _overwrite
 from optax_ghm.harmonization import _density, _weights
@@ -101,30 +100,18 @@ def harmonize(
   if mask is not None:
     examples = tuple(n for i, n in enumerate(x.shape) if i not in axes)
     mask = masks.broadcast_mask(mask, examples)
-  return _harmonize(density, axes, axis_name, x, state, scale, mask)
+  return _harmonize((density, axes, axis_name), x, state, scale, mask)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _harmonize(density, axes, axis_name, x, state, scale, mask):
-  del density, axes, axis_name, state, scale, mask
-  return x
-
-
-def _harmonize_fwd(density, axes, axis_name, x, state, scale, mask):
-  # Calling the primitive again keeps its rule in a gradient of a gradient.
-  y = _harmonize(density, axes, axis_name, x, state, scale, mask)
-  return y, (state, scale, mask)
-
-
-def _harmonize_bwd(density, axes, axis_name, residuals, cotangent):
-  state, scale, mask = residuals
+@identity
+def _harmonize(static, cotangent, state, scale, mask):
+  density, axes, axis_name = static
   norms = norm(cotangent, axes)
   if scale is None:
     scale = norms.size
     if mask is not None:
       scale = jnp.sum(masks.counts(mask), dtype=jnp.float32)
-    if axis_name is not None:
-      scale = jax.lax.psum(scale, axis_name)
+    scale = arrays.psum(scale, axis_name)
   weights, next_state = _weights.harmony_weights(
     norms * jnp.asarray(scale, norms.dtype),
     state,
@@ -140,9 +127,6 @@ def _harmonize_bwd(density, axes, axis_name, residuals, cotangent):
     weighed = jnp.where(counts, weighed, jnp.zeros_like(weighed))
   next_state = _overwrite.ride(next_state, cotangent)
   return weighed.astype(cotangent.dtype), next_state, None, None
-
-
-_harmonize.defvjp(_harmonize_fwd, _harmonize_bwd)
 
 
 def _example_axes(x, axis):

@@ -104,9 +104,9 @@ def domain_loss(
   )
   weights = jax.lax.stop_gradient(jnp.asarray(example_weights).astype(dtype))
   amount = jnp.where(member, weights[:, None], 0)
-  total, size = jnp.sum(amount, axis=0), jnp.asarray(domains.size, dtype)
-  if axis_name is not None:
-    total, size = jax.lax.psum((total, size), axis_name)
+  total, size = arrays.psum(
+    (jnp.sum(amount, axis=0), jnp.asarray(domains.size, dtype)), axis_name
+  )
   # A domain of no weight contributes 0, one with a NaN among them NaN.
   share = jnp.asarray(domain_weights).astype(dtype) / jnp.where(
     total == 0, 1, total
