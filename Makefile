@@ -46,9 +46,10 @@ bench-torch bench-reference:  ## against PyTorch; all, as in benchmarks/results
 	$(VENV)-torch/bin/python -m pip install --quiet --editable '.[examples]'
 	$(VENV)-torch/bin/python benchmarks $(if $(QUICK),--quick) $(RUN)
 
-lint: setup  ## formatting, lint and types
+lint: setup  ## formatting, lint, spelling and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/pyrefly check
 
 format: setup
