@@ -49,7 +49,7 @@ bench-torch bench-reference:  ## against PyTorch; all, as in benchmarks/results
 lint: setup  ## formatting, lint, spelling and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell
+	$(BIN)/codespell --dictionary=- --dictionary=docs/american.txt
 	$(BIN)/pyrefly check
 
 format: setup
