@@ -1,10 +1,11 @@
-"""The one shape of all identities here that are not linear going backward."""
+"""The one shape of all identities whose backward rule is not linear."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 
 def identity(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
@@ -14,14 +15,17 @@ def identity(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
     y = x, \qquad (\bar x, \bar r_1, \bar r_2, \dots) =
       \text{rule}(\text{static}, \bar y, r_1, r_2, \dots)
 
-  A rule that is linear in the cotangent, with factors that do not depend on it,
-  is a ``jax.custom_jvp`` instead, which has every mode of differentiation; this
-  one has reverse mode only.
+  A rule that is linear in the cotangent is a ``jax.custom_jvp`` instead, which
+  has every mode of differentiation. This identity has reverse mode only.
+
+  A leaf of :math:`\bar y` is None where the loss does not use that leaf of y.
+  The rule returns None there, so that JAX goes on without a gradient: a zero
+  array would become NaN upstream, where it meets an infinite derivative.
 
   Args:
-    rule: from the static argument, the cotangent, and the residuals to the
-      cotangents of ``x`` and of every residual, None for a residual that has
-      none. Its name is the primitive's in jaxprs and error messages.
+    rule: from the static argument, the cotangent and the residuals to the
+      cotangents of ``x`` and of every residual, with None for what has none.
+      The name of the rule is the name of the primitive in jaxprs and errors.
 
   Returns:
     A function of ``(static, x, *residuals)`` that returns ``x``: a hashable
@@ -34,13 +38,22 @@ def identity(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
     del static, residuals
     return x
 
-  def forward(static, x, *residuals):
-    # The primitive and not x itself: a gradient of this gradient would
-    # otherwise go through a plain identity, and lose the rule.
+  def forward(static, *primals):
+    x, *residuals = jax.tree.map(
+      lambda primal: primal.value,
+      primals,
+      is_leaf=lambda node: isinstance(node, CustomVJPPrimal),
+    )
+    # Returning x itself would lose the rule in a gradient of this gradient.
     return primitive(static, x, *residuals), residuals
 
   def backward(static, residuals, cotangent):
-    return rule(static, cotangent, *residuals)
+    used = jax.tree.map(
+      lambda leaf: None if isinstance(leaf, SymbolicZero) else leaf,
+      cotangent,
+      is_leaf=lambda node: isinstance(node, SymbolicZero),
+    )
+    return rule(static, used, *residuals)
 
-  primitive.defvjp(forward, backward)
+  primitive.defvjp(forward, backward, symbolic_zeros=True)
   return primitive

@@ -233,7 +233,7 @@ def tap(x: Any, sink: TapStats) -> Any:
 @identity
 def _tap(static, cotangents, sink):
   del static
-  several = [_measure(u, sink) for u in cotangents]
+  several = [_measure(u, sink) for u in jax.tree.leaves(cotangents)]
   return cotangents, functools.reduce(_together, several)
 
 

@@ -435,3 +435,16 @@ def test_leading_axes_are_those_that_were_lost():
 def test_other_axes_than_the_leading_ones_are_an_error():
   with pytest.raises(ValueError, match=r'\(2, 5, 3\) is \(2, 3\)'):
     _taps.leading_axes([jnp.ones((2, 3))], [jnp.ones((2, 5, 3))])
+
+
+def test_an_output_that_is_not_used_changes_no_gradient():
+  """Zeros in its place would be NaN behind the root at 0."""
+
+  @jax.jit
+  def loss(x, sink):
+    used, _ = flow.tap((x, jnp.sqrt(x)), sink)
+    return jnp.sum(used)
+
+  x_grad, stats = jax.grad(loss, argnums=(0, 1))(jnp.zeros(2), flow.sink())
+  np.testing.assert_array_equal(x_grad, jnp.ones(2))
+  assert stats.elements == 2
