@@ -105,7 +105,7 @@ def pass_per_loss(params, x):
     return branches(params, features, features)[which]
 
   domain, task = (jax.value_and_grad(loss)(params, i) for i in (0, 1))
-  first, second = optax_ghm.conflict_weights(
+  first, second = conflict.conflict_weights(
     domain[1]['trunk'], task[1]['trunk']
   )
   trunk = jax.tree.map(
@@ -150,7 +150,7 @@ CASES = {
   'two branches, six layers of 512, batch 512': harness.Case(
     {
       'by hand: a backward pass per loss': pass_per_loss,
-      'harmonized_fork': functools.partial(forked, optax_ghm.harmonized_fork),
+      'harmonized_fork': functools.partial(forked, conflict.fork),
       'limit: nothing harmonised': functools.partial(forked, lambda x: (x, x)),
     },
     fork_data,

@@ -247,7 +247,7 @@ class Network(nn.Module):
       self.prepare(x), domain, train, self.method.own_affine
     )
     if self.method.conflict:
-      for_domain, for_class = optax_ghm.harmonized_fork(
+      for_domain, for_class = conflict.fork(
         features, rule=self.method.conflict
       )
     return features, for_domain, self.predictor(for_class)

@@ -1,4 +1,4 @@
-"""Optimizer states as floating numbers, which alone have gradients."""
+"""Optimizer states as floating numbers, since only these have gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from optax_ghm._core import arrays
 
 
 def to_floats(leaf):
-  """A leaf of a state as floating numbers: an integer n as n = 2**16 a + b."""
+  """A leaf of a state as floats; an integer a * 2**16 + b becomes (a, b)."""
   leaf = jnp.asarray(leaf)
   if arrays.is_inexact(leaf):
     return leaf
@@ -20,20 +20,21 @@ def to_floats(leaf):
 
 
 def from_floats(leaf, like, calls):
-  """The mean of ``calls`` leaves that were added up, of the dtype of ``like``.
+  """The mean of ``calls`` states that were added up, in the dtype of ``like``.
 
-  Exact for integers that are equal in all calls, up to 512, also where the sum
-  was averaged since, to rounding.
+  Integers that are equal in all calls are exact for up to 512 calls, and also
+  where their sum was divided by a number and is off by rounding.
   """
   calls = jnp.expand_dims(calls, tuple(range(calls.ndim, leaf.ndim)))
   mean = leaf / calls.astype(leaf.dtype)
   if arrays.is_inexact(like):
     return mean
   high, low = mean[..., 0], mean[..., 1]
-  whole = jnp.round(high)
-  whole = jnp.where(jnp.abs(high - whole) < 0.01, whole, jnp.floor(high))
-  rest = jnp.where(jnp.abs(high - whole) < 0.01, 0, high - whole)
-  low = jnp.round(rest * 2**16 + low)
+  nearest = jnp.round(high)
+  is_whole = jnp.abs(high - nearest) < 0.01  # what is left is rounding
+  whole = jnp.where(is_whole, nearest, jnp.floor(high))
+  remainder = jnp.where(is_whole, 0, high - whole)
+  low = jnp.round(remainder * 2**16 + low)
   words = whole.astype(jnp.int32) * 2**16 + low.astype(jnp.int32)
   if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
     data = jax.lax.bitcast_convert_type(words, jnp.uint32)

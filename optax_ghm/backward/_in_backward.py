@@ -1,9 +1,9 @@
-"""Optax transformations inside the backward pass, and state that rides it.
+"""Optax transformations inside the backward pass.
 
-A ``jax.custom_vjp`` that learns from cotangents takes its state as an argument
-and returns the next state as that argument's gradient. Flax calls this
-overwrite-with-gradient and keeps such variables in a collection of that name,
-which ``flax.training.train_state.TrainState`` overwrites instead of optimising.
+A ``jax.custom_vjp`` that learns from cotangents takes its state as an argument,
+and the gradient with respect to that argument is the next state. Flax calls
+this overwrite-with-gradient. It keeps such variables in a collection of that
+name, which ``flax.training.train_state.TrainState`` overwrites.
 """
 
 import dataclasses
@@ -19,26 +19,26 @@ from optax_ghm.backward import _float_state, _overwrite
 
 
 class InBackwardState(NamedTuple):
-  """An Optax state that rides the backward pass, through :func:`in_backward`.
+  """State of a transformation inside the backward pass.
+
+  All of its leaves are floating numbers, since only these have gradients.
+  :meth:`InBackward.unpack` makes it the state of the transformation again. A
+  cast of a model to 16 bits must leave it as it is.
 
   Attributes:
-    carried: the state of the transformation, its integers (step counts, keys)
-      as pairs of float32 along a last axis, since only floating numbers have a
-      gradient. Summed over ``calls``. :meth:`InBackward.unpack` reads it.
-      Keep them float32: no cast of all variables to 16 bits may touch them.
-    calls: float32, how many backward passes were added up in ``carried``; 0 in
-      a state that has seen none.
+    floats: the state of the transformation, summed over ``calls``. An integer,
+      such as a step count or a part of a PRNG key, is a pair of float32 along
+      the last axis.
+    calls: float32, how many backward passes were added up; 0 at the start.
   """
 
-  carried: Any
+  floats: Any
   calls: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class InBackward:
-  """An Optax transformation mounted in the backward pass.
-
-  What :func:`in_backward` returns, and explains.
+  """An Optax transformation of the cotangent; see :func:`in_backward`.
 
   Attributes:
     tx: the transformation.
@@ -47,62 +47,56 @@ class InBackward:
   tx: optax.GradientTransformationExtraArgs
 
   def init(self, x: Any) -> InBackwardState:
-    """The state to begin with, ``tx.init(x)`` made fit to be differentiated.
+    """Returns the state of ``tx`` before the first backward pass.
 
     Args:
-      x: the activations that will pass, or arrays of their shapes and dtypes.
-
-    Returns:
-      The state.
+      x: the activations, or arrays of their shapes and dtypes.
     """
     state = jax.tree.map(_float_state.to_floats, self.tx.init(_inexact_part(x)))
-    return InBackwardState(carried=state, calls=jnp.zeros([], jnp.float32))
+    return InBackwardState(floats=state, calls=jnp.zeros([], jnp.float32))
 
   def keeps_state(self, x: Any) -> bool:
-    """Whether ``tx`` keeps a state for such activations."""
-    expected = jax.eval_shape(self.init, _inexact_part(x))
-    return bool(jax.tree.leaves(expected.carried))
+    """Returns whether ``tx`` keeps a state for such activations."""
+    return bool(jax.tree.leaves(jax.eval_shape(self.init, x).floats))
 
   def unpack(self, state: InBackwardState, x: Any) -> optax.OptState:
-    """The state of ``tx`` itself, integers and all.
+    """Returns the state as ``tx.update`` would have returned it.
 
     Args:
-      state: from :meth:`init`, or a gradient with respect to it; or several,
-        stacked along first axes.
-      x: as for :meth:`init`.
+      state: from :meth:`init`, or a gradient with respect to such a state. Its
+        leaves may have additional leading axes, where states are stacked.
+      x: the activations, or arrays of their shapes and dtypes.
 
     Returns:
-      What ``tx.update`` would have returned; the mean, where ``state.calls``
-      backward passes were added up.
+      The state of ``tx``; the mean, if several backward passes were added up.
     """
     like = jax.eval_shape(self.tx.init, _inexact_part(x))
     calls = jnp.where(state.calls > 0, state.calls, 1)
     return jax.tree.map(
       lambda shape, leaf: _float_state.from_floats(leaf, shape, calls),
       like,
-      state.carried,
+      state.floats,
     )
 
   def __call__(
     self, x: Any, state: InBackwardState | None = None, *, enabled: bool = True
   ) -> Any:
-    """Identity; backward, ``tx.update(cotangent, state, x)``.
+    """Returns ``x``; its cotangent becomes ``tx.update(cotangent, state, x)``.
 
     Args:
       x: array or pytree of arrays.
-      state: from :meth:`init` of an ``x`` of the same shapes and dtypes; may be
-        left out if ``tx`` keeps none.
-      enabled: False is the plain identity, for forward mode, and for evaluating
-        batches of another size than the state was made for.
+      state: from :meth:`init` for an ``x`` of the same shapes and dtypes; None
+        if ``tx`` keeps no state.
+      enabled: False makes this the plain identity, for forward mode, and for
+        evaluation with a batch size that the state was not made for.
 
     Returns:
       ``x``.
 
     Raises:
-      ValueError: if ``tx`` keeps a state and none is given, or one that does
-        not fit ``x``.
-      ValueError: if ``tx`` changes the structure or the shapes of what it
-        updates, or of its state.
+      ValueError: if ``tx`` keeps a state and ``state`` is None or does not fit
+        ``x``, or if ``tx`` changes the structure or the shapes of its updates
+        or of its state.
     """
     if not enabled:
       return x
@@ -110,7 +104,7 @@ class InBackward:
     floats = _inexact_part(x)
     expected = jax.eval_shape(self.init, floats)
     if state is None:
-      if self.keeps_state(x):
+      if self.keeps_state(floats):
         raise ValueError(
           'tx keeps a state: give in_backward(tx)(x, state) one from'
           ' in_backward(tx).init(x), and take its gradient as the next one.'
@@ -128,59 +122,65 @@ class InBackward:
         cotangent, self.unpack(state, floats), floats
       )
       next_state = InBackwardState(
-        carried=jax.tree.map(_float_state.to_floats, next_state),
+        floats=jax.tree.map(_float_state.to_floats, next_state),
         calls=jnp.ones_like(state.calls),
       )
+      next_state = _overwrite.tie_to_cotangent(next_state, cotangent)
       return (
         _cast_like(updates, cotangent, 'updates'),
-        _cast_like(_overwrite.ride(next_state, cotangent), state, 'state'),
+        _cast_like(next_state, state, 'state'),
       )
 
-    update, closed_over = _open(update, floats, state, floats)
-    passed = iter(
-      jax.tree.leaves(_in_backward(update, floats, floats, state, closed_over))
+    update, values = _with_closed_over_values(update, floats, state, floats)
+    outputs = iter(
+      jax.tree.leaves(_in_backward(update, floats, floats, state, values))
     )
     return structure.unflatten(
-      next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
+      next(outputs) if arrays.is_inexact(leaf) else leaf for leaf in leaves
     )
 
 
 def in_backward(tx: optax.GradientTransformation) -> InBackward:
-  r"""Mounts an Optax transformation in the backward pass, at any activation.
+  r"""Puts an Optax transformation in the backward pass, at any activation.
 
   .. math::
     y = x, \qquad (\bar x, s') = \text{tx.update}(\bar y, s, x)
 
-  A cotangent is an update: whatever reshapes the gradients of parameters can
-  reshape those of activations. ``in_backward(tx)(x)`` is ``x``, and its law is
-  that the cotangent behind it is what ``tx.update`` makes of the one before it,
-  cast back to its dtype. The activations stand where an optimizer has its
-  parameters: ``optax.add_decayed_weights`` then decays activations.
+  Whatever reshapes the gradients of parameters can reshape the cotangents of
+  activations. ``in_backward(tx)(x)`` is ``x``, and the cotangent behind it is
+  what ``tx.update`` makes of the cotangent before it, in the same dtype. The
+  activations take the place of the parameters: ``optax.add_decayed_weights``
+  decays activations.
 
-  With a state, ``in_backward(tx)(x, state)``, the gradient with respect to the
-  state is the next state, to be passed on by :func:`overwrite_with_gradient`.
-  Where one state serves several calls in a step, or micro-batches whose
-  gradients are summed, the mean of their next states is carried on.
+  ``in_backward(tx)(x, state)`` is for a transformation with a state. The
+  gradient with respect to ``state`` is the next state, which
+  :func:`overwrite_with_gradient` passes on. Where one state serves several
+  calls in a step, or micro-batches whose gradients are summed, the mean of
+  their next states is passed on.
 
-  The transformation sees the cotangent of the whole array: under ``jax.vmap``
-  that of one example (with a state each, or one for all), under ``jit`` of a
-  sharded array that of all shards, under ``shard_map`` that of a shard alone,
-  unless ``tx`` itself joins them over the mapped axis. There, a state that
-  every shard changes on its own must vary too: ``jax.lax.pcast(state,
-  axis_name, to='varying')``; the shards' next states are then averaged.
+  Under ``jax.vmap`` the transformation sees the cotangent of one example, with
+  a state for each or one for all. Under ``jit`` of a sharded array it sees the
+  cotangent of the whole array. Under ``shard_map`` it sees the cotangent of one
+  shard, unless ``tx`` itself sums over the mapped axis. A state that every
+  shard changes on its own has to vary, by ``jax.lax.pcast(state, axis_name,
+  to='varying')``, and the next states of the shards are averaged.
+
+  Where the loss does not use a leaf of a pytree ``x``, the transformation sees
+  zeros, and no gradient goes on from that leaf.
 
   The rule need not be linear in the cotangent, so forward mode (``jax.jvp``,
-  ``jax.hessian``) raises: switch it off there with ``enabled=False``.
+  ``jax.hessian``) raises: switch the rule off there by ``enabled=False``.
 
   Args:
-    tx: any ``optax.GradientTransformation`` that keeps the shapes of what it
-      updates and needs no extra argument (a loss is not known here): a chain,
-      ``inject_hyperparams``, one that closes over traced numbers.
+    tx: a transformation that keeps the shapes of its updates and needs no extra
+      argument such as the loss, which is not known in the backward pass. It may
+      close over traced numbers.
 
   Returns:
-    An :class:`InBackward`: a function of ``(x, state=None)`` with ``init`` and
-    ``unpack``. ``x`` is an array or a pytree; ``tx`` sees None in the place of
-    leaves that are not floating or complex arrays.
+    An :class:`optax_ghm.backward.InBackward`, which is a function of
+    ``(x, state=None)`` with the methods ``init`` and ``unpack``. ``x`` is an
+    array or a pytree; ``tx`` sees None in the place of leaves that are not
+    floating or complex arrays.
 
   Raises:
     TypeError: if ``tx`` is not a ``GradientTransformation``.
@@ -196,19 +196,19 @@ def in_backward(tx: optax.GradientTransformation) -> InBackward:
     >>> jax.grad(lambda x: jnp.sum(clip(x) ** 2))(jnp.array([3.0, 4.0]))
     Array([0.6, 0.8], dtype=float32)
 
-    With one:
+    With a state:
 
-    >>> mounted = optax_ghm.in_backward(optax.trace(0.9))
+    >>> momentum = optax_ghm.in_backward(optax.trace(0.9))
     >>> x = jnp.ones(2)
-    >>> state = mounted.init(x)
+    >>> state = momentum.init(x)
     >>> def loss(x, state):
-    ...   return jnp.sum(mounted(x, state))
+    ...   return jnp.sum(momentum(x, state))
     >>> for _ in range(2):
     ...   grad, state_grad = jax.grad(loss, argnums=(0, 1))(x, state)
     ...   state = optax_ghm.overwrite_with_gradient(state, state_grad)
     >>> grad
     Array([1.9, 1.9], dtype=float32)
-    >>> mounted.unpack(state, x).trace
+    >>> momentum.unpack(state, x).trace
     Array([1.9, 1.9], dtype=float32)
   """
   if not isinstance(tx, optax.GradientTransformation):
@@ -217,13 +217,19 @@ def in_backward(tx: optax.GradientTransformation) -> InBackward:
 
 
 @identity
-def _in_backward(update, cotangent, x, state, closed_over):
-  updates, next_state = update(cotangent, state, x, closed_over)
+def _in_backward(update, cotangent, x, state, values):
+  seen = jax.tree.map(
+    lambda leaf, c: jnp.zeros_like(leaf) if c is None else c, x, cotangent
+  )
+  updates, next_state = update(seen, state, x, values)
+  updates = jax.tree.map(
+    lambda u, c: None if c is None else u, updates, cotangent
+  )
   return updates, None, next_state, None
 
 
 def _inexact_part(x):
-  """None in the place of leaves that have no gradient."""
+  """``x`` with None in the place of leaves that have no gradient."""
   return jax.tree.map(lambda leaf: leaf if arrays.is_inexact(leaf) else None, x)
 
 
@@ -232,23 +238,24 @@ def _types(tree):
   return jax.tree.map(lambda u: f'{u.dtype}{list(u.shape)}', tree)
 
 
-def _open(f, *args):
-  """``f`` as a function of what it closes over too, and that.
+def _with_closed_over_values(f, *args):
+  """Returns ``f`` with one more argument, and the value of that argument.
 
-  A traced value of the loop, say, that a transformation closes over would be
-  gone when the backward pass runs: it has to come in as an argument.
+  The argument is the list of all traced values that ``f`` closes over. When the
+  backward pass runs, the trace that they belong to may have ended (that of a
+  ``scan`` around the call, for example), so they have to be residuals.
   """
   closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
   structure = jax.tree.structure(shape)
 
-  def opened(*args_and_consts):
-    *args, consts = args_and_consts
+  def with_values(*args_and_values):
+    *args, values = args_and_values
     leaves = jax.tree.leaves(args)
     return structure.unflatten(
-      jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves)
+      jax.core.eval_jaxpr(closed.jaxpr, values, *leaves)
     )
 
-  return opened, list(closed.consts)
+  return with_values, list(closed.consts)
 
 
 def _cast_like(tree, like, name):
@@ -256,7 +263,7 @@ def _cast_like(tree, like, name):
   shapes = [jax.tree.map(jnp.shape, t) for t in (tree, like)]
   if shapes[0] != shapes[1]:
     raise ValueError(
-      f'tx must keep the structure and shapes of its {name}: got {shapes[0]}'
+      f'tx must keep the structure and shapes of its {name}, got {shapes[0]}'
       f' for {shapes[1]}.'
     )
 

@@ -9,37 +9,37 @@ import optax
 from optax_ghm._core import arrays
 
 OVERWRITE_WITH_GRADIENT = '_overwrite_with_gradient'
-"""The name of Flax's collection for variables that their gradient replaces."""
+"""The name of Flax's collection of variables that their gradient replaces."""
 
 
 def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
-  """The next states, from the gradients with respect to the states.
+  """Replaces states of the backward pass by their gradients.
 
-  A state is any node with a field ``calls``, the number of backward passes
-  whose next states were added up in its gradient. Where that is 0, because no
-  gradient reached the state in this step, the state stays as it was, where
-  taking the gradient itself would clear it. What has no such field, like Flax's
-  own states of that kind, is its gradient.
+  The gradient with respect to a state of this library is the next state. Its
+  field ``calls`` counts the backward passes that were added up in it. Where
+  ``calls`` is 0, no gradient reached the state in this step, and the state
+  stays as it is. A variable without such a field, such as the scales of Flax's
+  8-bit layers, becomes its gradient.
 
   Args:
-    states: pytree of states that rode the backward pass.
-    gradients: their gradients, the same structure.
+    states: pytree of states of the backward pass.
+    gradients: the gradients with respect to ``states``, of the same structure.
 
   Returns:
-    The states to use in the next step.
+    The states for the next step.
 
   Examples:
     >>> import jax
     >>> import jax.numpy as jnp
+    >>> import optax
     >>> import optax_ghm
-    >>> def loss(params, harmony):
-    ...   logits = optax_ghm.harmonize(params * jnp.arange(3.0), harmony)
-    ...   return jnp.mean(jnp.square(logits - 1))
-    >>> harmony = optax_ghm.DEFAULT_DENSITY.init()
-    >>> grads, harmony_grad = jax.grad(loss, argnums=(0, 1))(2.0, harmony)
-    >>> harmony = optax_ghm.overwrite_with_gradient(harmony, harmony_grad)
-    >>> float(harmony.histogram.sum())
-    3.0
+    >>> momentum = optax_ghm.in_backward(optax.trace(0.9))
+    >>> x = jnp.ones(2)
+    >>> state = momentum.init(x)
+    >>> state_grad = jax.grad(lambda s: jnp.sum(momentum(x, s)))(state)
+    >>> state = optax_ghm.overwrite_with_gradient(state, state_grad)
+    >>> momentum.unpack(state, x).trace
+    Array([1., 1.], dtype=float32)
   """
 
   def overwrite(state, gradient):
@@ -60,23 +60,24 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
 
 def apply_gradients(
   tx: optax.GradientTransformation,
-  variables: dict[str, Any],
   gradients: dict[str, Any],
   opt_state: optax.OptState,
+  variables: dict[str, Any],
   **extra_args: Any,
 ) -> tuple[dict[str, Any], optax.OptState]:
-  """One step of a plain Optax loop over Linen variables.
+  """Updates the parameters and the backward states of a Linen model.
 
-  What ``TrainState.apply_gradients`` does, for loops without one: the
-  collection ``'params'`` is updated by ``tx``, the collection
-  :data:`OVERWRITE_WITH_GRADIENT` is replaced by its gradient.
+  This is ``flax.training.train_state.TrainState.apply_gradients`` for a loop
+  without a ``TrainState``: ``tx`` updates the collection ``'params'``, and
+  :func:`overwrite_with_gradient` replaces the collection
+  ``'_overwrite_with_gradient'``.
 
   Args:
-    tx: optimizer, its state initialised on ``variables['params']``.
-    variables: with a collection ``'params'`` and, if any state rides the
-      backward pass, :data:`OVERWRITE_WITH_GRADIENT`.
-    gradients: with respect to ``variables``, the same structure.
-    opt_state: state of ``tx``.
+    tx: the optimizer.
+    gradients: with respect to ``variables``, of the same structure.
+    opt_state: from ``tx.init(variables['params'])``.
+    variables: the collection ``'params'`` and, if a module keeps state in the
+      backward pass, the collection ``'_overwrite_with_gradient'``.
     **extra_args: passed to ``tx.update``.
 
   Returns:
@@ -91,49 +92,43 @@ def apply_gradients(
     >>> import optax_ghm
     >>> tx = optax.sgd(0.5)
     >>> variables = {'params': jnp.array(1.0)}
-    >>> variables, _ = optax_ghm.apply_gradients(
-    ...   tx,
-    ...   variables,
-    ...   {'params': jnp.array(2.0)},
-    ...   tx.init(variables['params']),
+    >>> gradients = {'params': jnp.array(2.0)}
+    >>> opt_state = tx.init(variables['params'])
+    >>> variables, opt_state = optax_ghm.apply_gradients(
+    ...   tx, gradients, opt_state, variables
     ... )
     >>> float(variables['params'])
     0.0
   """
+  names = set(variables)
   known = {'params', OVERWRITE_WITH_GRADIENT}
-  for name, tree in (('variables', variables), ('gradients', gradients)):
-    if not {'params'} <= set(tree) <= known:
-      raise ValueError(
-        f"{name} must hold 'params' and at most {OVERWRITE_WITH_GRADIENT!r}"
-        f' beside it, got {sorted(tree)}: keep other collections out of what'
-        ' is differentiated.'
-      )
-  if set(variables) != set(gradients):
+  if not {'params'} <= names <= known or names != set(gradients):
     raise ValueError(
-      'variables and gradients must hold the same collections, got'
-      f' {sorted(variables)} and {sorted(gradients)}.'
+      "variables and gradients must both hold 'params', may both hold"
+      f' {OVERWRITE_WITH_GRADIENT!r}, and nothing else, got {sorted(names)} and'
+      f' {sorted(gradients)}: differentiate no other collection.'
     )
   updates, opt_state = optax.with_extra_args_support(tx).update(
     gradients['params'], opt_state, variables['params'], **extra_args
   )
-  following = dict(variables)
-  following['params'] = optax.apply_updates(variables['params'], updates)
-  if OVERWRITE_WITH_GRADIENT in variables:
-    following[OVERWRITE_WITH_GRADIENT] = overwrite_with_gradient(
-      variables[OVERWRITE_WITH_GRADIENT], gradients[OVERWRITE_WITH_GRADIENT]
-    )
-  return following, opt_state
+  next_variables = {
+    name: overwrite_with_gradient(tree, gradients[name])
+    for name, tree in variables.items()
+    if name != 'params'
+  }
+  next_variables['params'] = optax.apply_updates(variables['params'], updates)
+  return next_variables, opt_state
 
 
-def ride(next_state: Any, cotangent: Any) -> Any:
-  """Ties every leaf of a next state to the cotangent it came with.
+def tie_to_cotangent(next_state: Any, cotangent: Any) -> Any:
+  """Makes every leaf of a next state depend on the cotangent.
 
-  Where ``jax.vmap`` shares one state among examples, JAX sums over these what
-  of the state's gradient depends on the example, and takes the rest, such as a
-  count, once. Tied, all of it is summed, and ``calls`` says how many there are.
-  Compiles to nothing.
+  Where ``jax.vmap`` shares one state among examples, JAX sums the parts of its
+  gradient that depend on the example, and takes the others, such as a count,
+  once. With this dependence all leaves are summed, and ``calls`` says over how
+  many examples. It compiles to nothing.
   """
-  numbers = [u for u in jax.tree.leaves(cotangent) if u.size]
+  numbers = [leaf for leaf in jax.tree.leaves(cotangent) if leaf.size]
   if not numbers:
     return next_state
   total = jnp.sum(numbers[0].real)

@@ -1,8 +1,9 @@
 """Several losses whose gradients pull apart, reconciled."""
 
-from optax_ghm.conflict._two_losses import conflict_weights, harmonized_fork
+from optax_ghm.conflict._two_losses import Rule, conflict_weights, fork
 
 __all__ = [
+  'Rule',
   'conflict_weights',
-  'harmonized_fork',
+  'fork',
 ]

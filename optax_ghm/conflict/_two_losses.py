@@ -1,4 +1,4 @@
-"""Two losses that pull apart, harmonised at the features they share."""
+"""Gradient harmonization of two losses at the features that they share."""
 
 import math
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from optax_ghm._core.identity import identity
 from optax_ghm._core.norms import global_norm
 
 Rule = Literal['gh', 'gh++']
-"""Gradient harmonisation, and its milder form."""
+"""The names of gradient harmonization and of its milder variant."""
 
 
 def conflict_weights(
@@ -34,32 +34,32 @@ def conflict_weights(
       \tau_2 = 1 - 2 \sin \frac{\theta - \pi/2 - \beta}{2}, \qquad
       \beta = \eta\, (\theta - \pi / 2)
 
-  and 1 elsewhere. GH makes :math:`\tau_1 g_1 + \tau_2 g_2` the sum of the two
-  gradients after each has lost what points against the other, so that a small
-  step along it raises neither loss. GH++ deviates less from the gradients.
+  and both weights are 1 otherwise. GH makes :math:`\tau_1 g_1 + \tau_2 g_2` the
+  sum of the two gradients after each has lost the component that points against
+  the other, so that a small step along it raises neither loss. GH++ changes the
+  gradients less, and does not promise this.
 
   Args:
-    first: :math:`g_1`, a pytree of gradients; the domain loss's, for GH++.
-    second: :math:`g_2`, the same structure; the task's, for GH++.
-    rule: ``'gh'`` or ``'gh++'``, whose formula here is that of the authors'
+    first: :math:`g_1`, a pytree of gradients; of the domain loss, for GH++.
+    second: :math:`g_2`, of the same structure; of the task's loss, for GH++.
+    rule: ``'gh'`` or ``'gh++'``. The formula of GH++ is the one in the authors'
       published code.
-    harmonic_range: η of GH++, from 0 to 1, how the excess of the angle over a
-      right angle is split between the two.
+    harmonic_range: η of GH++, from 0 to 1: the share of the excess over a right
+      angle that the first weight answers for.
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    :math:`(\tau_1, \tau_2)`, float32 scalars (float64 where a leaf is of 64
-    bits), no larger than that holds. Both are 1 where a gradient is 0 or not
-    finite.
+    :math:`(\tau_1, \tau_2)`, finite scalars in float32, or in float64 where a
+    leaf has 64 bits. Both are 1 where a gradient is 0 or not finite.
 
   Raises:
     ValueError: if the rule is unknown or the structures differ.
 
   Examples:
     >>> import jax.numpy as jnp
-    >>> import optax_ghm
+    >>> from optax_ghm.conflict import conflict_weights
     >>> g1, g2 = jnp.array([1.0, 0.0]), jnp.array([-1.0, 1.0])
-    >>> one, two = optax_ghm.conflict_weights(g1, g2)
+    >>> one, two = conflict_weights(g1, g2)
     >>> float(one), float(two)
     (2.0, 1.5)
     >>> combined = one * g1 + two * g2
@@ -70,13 +70,12 @@ def conflict_weights(
     Huang et al., `Gradient Harmonization in Unsupervised Domain Adaptation
     <https://arxiv.org/abs/2408.00288>`_, 2024
   """
-  if rule not in ('gh', 'gh++'):
-    raise ValueError(f"rule must be 'gh' or 'gh++', got {rule!r}.")
-  kinds = [jax.tree.map(jnp.shape, tree) for tree in (first, second)]
-  if kinds[0] != kinds[1]:
+  _check_rule(rule)
+  shapes = [jax.tree.map(jnp.shape, tree) for tree in (first, second)]
+  if shapes[0] != shapes[1]:
     raise ValueError(
       'first and second must have the same structure and shapes, got'
-      f' {kinds[0]} and {kinds[1]}.'
+      f' {shapes[0]} and {shapes[1]}.'
     )
   cosine, one, two = _cosine(first, second, axis_name)
   against = cosine < 0
@@ -99,7 +98,7 @@ def conflict_weights(
   return tau_1, tau_2
 
 
-def harmonized_fork(
+def fork(
   x: Any,
   *,
   rule: Rule = 'gh',
@@ -107,27 +106,28 @@ def harmonized_fork(
   axis_name: arrays.AxisName = None,
   enabled: bool = True,
 ) -> tuple[Any, Any]:
-  r"""Two branches of shared features, whose gradients are harmonised.
+  r"""Forks shared features into two branches with harmonized gradients.
 
   .. math::
     (y_1, y_2) = (x, x), \qquad
     \bar x = \tau_1 \bar y_1 + \tau_2 \bar y_2
 
-  with the weights τ of :func:`conflict_weights` for the two cotangents. One
-  backward pass does what the paper does with one per loss. Under ``jax.vmap``
-  every example gets weights of its own, elsewhere the batch shares them.
+  where the weights :math:`\tau` are :func:`conflict_weights` of the two
+  cotangents. One backward pass does what the paper does with one backward pass
+  per loss. Under ``jax.vmap`` every example has weights of its own; otherwise
+  the examples of a batch share them.
 
   Args:
-    x: features, an array or a pytree of them; leaves that are neither floating
-      nor complex pass unchanged.
-    rule: see :func:`conflict_weights`, as are the following.
-    harmonic_range: η of GH++.
+    x: features, an array or a pytree of arrays. Leaves that are not floating or
+      complex arrays pass unchanged.
+    rule: ``'gh'`` or ``'gh++'``, as in :func:`conflict_weights`.
+    harmonic_range: η of GH++, from 0 to 1.
     axis_name: mapped axis, or axes, over which the batch is split.
-    enabled: False is ``(x, x)``, which forward mode needs: the rule is not
-      linear in the cotangents.
+    enabled: False returns ``(x, x)``. Forward mode needs it, since the rule is
+      not linear in the cotangents.
 
   Returns:
-    ``x`` twice: first for the domain's branch, then for the task's.
+    ``x`` twice: for the domain's branch, then for the task's branch.
 
   Raises:
     ValueError: if the rule is unknown.
@@ -135,42 +135,48 @@ def harmonized_fork(
   Examples:
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> import optax_ghm
+    >>> from optax_ghm import conflict
     >>> def loss(x, fork):
     ...   first, second = fork(x)
     ...   return first @ jnp.array([1.0, 0.0]) + second @ jnp.array([-1.0, 1.0])
     >>> x = jnp.zeros(2)
     >>> jax.grad(loss)(x, lambda x: (x, x))
     Array([0., 1.], dtype=float32)
-    >>> jax.grad(loss)(x, optax_ghm.harmonized_fork)
+    >>> jax.grad(loss)(x, conflict.fork)
     Array([0.5, 1.5], dtype=float32)
 
   References:
     Huang et al., `Gradient Harmonization in Unsupervised Domain Adaptation
     <https://arxiv.org/abs/2408.00288>`_, 2024
   """
-  if rule not in ('gh', 'gh++'):
-    raise ValueError(f"rule must be 'gh' or 'gh++', got {rule!r}.")
+  _check_rule(rule)
   if not enabled:
     return x, x
   leaves, structure = jax.tree.flatten(x)
   floats = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
-  branches = _branches((rule, harmonic_range, axis_name), (floats, floats))
+  branches = _fork((rule, harmonic_range, axis_name), (floats, floats))
 
-  def branch(floats):
-    passed = iter(floats)
+  def merge(branch):
+    outputs = iter(branch)
     return structure.unflatten(
-      next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
+      next(outputs) if arrays.is_inexact(leaf) else leaf for leaf in leaves
     )
 
-  first, second = map(branch, branches)
+  first, second = map(merge, branches)
   return first, second
 
 
 @identity
-def _branches(static, cotangents):
+def _fork(static, cotangents):
   rule, harmonic_range, axis_name = static
-  first, second = cotangents
+
+  def fill(leaf, other):  # with zeros, where one branch is not used
+    is_zero = leaf is None and other is not None
+    return jnp.zeros_like(other) if is_zero else leaf
+
+  first, second = (
+    list(map(fill, *pair)) for pair in (cotangents, cotangents[::-1])
+  )
   one, two = conflict_weights(
     first,
     second,
@@ -186,33 +192,34 @@ def _branches(static, cotangents):
     combined += arrays.multiply(g2.astype(dtype), two.astype(real))
     return combined.astype(g1.dtype)
 
-  # All of it as the first branch's, so that it is rounded once.
+  # The sum is the cotangent of the first branch, so that it is rounded once.
   return ((jax.tree.map(combine, first, second), None),)
 
 
-def _cosine(first, second, axis_name):
-  """The cosine of the angle between two trees, from -1 to 1, and their norms.
+def _check_rule(rule):
+  if rule not in ('gh', 'gh++'):
+    raise ValueError(f"rule must be 'gh' or 'gh++', got {rule!r}.")
 
-  0, and norms of 1, where a tree is 0 or not finite.
+
+def _cosine(first, second, axis_name):
+  """The cosine of the angle between two trees, and their norms.
+
+  The cosine is 0 and the norms are 1 where a tree is 0 or not finite.
   """
   norms = [global_norm(tree, axis_name) for tree in (first, second)]
   dtype = np.promote_types(*(n.dtype for n in norms))
   sound = (norms[0] > 0) & (norms[1] > 0)
   sound &= jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
   one, two = (jnp.where(sound, n.astype(dtype), 1) for n in norms)
-  by = [jnp.clip(n, max=arrays.LARGEST_DIVISOR) for n in (one, two)]
   dot = jnp.zeros([], dtype)
   for g1, g2 in zip(*map(jax.tree.leaves, (first, second)), strict=True):
     if not arrays.is_inexact(g1):
       continue
-    # Divided each, not multiplied by 1 / by: XLA would pull those factors out
+    # Divided each, not multiplied by 1 / norm: XLA would pull those factors out
     # of the product, which then overflows.
     for u, v in zip(_parts(g1), _parts(g2), strict=True):
-      dot += jnp.sum((u.astype(dtype) / by[0]) * (v.astype(dtype) / by[1]))
-  dot = arrays.psum(dot, axis_name)
-  # Kept apart from it: XLA would make it dot * by / norm, which overflows.
-  rest = jax.lax.optimization_barrier((one / by[0]) * (two / by[1]))
-  cosine = jnp.clip(dot / rest, -1, 1)
+      dot += jnp.sum((u.astype(dtype) / one) * (v.astype(dtype) / two))
+  cosine = jnp.clip(arrays.psum(dot, axis_name), -1, 1)
   return jnp.where(sound, cosine, 0), one, two
 
 

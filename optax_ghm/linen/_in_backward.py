@@ -10,10 +10,12 @@ from optax_ghm.backward import _in_backward
 
 
 class InBackward(nn.Module):
-  """:func:`optax_ghm.in_backward` as a module that keeps the state.
+  """:func:`optax_ghm.in_backward` as a module.
 
-  The state, if ``tx`` has one, is a variable in Flax's overwrite-with-gradient
-  collection; :class:`Harmonize` says how to train with it.
+  The state of ``tx``, if it keeps one, is a variable in Flax's collection
+  ``'_overwrite_with_gradient'``. Differentiate with respect to this collection
+  beside ``'params'``; ``TrainState.apply_gradients`` or
+  :func:`optax_ghm.apply_gradients` then replaces it by its gradient.
 
   Attributes:
     tx: any Optax transformation.
@@ -35,20 +37,20 @@ class InBackward(nn.Module):
 
   @nn.compact
   def __call__(self, x: Any, enabled: bool = True) -> Any:
-    """Returns ``x``; its cotangent is what ``tx`` makes of it.
+    """Returns ``x``; its cotangent becomes what ``tx`` makes of it.
 
     Args:
       x: array or pytree of arrays, of the same shapes at every call if ``tx``
-        keeps a state shaped as what it updates.
-      enabled: False is the plain identity.
+        keeps a state in the shape of its updates.
+      enabled: False makes this the plain identity.
 
     Returns:
       ``x``.
     """
-    mounted = _in_backward.in_backward(self.tx)
-    if not mounted.keeps_state(x):
-      return mounted(x, enabled=enabled)
+    identity = _in_backward.in_backward(self.tx)
+    if not identity.keeps_state(x):
+      return identity(x, enabled=enabled)
     state = self.variable(
-      OVERWRITE_WITH_GRADIENT, 'in_backward', mounted.init, x
+      OVERWRITE_WITH_GRADIENT, 'in_backward', identity.init, x
     )
-    return mounted(x, state.value, enabled=enabled)
+    return identity(x, state.value, enabled=enabled)

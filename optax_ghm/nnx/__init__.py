@@ -12,7 +12,7 @@ from optax_ghm.nnx._in_backward import InBackward
 from optax_ghm.nnx._overwrite import (
   OverwriteWithGradient,
   apply_gradients,
-  trained,
+  differentiable,
 )
 from optax_ghm.nnx._recalibrate import recalibrate
 from optax_ghm.nnx._tapped import Tapped
@@ -28,6 +28,6 @@ __all__ = [
   'OverwriteWithGradient',
   'Tapped',
   'apply_gradients',
+  'differentiable',
   'recalibrate',
-  'trained',
 ]

@@ -9,7 +9,7 @@ from optax_ghm.reversal import _reverse_gradient
 
 
 class GradientReversal(nnx.Module):
-  """:func:`optax_ghm.reverse_gradient` as a module, without state.
+  """:func:`optax_ghm.reverse_gradient` as a module.
 
   Examples:
     >>> from flax import nnx
@@ -34,8 +34,8 @@ class GradientReversal(nnx.Module):
 
     Args:
       x: array or pytree of arrays.
-      scale: λ, such as a schedule's value at this step; one number, or one per
-        example.
+      scale: λ, a number such as the value of a schedule at this step, or an
+        array over the leading axes of ``x``.
 
     Returns:
       ``x``.

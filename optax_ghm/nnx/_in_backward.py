@@ -12,14 +12,16 @@ from optax_ghm.nnx import _overwrite
 
 
 class InBackward(nnx.Module):
-  """:func:`optax_ghm.in_backward` as a module that keeps the state.
+  """:func:`optax_ghm.in_backward` as a module.
 
-  :class:`Harmonize` says how to train with it.
+  The state of ``tx`` is an :class:`OverwriteWithGradient` variable.
+  Differentiate with ``nnx.grad(..., argnums=differentiable)``;
+  :func:`optax_ghm.nnx.apply_gradients` then replaces the state by its gradient.
 
   Args:
     tx: any Optax transformation.
-    x: an example of what will pass, or a ``jax.ShapeDtypeStruct`` of it; only
-      a transformation that keeps a state needs it.
+    x: an example of the activations, or ``jax.ShapeDtypeStruct`` of them. None
+      if ``tx`` keeps no state.
 
   Examples:
     >>> from flax import nnx
@@ -31,22 +33,22 @@ class InBackward(nnx.Module):
     >>> clip(jnp.ones((4, 2))).shape
     (4, 2)
     >>> momentum = ghm_nnx.InBackward(optax.trace(0.9), jnp.ones((4, 2)))
-    >>> momentum.state.get_value().carried.trace.shape
+    >>> momentum.state.get_value().floats.trace.shape
     (4, 2)
   """
 
   def __init__(self, tx: optax.GradientTransformation, x: Any = None):
-    self.mounted = _in_backward.in_backward(tx)
-    self.knows_x = x is not None
+    self.identity = _in_backward.in_backward(tx)
+    self.has_state = x is not None
     x = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
-    self.state = _overwrite.OverwriteWithGradient(self.mounted.init(x))
+    self.state = _overwrite.OverwriteWithGradient(self.identity.init(x))
 
   def __call__(self, x: Any, enabled: bool = True) -> Any:
-    """Returns ``x``; its cotangent is what ``tx`` makes of it.
+    """Returns ``x``; its cotangent becomes what ``tx`` makes of it.
 
     Args:
       x: array or pytree of arrays.
-      enabled: False is the plain identity.
+      enabled: False makes this the plain identity.
 
     Returns:
       ``x``.
@@ -54,8 +56,8 @@ class InBackward(nnx.Module):
     Raises:
       ValueError: if ``tx`` keeps a state and the constructor was given no x.
     """
-    if enabled and not self.knows_x and self.mounted.keeps_state(x):
+    if enabled and not self.has_state and self.identity.keeps_state(x):
       raise ValueError(
-        'tx keeps a state: give InBackward(tx, x) an example of what passes.'
+        'tx keeps a state: give InBackward(tx, x) an example of x.'
       )
-    return self.mounted(x, self.state.get_value(), enabled=enabled)
+    return self.identity(x, self.state.get_value(), enabled=enabled)

@@ -19,8 +19,11 @@ class OverwriteWithGradient(nnx.Variable):
   """
 
 
-trained = nnx.DiffState(0, nnx.Any(nnx.Param, OverwriteWithGradient))
-"""For ``nnx.grad(..., argnums=trained)``: parameters and backward states."""
+differentiable = nnx.DiffState(0, nnx.Any(nnx.Param, OverwriteWithGradient))
+"""What ``nnx.grad(..., argnums=differentiable)`` differentiates a model by.
+
+These are the parameters and the states of the backward pass.
+"""
 
 
 def apply_gradients(
@@ -29,12 +32,12 @@ def apply_gradients(
   gradients: nnx.State,
   **extra_args,
 ) -> None:
-  """Optimises the parameters and overwrites the states, in place.
+  """Updates the parameters and the backward states of a model, in place.
 
   Args:
     optimizer: an ``nnx.Optimizer`` of ``model`` with ``wrt=nnx.Param``.
     model: the model.
-    gradients: with respect to :data:`trained`.
+    gradients: from ``nnx.grad(..., argnums=differentiable)``.
     **extra_args: passed to the optimizer's ``update``.
 
   Raises:
@@ -49,9 +52,9 @@ def apply_gradients(
     >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     >>> def loss(model):
     ...   return model(jnp.ones(2)).sum()
-    >>> grads = nnx.grad(loss, argnums=ghm_nnx.trained)(model)
+    >>> grads = nnx.grad(loss, argnums=ghm_nnx.differentiable)(model)
     >>> ghm_nnx.apply_gradients(optimizer, model, grads)
-    >>> momentum = model.state.get_value().carried.trace
+    >>> momentum = model.state.get_value().floats.trace
     >>> momentum.tolist()
     [1.0, 1.0]
   """
@@ -59,8 +62,8 @@ def apply_gradients(
   old = nnx.state(model, OverwriteWithGradient)
   if jax.tree.structure(old) != jax.tree.structure(states):
     raise ValueError(
-      'gradients must be those of the parameters and of the states of the'
-      ' backward pass: take them with nnx.grad(..., argnums=trained).'
+      'gradients must include those of the states of the backward pass: take'
+      ' them with nnx.grad(..., argnums=optax_ghm.nnx.differentiable).'
     )
   optimizer.update(model, params, **extra_args)
   nnx.update(

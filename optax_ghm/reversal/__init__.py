@@ -7,18 +7,13 @@ from optax_ghm.reversal._conditioning import (
   randomized_multilinear_map,
 )
 from optax_ghm.reversal._domain_loss import domain_loss
-from optax_ghm.reversal._reverse_gradient import (
-  ReverseState,
-  reverse,
-  reverse_gradient,
-)
+from optax_ghm.reversal._reverse_gradient import reverse_gradient
 from optax_ghm.reversal._schedules import (
   dann_learning_rate_schedule,
   dann_reversal_schedule,
 )
 
 __all__ = [
-  'ReverseState',
   'dann_learning_rate_schedule',
   'dann_reversal_schedule',
   'domain_loss',
@@ -26,6 +21,5 @@ __all__ = [
   'multilinear_map',
   'multilinear_projections',
   'randomized_multilinear_map',
-  'reverse',
   'reverse_gradient',
 ]

@@ -1,4 +1,4 @@
-"""Conditional adversarial domain adaptation (CDAN)."""
+"""The conditioning of conditional adversarial domain adaptation (CDAN)."""
 
 import math
 
@@ -9,21 +9,22 @@ from optax_ghm._core import arrays
 
 
 def multilinear_map(features: jax.Array, predictions: jax.Array) -> jax.Array:
-  r"""Conditions the domain classifier on the prediction: CDAN's outer product.
+  r"""Conditions a domain classifier on the predicted class by outer products.
 
   .. math:: T(f, g) = \operatorname{vec}(f \otimes g)
 
-  The domain classifier then sees the features class by class, and cannot be
-  fooled by aligning one class with another. The authors' code lets no gradient
-  through the predictions: give ``jax.lax.stop_gradient(jax.nn.softmax(...))``.
+  The domain classifier sees the features class by class, and cannot be fooled
+  by the alignment of one class with another. The authors' code stops the
+  gradient at the predictions: give
+  ``jax.lax.stop_gradient(jax.nn.softmax(logits))``.
 
   Args:
     features: (..., F).
     predictions: (..., C), class probabilities.
 
   Returns:
-    (..., F · C), the C products of a feature side by side. Where that passes
-    4,096 the paper takes :func:`randomized_multilinear_map`.
+    (..., F · C), the C products of a feature side by side. The paper takes
+    :func:`randomized_multilinear_map` where F · C is above 4,096.
 
   Raises:
     ValueError: if the leading axes differ.
@@ -43,7 +44,7 @@ def multilinear_map(features: jax.Array, predictions: jax.Array) -> jax.Array:
     '...f,...c->...fc',
     features,
     predictions,
-    precision=jax.lax.Precision.HIGHEST,  # of the gradient, which sums
+    precision=jax.lax.Precision.HIGHEST,  # the gradient sums over C and F
   )
   *leading, count, classes = product.shape
   return product.reshape(*leading, count * classes)
@@ -55,15 +56,15 @@ def multilinear_projections(
   classes: int,
   outputs: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-  """The two random matrices of :func:`randomized_multilinear_map`.
+  """Draws the random matrices of :func:`randomized_multilinear_map`.
 
-  Drawn once, standard normal, and kept for the whole training.
+  They are standard normal. Draw them once and keep them for the whole training.
 
   Args:
     key: PRNG key.
     features: F, the number of features.
     classes: C, the number of classes.
-    outputs: d, the number of products to keep.
+    outputs: d, the number of products.
 
   Returns:
     float32 matrices of shapes (F, d) and (C, d).
@@ -71,10 +72,10 @@ def multilinear_projections(
   Examples:
     >>> import jax
     >>> import optax_ghm
-    >>> of_features, of_classes = optax_ghm.multilinear_projections(
+    >>> feature_matrix, class_matrix = optax_ghm.multilinear_projections(
     ...   jax.random.key(0), 256, 10
     ... )
-    >>> of_features.shape, of_classes.shape
+    >>> feature_matrix.shape, class_matrix.shape
     ((256, 1024), (10, 1024))
   """
   one, two = jax.random.split(key)
@@ -89,14 +90,15 @@ def randomized_multilinear_map(
   predictions: jax.Array,
   projections: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-  r"""CDAN's conditioning for large products: random products of the two.
+  r"""Conditions a domain classifier on the predicted class by random products.
 
   .. math::
     T(f, g) = \frac{1}{\sqrt d} (R_f f) \odot (R_g g), \qquad
     \operatorname{E} \langle T(f, g), T(f', g') \rangle =
       \langle f, f' \rangle \langle g, g' \rangle
 
-  the inner product of :func:`multilinear_map`, with variance in 1 / d.
+  The expectation is the inner product of two :func:`multilinear_map`; the
+  variance falls as 1 / d.
 
   Args:
     features: (..., F).
@@ -127,20 +129,20 @@ def randomized_multilinear_map(
     <https://arxiv.org/abs/1705.10667>`_, 2018
   """
   _check_leading(features, predictions)
-  of_features, of_classes = projections
+  feature_matrix, class_matrix = projections
   if (
-    of_features.shape[0] != features.shape[-1]
-    or of_classes.shape[0] != predictions.shape[-1]
-    or of_features.shape[1:] != of_classes.shape[1:]
+    feature_matrix.shape[0] != features.shape[-1]
+    or class_matrix.shape[0] != predictions.shape[-1]
+    or feature_matrix.shape[1:] != class_matrix.shape[1:]
   ):
     raise ValueError(
       'projections must be of shapes (F, d) and (C, d), got'
-      f' {of_features.shape} and {of_classes.shape} for features'
+      f' {feature_matrix.shape} and {class_matrix.shape} for features'
       f' {features.shape} and predictions {predictions.shape}.'
     )
-  left = features @ of_features.astype(features.dtype)
-  right = predictions @ of_classes.astype(predictions.dtype)
-  return left * right / math.sqrt(of_features.shape[1])
+  left = features @ feature_matrix.astype(features.dtype)
+  right = predictions @ class_matrix.astype(predictions.dtype)
+  return left * right / math.sqrt(feature_matrix.shape[1])
 
 
 def _check_leading(features, predictions):
@@ -152,22 +154,22 @@ def _check_leading(features, predictions):
 
 
 def entropy_weights(logits: jax.Array) -> jax.Array:
-  r"""How much an example counts for the domain classifier: CDAN+E's weights.
+  r"""Weights of examples for a domain classifier: more for sure predictions.
 
   .. math::
     w = 1 + e^{-H}, \qquad H = -\sum_c p_c \log p_c, \qquad
     p = \operatorname{softmax}(z)
 
-  Sure predictions, which are easier to transfer, count up to twice as much.
+  These are the weights of CDAN+E. Examples with sure predictions, which are
+  easier to transfer, count up to twice as much.
 
   Args:
-    logits: (..., C), of the class predictor. No gradient flows back.
+    logits: (..., C), of the class predictor. No gradient flows back to them.
 
   Returns:
-    (...), in (1, 2], in the dtype of ``logits``; 0 where these are NaN or have
-    no largest finite one. Give it to :func:`domain_loss` as
-    ``example_weights``, which divides by their sum in each domain, as the
-    authors' code does.
+    (...), from 1 to 2, in the dtype of ``logits``; 0 where a logit is NaN or
+    none is finite. :func:`domain_loss` takes them as ``weights`` and divides
+    by their sum in each domain, as the authors' code does.
 
   Examples:
     >>> import jax.numpy as jnp

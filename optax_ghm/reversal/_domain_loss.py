@@ -1,10 +1,11 @@
-"""What domain-adversarial training needs around the reversal."""
+"""The loss of a domain classifier, with a fixed share for every domain."""
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays
+from optax_ghm._core import arrays, masks
 from optax_ghm._core.softmax_cross_entropy import softmax_cross_entropy
 
 
@@ -12,36 +13,41 @@ def domain_loss(
   logits: jax.Array,
   domains: jax.Array,
   *,
-  domain_weights: jax.Array | None = None,
-  example_weights: jax.Array | None = None,
+  domain_weights: ArrayLike | None = None,
+  mask: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
 ) -> jax.Array:
-  r"""Cross-entropy of the domains, every domain with a share of its own.
+  r"""Cross-entropy of domain labels, with a fixed share for every domain.
 
   .. math::
     \ell_i = N\, \omega_{d_i} \frac{w_i}{\sum_{j: d_j = d_i} w_j}
       \left(-\log \operatorname{softmax}(z_i)_{d_i}\right)
 
-  so that its mean over the batch is :math:`\sum_d \omega_d` times the weighted
-  mean inside domain d, however many of the N examples are of each domain.
+  The mean over the batch is :math:`\sum_d \omega_d` times the weighted mean
+  inside domain d, however many of the N examples each domain has.
 
   Args:
-    logits: (N, D), one per domain; or (N,), the logit of domain 1 against
-      domain 0.
-    domains: integers, (N,). Examples whose domain is not in [0, D) get loss 0.
-    domain_weights: :math:`\omega`, (D,); None is 1 / D each, which for two
-      domains is half the domain term of the paper. A domain without an example
-      contributes 0.
-    example_weights: w, (N,), not negative, such as :func:`entropy_weights`;
-      None is 1 each. No gradient flows through them.
-    axis_name: mapped axis, or axes, over which the batch is split; N and the
-      sums are then those of the whole batch.
+    logits: (N, D), one per domain; or (N,) or (N, 1), the logit of domain 1
+      against domain 0.
+    domains: (N,), integers from 0 to D - 1, or bool for two domains. An example
+      with another integer has loss 0.
+    domain_weights: :math:`\omega`, (D,). None is 1 / D for each domain, which
+      for two domains is half the domain term of the paper. A domain without an
+      example contributes 0.
+    mask: bool, (N,), which examples count. The loss of the others is 0, and N
+      includes them, so that the mean over the batch stays as above.
+    weights: w, float, (N,), such as :func:`entropy_weights`. Negative numbers
+      count as 0. None is 1 for each example. No gradient flows back to them.
+    axis_name: mapped axis, or axes, over which the batch is split. N and the
+      sums are then taken over the whole batch.
 
   Returns:
     One loss per example, (N,), in the dtype of ``logits``.
 
   Raises:
-    TypeError: if ``domains`` are not integers or ``logits`` not floating.
+    TypeError: if ``domains`` are neither integers nor bool, ``logits`` not
+      floating, ``mask`` not bool, or ``weights`` not real numbers.
     ValueError: if the shapes do not fit.
 
   Examples:
@@ -57,21 +63,24 @@ def domain_loss(
     <https://arxiv.org/abs/1505.07818>`_, 2016, equation 9
   """
   logits, domains = jnp.asarray(logits), jnp.asarray(domains)
-  if not jnp.issubdtype(domains.dtype, jnp.integer):
-    raise TypeError(f'domains must be integers, got dtype {domains.dtype}.')
+  if not (jnp.issubdtype(domains.dtype, jnp.integer) or domains.dtype == bool):
+    raise TypeError(
+      f'domains must be integers or bool, got dtype {domains.dtype}.'
+    )
   if not jnp.issubdtype(logits.dtype, jnp.floating):
     raise TypeError(f'logits must be floating, got dtype {logits.dtype}.')
-  if logits.ndim not in (1, 2) or logits.shape[:1] != domains.shape:
+  if logits.ndim == 2 and logits.shape[1] == 1:
+    logits = logits[:, 0]
+  if (
+    logits.ndim not in (1, 2)
+    or domains.shape != logits.shape[:1]
+    or logits.shape[1:] == (0,)
+  ):
     raise ValueError(
-      'logits must be of shape (N,) or (N, D) for domains of shape (N,), got'
-      f' {logits.shape} and {domains.shape}.'
+      'logits must be of shape (N,), (N, 1) or (N, D) for domains of shape'
+      f' (N,), got {logits.shape} and {domains.shape}.'
     )
   count = 2 if logits.ndim == 1 else logits.shape[1]
-  if count < 2:
-    raise ValueError(
-      'logits of shape (N, D) must be those of two domains or more, got'
-      f' {logits.shape}: for one logit, give (N,).'
-    )
   if domain_weights is None:
     domain_weights = jnp.full((count,), 1 / count, jnp.float32)
   elif jnp.shape(domain_weights) != (count,):
@@ -79,16 +88,14 @@ def domain_loss(
       f'domain_weights must be of shape ({count},), one per domain, got'
       f' {jnp.shape(domain_weights)}.'
     )
-  if example_weights is None:
-    example_weights = jnp.ones(domains.shape, jnp.float32)
-  elif jnp.shape(example_weights) != domains.shape:
-    raise ValueError(
-      f'example_weights must be of shape {domains.shape}, one per example, got'
-      f' {jnp.shape(example_weights)}.'
-    )
+  if weights is None:
+    weights = jnp.ones([], jnp.float32)
+  weights = masks.broadcast_weights(weights, domains.shape)
   dtype = arrays.at_least_float32(logits.dtype)
   domains = domains.astype(jnp.int32)
   known = (domains >= 0) & (domains < count)
+  if mask is not None:
+    known &= masks.broadcast_mask(mask, domains.shape)
   label = jnp.where(known, domains, 0)
   # Masked before the loss, so that no gradient of it is NaN times 0.
   seen = jnp.expand_dims(known, tuple(range(1, logits.ndim)))
@@ -98,16 +105,16 @@ def domain_loss(
   else:
     losses = softmax_cross_entropy(z, label)
 
-  # (N, D): which domain, so that sums over it need no gather when sharded.
+  # (N, D), by comparison, since a gather by label is slow when sharded.
   member = known[:, None] & (
     label[:, None] == jnp.arange(count, dtype=label.dtype)[None]
   )
-  weights = jax.lax.stop_gradient(jnp.asarray(example_weights).astype(dtype))
+  weights = jax.lax.stop_gradient(weights).astype(dtype)
   amount = jnp.where(member, weights[:, None], 0)
   total, size = arrays.psum(
     (jnp.sum(amount, axis=0), jnp.asarray(domains.size, dtype)), axis_name
   )
-  # A domain of no weight contributes 0, one with a NaN among them NaN.
+  # A domain of no weight contributes 0; one with a NaN weight is NaN.
   share = jnp.asarray(domain_weights).astype(dtype) / jnp.where(
     total == 0, 1, total
   )

@@ -16,25 +16,26 @@ def dann_reversal_schedule(
   init_value: float = 0.0,
   transition_begin: int = 0,
 ) -> optax.Schedule:
-  r"""The reversal's λ over training, from nothing up to its peak.
+  r"""The λ of :func:`reverse_gradient` over training, rising to a peak.
 
   .. math::
     \lambda(p) = \lambda_0 + (\lambda_1 - \lambda_0)
       \left(\frac{2}{1 + e^{-\gamma p}} - 1\right), \qquad
     p = \frac{\text{step} - \text{begin}}{\text{steps}} \in [0, 1]
 
-  so that a domain classifier that has not learned yet does not disturb the
-  features. The paper has :math:`\lambda_0 = 0`, :math:`\lambda_1 = 1`, γ = 10.
+  The features are not disturbed while the domain classifier has yet to learn.
+  The paper has :math:`\lambda_0 = 0`, :math:`\lambda_1 = 1` and γ = 10.
 
   Args:
     transition_steps: how many steps the rise takes; p stays 1 after them.
-    peak_value: :math:`\lambda_1`, reached to :math:`2e^{-\gamma}`.
+    peak_value: :math:`\lambda_1`. The rise ends below it, by a share of
+      :math:`2 / (1 + e^\gamma)` of the whole rise.
     gamma: how steep the rise is.
-    init_value: :math:`\lambda_0`; above 0 for a warm start.
-    transition_begin: how many steps to hold ``init_value`` before the rise.
+    init_value: :math:`\lambda_0`.
+    transition_begin: how many steps λ stays ``init_value`` before the rise.
 
   Returns:
-    A schedule: a function of the step, a number or an array, to λ (float32).
+    A schedule, which returns λ in float32.
 
   Raises:
     ValueError: if ``transition_steps`` is not positive.
@@ -78,11 +79,11 @@ def dann_learning_rate_schedule(
   Args:
     transition_steps: length of the training; p stays 1 after it.
     init_value: :math:`\mu_0`.
-    alpha: how soon the rate falls.
-    beta: with which power it falls.
+    alpha: how early the learning rate falls.
+    beta: the power of the fall.
 
   Returns:
-    A schedule: a function of the step, a number or an array, to μ (float32).
+    A schedule, which returns μ in float32.
 
   Raises:
     ValueError: if ``transition_steps`` is not positive.
@@ -112,8 +113,8 @@ def _progress(steps: int, begin: int = 0) -> Callable[[ArrayLike], jax.Array]:
     raise ValueError(f'transition_steps must be positive, got {steps}.')
 
   def progress(count):
-    # Subtracted as integers: float32 cannot tell step 2**24 + 1 from 2**24,
-    # and as signed ones, which do not wrap.
+    # Subtracted as int32: float32 cannot tell step 2**24 + 1 from 2**24, and
+    # unsigned or short integers would wrap.
     count = jnp.asarray(count)
     if count.dtype.kind in 'biu' and count.dtype != jnp.int64:
       count = count.astype(jnp.int32)

@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 import optax_ghm
 import optax_ghm.linen
 import optax_ghm.nnx
-from optax_ghm import OVERWRITE_WITH_GRADIENT
+from optax_ghm.backward import OVERWRITE_WITH_GRADIENT
 
 DENSITY = optax_ghm.WindowedDensity(width=0.2, cells=64, momentum=0.9)
 SCALE = 16 / 2**0.5
@@ -90,7 +90,7 @@ def test_linen_in_a_plain_optax_loop(data):
   grad = jax.jit(jax.grad(lambda v: cross_entropy(model.apply(v, x), y)))
   for _ in range(3):
     variables, opt_state = optax_ghm.apply_gradients(
-      TX, variables, grad(variables), opt_state
+      TX, grad(variables), opt_state, variables
     )
   chex.assert_trees_all_close(
     variables['params']['layers_0'], expected, rtol=1e-5, atol=1e-6
@@ -151,7 +151,7 @@ def test_nnx_optimizer(data):
   @nnx.jit
   def step(model, optimizer):
     grads = nnx.grad(
-      lambda m: cross_entropy(m(x), y), argnums=optax_ghm.nnx.trained
+      lambda m: cross_entropy(m(x), y), argnums=optax_ghm.nnx.differentiable
     )(model)
     optax_ghm.nnx.apply_gradients(optimizer, model, grads)
 
@@ -173,7 +173,7 @@ def test_nnx_without_gradients_of_the_states_is_named(data):
   model = nnx_model()
   optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
   grads = nnx.grad(lambda m: cross_entropy(m(x), y))(model)
-  with pytest.raises(ValueError, match='trained'):
+  with pytest.raises(ValueError, match='differentiable'):
     optax_ghm.nnx.apply_gradients(optimizer, model, grads)
 
 
@@ -192,7 +192,7 @@ def test_linen_keeps_a_memory_that_no_gradient_reaches(data):
     )(variables)
     before = variables
     variables, opt_state = optax_ghm.apply_gradients(
-      TX, variables, grads, opt_state
+      TX, grads, opt_state, variables
     )
   chex.assert_trees_all_equal(
     variables[OVERWRITE_WITH_GRADIENT], before[OVERWRITE_WITH_GRADIENT]
@@ -287,7 +287,7 @@ def test_linen_in_backward_trains_with_a_train_state(data):
   state = TrainState.create(
     apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=TX
   )
-  expected, carried = plain_momentum(state.params['params']['layers_0'], x, y)
+  expected, momentum = plain_momentum(state.params['params']['layers_0'], x, y)
   grad = jax.jit(jax.grad(lambda v: cross_entropy(model.apply(v, x), y)))
   for _ in range(3):
     state = state.apply_gradients(grads=grad(state.params))
@@ -296,7 +296,7 @@ def test_linen_in_backward_trains_with_a_train_state(data):
   )
   chex.assert_trees_all_close(
     state.params[OVERWRITE_WITH_GRADIENT]['layers_1']['in_backward'],
-    carried,
+    momentum,
     rtol=1e-5,
     atol=1e-7,
   )
@@ -310,10 +310,12 @@ def test_nnx_in_backward_trains_with_an_optimizer(data):
   )
   dense = model.layers[0]
   start = {'kernel': dense.kernel[...], 'bias': dense.bias[...]}
-  expected, carried = plain_momentum(start, x, y)
+  expected, momentum = plain_momentum(start, x, y)
   optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
   grad = nnx.jit(
-    nnx.grad(lambda m: cross_entropy(m(x), y), argnums=optax_ghm.nnx.trained)
+    nnx.grad(
+      lambda m: cross_entropy(m(x), y), argnums=optax_ghm.nnx.differentiable
+    )
   )
   for _ in range(3):
     optax_ghm.nnx.apply_gradients(optimizer, model, grad(model))
@@ -324,7 +326,7 @@ def test_nnx_in_backward_trains_with_an_optimizer(data):
     atol=1e-6,
   )
   chex.assert_trees_all_close(
-    model.layers[1].state.get_value(), carried, rtol=1e-5, atol=1e-7
+    model.layers[1].state.get_value(), momentum, rtol=1e-5, atol=1e-7
   )
 
 

@@ -8,10 +8,10 @@ from hypothesis import given, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
-from optax_ghm import OVERWRITE_WITH_GRADIENT
+from optax_ghm.backward import OVERWRITE_WITH_GRADIENT, InBackwardState
 
 
-def test_apply_gradients_optimises_and_overwrites():
+def test_apply_gradients_optimizes_and_overwrites():
   density = optax_ghm.BinnedDensity(bins=4, momentum=0.5)
   tx = optax.sgd(0.1, momentum=0.9)
   variables = {
@@ -29,7 +29,7 @@ def test_apply_gradients_optimises_and_overwrites():
 
   grads = jax.grad(loss)(variables)
   opt_state = tx.init(variables['params'])
-  after, after_opt = optax_ghm.apply_gradients(tx, variables, grads, opt_state)
+  after, after_opt = optax_ghm.apply_gradients(tx, grads, opt_state, variables)
   updates, expected_opt = tx.update(
     grads['params'], opt_state, variables['params']
   )
@@ -51,26 +51,22 @@ def test_apply_gradients_passes_extra_arguments():
     ),
   )
   variables, _ = optax_ghm.apply_gradients(
-    tx, {'params': jnp.ones(())}, {'params': jnp.ones(())}, (), factor=3.0
+    tx, {'params': jnp.ones(())}, (), {'params': jnp.ones(())}, factor=3.0
   )
   assert variables['params'] == 4
 
 
 def test_unknown_collections_are_named():
-  tx = optax.sgd(0.1)
-  with pytest.raises(ValueError, match='variables.*batch_stats'):
-    optax_ghm.apply_gradients(
-      tx, {'params': {}, 'batch_stats': {}}, {'params': {}}, tx.init({})
-    )
-  with pytest.raises(ValueError, match='gradients'):
-    optax_ghm.apply_gradients(tx, {'params': {}}, {}, tx.init({}))
-  with pytest.raises(ValueError, match='same collections'):
-    optax_ghm.apply_gradients(
-      tx,
-      {'params': {}, OVERWRITE_WITH_GRADIENT: {}},
-      {'params': {}},
-      tx.init({}),
-    )
+  tx, params = optax.sgd(0.1), {'params': {}}
+  for variables, gradients in (
+    (params | {'batch_stats': {}}, params | {'batch_stats': {}}),
+    (params, {}),
+    ({}, {}),
+    (params | {OVERWRITE_WITH_GRADIENT: {}}, params),
+  ):
+    with pytest.raises(ValueError, match='variables and gradients must') as e:
+      optax_ghm.apply_gradients(tx, gradients, tx.init({}), variables)
+    assert f'{sorted(variables)} and {sorted(gradients)}' in str(e.value)
 
 
 def test_states_of_others_are_their_gradient():
@@ -81,17 +77,15 @@ def test_states_of_others_are_their_gradient():
 
 def test_stacked_states_are_chosen_one_by_one():
   """As layers of a scan, or examples of a vmap, have them."""
-  states = optax_ghm.InBackwardState(
-    carried={'m': jnp.zeros((3, 2))}, calls=jnp.zeros(3)
+  states = InBackwardState(floats={'m': jnp.zeros((3, 2))}, calls=jnp.zeros(3))
+  gradients = InBackwardState(
+    floats={'m': jnp.ones((3, 2))}, calls=jnp.array([1.0, 0.0, 2.0])
   )
-  gradients = optax_ghm.InBackwardState(
-    carried={'m': jnp.ones((3, 2))}, calls=jnp.array([1.0, 0.0, 2.0])
-  )
-  following = optax_ghm.overwrite_with_gradient(states, gradients)
+  next_states = optax_ghm.overwrite_with_gradient(states, gradients)
   np.testing.assert_array_equal(
-    following.carried['m'], [[1, 1], [0, 0], [1, 1]]
+    next_states.floats['m'], [[1, 1], [0, 0], [1, 1]]
   )
-  np.testing.assert_array_equal(following.calls, [1, 0, 2])
+  np.testing.assert_array_equal(next_states.calls, [1, 0, 2])
 
 
 # in_backward: a cotangent is an update.
@@ -136,9 +130,6 @@ STATEFUL = {
   'noise, with a key': optax.add_noise(0.1, 0.55, jax.random.key(7)),
   'noise, with an old key': optax.add_noise(0.1, 0.55, 7),
   'guard': optax.apply_if_finite(optax.trace(0.9), 3),
-  'per leaf, of our own': optax_ghm.reverse(
-    optax_ghm.dann_reversal_schedule(3)
-  ),
 }
 
 
@@ -213,8 +204,8 @@ def test_integers_that_differ_are_averaged(counts):
     )
 
   states = [mounted_with(count).init(X) for count in counts]
-  summed = optax_ghm.InBackwardState(
-    carried=sum(state.carried for state in states),
+  summed = InBackwardState(
+    floats=sum(state.floats for state in states),
     calls=jnp.float32(len(counts)),
   )
   actual = mounted_with(0).unpack(summed, X)
@@ -249,7 +240,7 @@ def test_64_bit_integers():
     np.testing.assert_array_equal(mounted.unpack(mounted.init(X), X), values)
 
 
-def test_micro_batches_and_shared_modules_carry_the_mean():
+def test_micro_batches_and_shared_modules_have_the_mean():
   mounted = optax_ghm.in_backward(optax.trace(0.5))
   state = mounted.init(X)
   first = jax.grad(lambda s: jnp.sum(mounted(X, s)))(state)
@@ -351,7 +342,7 @@ def test_vmap_is_per_example():
 
 
 @pytest.mark.parametrize('loop', [jax.vmap, None])
-def test_examples_that_share_a_state_carry_the_mean(loop):
+def test_examples_that_share_a_state_have_the_mean(loop):
   """Also what does not depend on the example: the count, and calls."""
   tx = optax.chain(optax.trace(0.5), optax.scale_by_schedule(lambda n: 1.0 + n))
   with jax.numpy_dtype_promotion('standard'):
@@ -392,16 +383,16 @@ def test_scan_over_layers_with_a_state_each():
   np.testing.assert_array_equal(x_grad, [0.125] * 2)
   np.testing.assert_array_equal(states.calls, [1, 1, 1])
   np.testing.assert_array_equal(
-    states.carried[1].trace, [[0.125] * 2, [0.25] * 2, [0.5] * 2]
+    states.floats[1].trace, [[0.125] * 2, [0.25] * 2, [0.5] * 2]
   )
   summed = states._replace(
-    carried=jax.tree.map(
-      lambda leaf: leaf * jnp.array([[1.0], [2.0], [4.0]]), states.carried
+    floats=jax.tree.map(
+      lambda leaf: leaf * jnp.array([[1.0], [2.0], [4.0]]), states.floats
     ),
     calls=jnp.array([1.0, 2.0, 4.0]),
   )
   np.testing.assert_array_equal(
-    mounted.unpack(summed, jnp.ones(2))[1].trace, states.carried[1].trace
+    mounted.unpack(summed, jnp.ones(2))[1].trace, states.floats[1].trace
   )
 
 
@@ -453,7 +444,7 @@ CLOSURES = {
     lambda x, i: optax_ghm.in_backward(conditional(i))(x)
   )(x, 2),
   'vmap': lambda x: jax.vmap(
-    lambda row, s: optax_ghm.in_backward(optax_ghm.reverse(-s))(row)
+    lambda row, s: optax_ghm.in_backward(optax.scale(s))(row)
   )(x, jnp.array([10.0, 10.0])),
   'key': lambda x: jax.jit(
     lambda x, key: optax_ghm.in_backward(
@@ -576,3 +567,28 @@ def test_no_work_is_added_to_that_of_the_update():
     for f in (through, alone)
   ]
   assert flops[0] == flops[1]
+
+
+@pytest.mark.parametrize(
+  'tx', [optax.scale(2.0), optax.trace(0.5)], ids=['scale', 'trace']
+)
+def test_an_output_that_is_not_used_has_no_gradient(tx):
+  """Zeros in its place would be NaN behind the root at 0."""
+  mounted = optax_ghm.in_backward(tx)
+  x = jnp.zeros(2)
+  state = mounted.init((x, x))
+
+  @jax.jit
+  def grads(x, state):
+    def loss(x, state):
+      used, _ = mounted((x, jnp.sqrt(x)), state)
+      return jnp.sum(used)
+
+    return jax.grad(loss, argnums=(0, 1))(x, state)
+
+  grad, state_grad = grads(x, state)
+  expected, expected_state = tx.update(
+    (jnp.ones(2), jnp.zeros(2)), tx.init((x, x)), (x, x)
+  )
+  np.testing.assert_array_equal(grad, expected[0])
+  assert_same_states(mounted.unpack(state_grad, (x, x)), expected_state)

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
+from optax_ghm import conflict
 
 SHARDS = jax.make_mesh((8,), ('batch',), axis_types=(AxisType.Auto,))
 BLOCKS = jax.make_mesh((4, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
@@ -31,7 +32,7 @@ each_split = pytest.mark.parametrize(
 
 
 conflict_weights = jax.jit(
-  optax_ghm.conflict_weights,
+  conflict.conflict_weights,
   static_argnames=('rule', 'harmonic_range', 'axis_name'),
 )
 
@@ -227,11 +228,11 @@ def test_only_floating_leaves_count(rule):
 def test_conflict_weights_name_wrong_arguments():
   x = jnp.ones(3)
   with pytest.raises(ValueError, match="rule.*'gh'.*'GH'"):
-    optax_ghm.conflict_weights(x, x, rule='GH')
+    conflict.conflict_weights(x, x, rule='GH')
   wrong = [(x, jnp.ones(4)), ([x], [x, x]), ([x, x[:2]], [x[:2], x])]
   for first, second in wrong:
     with pytest.raises(ValueError, match='the same structure'):
-      optax_ghm.conflict_weights(first, second)
+      conflict.conflict_weights(first, second)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_conflict_weights_name_wrong_arguments():
 )
 def test_other_structures_of_the_same_shapes_are_named(first, second):
   with pytest.raises(ValueError, match='the same structure'):
-    optax_ghm.conflict_weights(first, second)
+    conflict.conflict_weights(first, second)
 
 
 @each_rule
@@ -276,7 +277,7 @@ def test_conflict_weights_in_shard_map(rule, mesh, axis_name, rng):
   mapped = jax.jit(
     jax.shard_map(
       functools.partial(
-        optax_ghm.conflict_weights, rule=rule, axis_name=axis_name
+        conflict.conflict_weights, rule=rule, axis_name=axis_name
       ),
       mesh=mesh,
       in_specs=P(axis_name),
@@ -310,7 +311,7 @@ FIRST, SECOND = jax.grad(for_domain)(X), jax.grad(for_task)(X)
 
 
 def forked(x, first=for_domain, second=for_task, **kwargs):
-  one, two = optax_ghm.harmonized_fork(x, **kwargs)
+  one, two = conflict.fork(x, **kwargs)
   return first(one) + second(two)
 
 
@@ -339,7 +340,7 @@ def test_the_two_losses_of_these_tests_are_in_conflict():
 )
 def test_both_branches_are_bit_for_bit_the_input(bits):
   x = bits.view(np.float32)
-  for run in (optax_ghm.harmonized_fork, jax.jit(optax_ghm.harmonized_fork)):
+  for run in (conflict.fork, jax.jit(conflict.fork)):
     for y in run(jnp.asarray(x)):
       np.testing.assert_array_equal(np.asarray(y).view(np.uint32), bits)
 
@@ -356,7 +357,7 @@ def test_gradient_is_that_of_two_backward_passes(rule, harmonic_range):
 def pulled(first, second, rule='gh'):
   """The cotangent of the features for those of the two branches."""
   x = jax.tree.map(jnp.zeros_like, first)
-  fork = functools.partial(optax_ghm.harmonized_fork, rule=rule)
+  fork = functools.partial(conflict.fork, rule=rule)
   _, pull = jax.vjp(fork, x)
   return pull((first, second))[0]
 
@@ -463,7 +464,7 @@ def scanned(x, rule):
 
 
 def rematted(x, rule):
-  fork = jax.checkpoint(functools.partial(optax_ghm.harmonized_fork, rule=rule))
+  fork = jax.checkpoint(functools.partial(conflict.fork, rule=rule))
   one, two = fork(x)
   return jax.checkpoint(for_domain)(one) + for_task(two)
 
@@ -596,8 +597,8 @@ def test_a_gradient_of_a_gradient_without_conflict_is_plain(rule, other):
 @each_rule
 def test_forward_mode_needs_it_disabled(rule):
   with pytest.raises(TypeError, match='forward-mode'):
-    jax.jvp(functools.partial(optax_ghm.harmonized_fork, rule=rule), (X,), (X,))
-  fork = functools.partial(optax_ghm.harmonized_fork, rule=rule, enabled=False)
+    jax.jvp(functools.partial(conflict.fork, rule=rule), (X,), (X,))
+  fork = functools.partial(conflict.fork, rule=rule, enabled=False)
   primals, tangents = jax.jvp(fork, (X,), (2 * X,))
   chex.assert_trees_all_equal(primals, (X, X))
   chex.assert_trees_all_equal(tangents, (2 * X, 2 * X))
@@ -617,13 +618,13 @@ def test_leaves_of_every_kind_pass():
     'empty': jnp.zeros((0, 2)),
     'x': X,
   }
-  for branch in optax_ghm.harmonized_fork(tree):
+  for branch in conflict.fork(tree):
     assert jax.tree.structure(branch) == jax.tree.structure(tree)
     for name in ('integer', 'key', 'bool', 'number', 'float0'):
       assert branch[name] is tree[name]
 
   def loss(x):
-    one, two = optax_ghm.harmonized_fork({**tree, 'x': x})
+    one, two = conflict.fork({**tree, 'x': x})
     return for_domain(one['x']) + for_task(two['x'])
 
   np.testing.assert_allclose(jax.grad(loss)(X), expected_gradient(), rtol=1e-4)
@@ -635,7 +636,7 @@ def test_with_a_reversal_before_the_domain_branch(rule, scale):
   """The losses agree; the reversed one is against the task's."""
 
   def loss(x):
-    one, two = optax_ghm.harmonized_fork(x, rule=rule)
+    one, two = conflict.fork(x, rule=rule)
     one = optax_ghm.reverse_gradient(one, scale)
     return for_domain(one) + for_agreement(two)
 
@@ -650,4 +651,4 @@ def test_with_a_reversal_before_the_domain_branch(rule, scale):
 @pytest.mark.parametrize('enabled', [True, False])
 def test_fork_names_a_wrong_rule(enabled):
   with pytest.raises(ValueError, match="rule.*'gh'.*'pcgrad'"):
-    optax_ghm.harmonized_fork(X, rule='pcgrad', enabled=enabled)
+    conflict.fork(X, rule='pcgrad', enabled=enabled)

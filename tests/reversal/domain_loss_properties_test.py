@@ -1,4 +1,4 @@
-"""Domain adaptation and conflict, as formulas in float64 NumPy."""
+"""Domain loss and conditioning, as formulas in float64 NumPy."""
 
 import functools
 
@@ -6,16 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, strategies as st
+from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
-from tests.support.strategies_trees import (
-  STRUCTURES,
-  is_inexact,
-  trees,
-  wide,
-)
 
 DTYPES = {'float32': np.float32, 'bfloat16': jnp.bfloat16, 'float16': 'e'}
 of_dtypes = pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
@@ -59,7 +53,7 @@ def of_domains(draw):
 
 domain_loss = jax.jit(
   lambda z, domains, of_domains, of_examples: optax_ghm.domain_loss(
-    z, domains, domain_weights=of_domains, example_weights=of_examples
+    z, domains, domain_weights=of_domains, weights=of_examples
   )
 )
 
@@ -174,65 +168,3 @@ def test_random_products_have_the_inner_product_of_the_outer_one():
   t = randomized(f, g, projections(2**16))
   error = exact * np.sqrt(8 / 2**16)
   np.testing.assert_allclose(np.sum(np.square(t)), exact, atol=5 * error)
-
-
-# Conflict.
-
-
-@functools.cache
-def weights_of(rule):
-  return jax.jit(
-    functools.partial(
-      optax_ghm.conflict_weights, rule=rule, harmonic_range=0.25
-    )
-  )
-
-
-def flat(tree):
-  """The real numbers of a tree in a row, float64."""
-  parts = [np.stack([x.real, x.imag]).ravel() for x in wide(tree)]
-  return np.concatenate(parts) if parts else np.zeros(1)
-
-
-def weights_by_hand(rule, g1, g2):
-  lengths = np.linalg.norm(g1), np.linalg.norm(g2)
-  if 0 in lengths:
-    return 1.0, 1.0
-  cosine = (g1 / lengths[0]) @ (g2 / lengths[1])
-  if cosine >= 0:
-    return 1.0, 1.0
-  if rule == 'gh':
-    ratio = lengths[1] / lengths[0]
-    return 1 - cosine * ratio, 1 - cosine / ratio
-  excess = np.arccos(max(cosine, -1)) - np.pi / 2
-  beta = 0.25 * excess
-  return 1 + 2 * np.sin(beta / 2), 1 - 2 * np.sin((excess - beta) / 2)
-
-
-@pytest.mark.parametrize('rule', ['gh', 'gh++'])
-@given(
-  pair=st.sampled_from(['nested', 'mixed', 'nothing']).flatmap(
-    lambda name: st.tuples(*[trees(STRUCTURES[name])] * 2)
-  ),
-  opposed=st.booleans(),
-)
-def test_conflict_weights(rule, pair, opposed):
-  first, second = pair
-  if opposed:  # chance alone makes a clear conflict too seldom
-    second = jax.tree.map(
-      lambda x, y: y - x / 2 if is_inexact(x) else y, first, first
-    )
-    second = jax.tree.map(
-      lambda x, y: -y if is_inexact(x) else y, first, second
-    )
-  g1, g2 = flat(first), flat(second)
-  lengths = np.linalg.norm(g1), np.linalg.norm(g2)
-  cosine = (g1 / (lengths[0] or 1)) @ (g2 / (lengths[1] or 1))
-  assume(abs(cosine) > 1e-5 or cosine == 0)
-  expected = weights_by_hand(rule, g1, g2)
-  largest = float(np.finfo(np.float32).max)
-  actual = weights_of(rule)(first, second)
-  # The angle of opposite gradients is known to the root of rounding.
-  np.testing.assert_allclose(
-    actual, np.minimum(expected, largest), rtol=1e-3, atol=1e-3
-  )

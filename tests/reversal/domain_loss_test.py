@@ -1,3 +1,5 @@
+"""The loss of a domain classifier."""
+
 import functools
 
 import chex
@@ -24,9 +26,6 @@ each_split = pytest.mark.parametrize(
 )
 
 
-# The loss of the domains.
-
-
 @functools.partial(jax.jit, static_argnames='axis_name')
 def domain_loss(logits, domains, omega=None, weights=None, axis_name=None):
   """The losses, and the gradient of their sum."""
@@ -35,7 +34,7 @@ def domain_loss(logits, domains, omega=None, weights=None, axis_name=None):
       z,
       domains,
       domain_weights=omega,
-      example_weights=weights,
+      weights=weights,
       axis_name=axis_name,
     ),
     logits,
@@ -183,14 +182,14 @@ def test_a_bad_example_weight_is_of_its_own_domain_only():
       assert np.isfinite(grads[first]).all() and losses[4] == 0
 
 
-def test_no_gradient_reaches_the_example_weights(rng):
+def test_no_gradient_reaches_the_weights(rng):
   z = jnp.asarray(rng.normal(size=N), jnp.float32)
   domains = jnp.arange(N) % 2
 
   @jax.jit
   def total(weights):
     return jnp.sum(
-      optax_ghm.domain_loss(z, domains, example_weights=weights)
+      optax_ghm.domain_loss(z, domains, weights=weights)
       * jnp.arange(1.0, N + 1)
     )
 
@@ -223,7 +222,7 @@ def test_numpy_arrays_are_as_good(rng):
   z, domains = rng.normal(size=N).astype(np.float32), np.arange(N) % 2
   assert domains.dtype == np.int64
   actual = optax_ghm.domain_loss(
-    z, domains, domain_weights=np.ones(2), example_weights=np.ones(N)
+    z, domains, domain_weights=np.ones(2), weights=np.ones(N)
   )
   expected, _ = domain_loss_by_hand(z, domains, np.ones(2))
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
@@ -238,22 +237,56 @@ def test_an_empty_batch_and_no_weight_at_all_are_finite(logits):
 
 def test_domain_loss_names_wrong_arguments():
   z, domains = jnp.ones(4), jnp.zeros(4, jnp.int32)
-  for wrong in (jnp.zeros(4), jnp.zeros(4, bool)):
-    with pytest.raises(TypeError, match=f'integers.*{wrong.dtype}'):
-      optax_ghm.domain_loss(z, wrong)
-  for logits in (jnp.ones(3), jnp.ones((3, 2)), jnp.ones((4, 2, 2)), z[0]):
+  with pytest.raises(TypeError, match='integers or bool.*float32'):
+    optax_ghm.domain_loss(z, z)
+  for shape in ((3,), (3, 2), (4, 2, 2), (4, 0), ()):
     with pytest.raises(ValueError, match='logits must be of shape'):
-      optax_ghm.domain_loss(logits, domains)
-  with pytest.raises(ValueError, match='logits must be of shape'):
-    optax_ghm.domain_loss(jnp.ones((4, 2)), domains[:, None])
+      optax_ghm.domain_loss(jnp.ones(shape), domains)
+  for shape in ((4, 2), (4, 1)):
+    with pytest.raises(ValueError, match='logits must be of shape'):
+      optax_ghm.domain_loss(jnp.ones(shape), domains[:, None])
   for omega in (jnp.ones(3), jnp.ones((1, 2)), jnp.ones(())):
     with pytest.raises(ValueError, match=r'domain_weights.*\(2,\)'):
       optax_ghm.domain_loss(z, domains, domain_weights=omega)
   with pytest.raises(ValueError, match=r'domain_weights.*\(3,\).*\(2,\)'):
     optax_ghm.domain_loss(jnp.ones((4, 3)), domains, domain_weights=jnp.ones(2))
-  for weights in (jnp.ones(3), jnp.ones((4, 1)), jnp.ones(())):
-    with pytest.raises(ValueError, match=r'example_weights.*\(4,\)'):
-      optax_ghm.domain_loss(z, domains, example_weights=weights)
+  for weights in (jnp.ones(3), jnp.ones((4, 1))):
+    with pytest.raises(ValueError, match=r'weights.*\(4,\)'):
+      optax_ghm.domain_loss(z, domains, weights=weights)
+    with pytest.raises(ValueError, match=r'mask.*\(4,\)'):
+      optax_ghm.domain_loss(z, domains, mask=weights > 0)
+  with pytest.raises(TypeError, match='mask must be bool'):
+    optax_ghm.domain_loss(z, domains, mask=z)
+  with pytest.raises(TypeError, match='weights must be real'):
+    optax_ghm.domain_loss(z, domains, weights=z > 0)
+
+
+def test_labels_may_be_bool_and_the_logit_of_a_dense_layer(rng):
+  z = jnp.asarray(rng.normal(size=N), jnp.float32)
+  domains = jnp.arange(N) % 3 == 0
+  expected = domain_loss(z, domains.astype(jnp.int32))
+  chex.assert_trees_all_equal(domain_loss(z, domains), expected)
+  losses, grads = domain_loss(z[:, None], domains)
+  chex.assert_trees_all_equal((losses, grads[:, 0]), expected)
+
+
+@pytest.mark.parametrize('shape', [(1,), (1, 1), (1, 2), (1, 3)], ids=str)
+def test_one_example_has_the_share_of_its_domain(shape):
+  count = max(*shape[1:], 2) if shape[1:] else 2
+  losses, grads = domain_loss(jnp.zeros(shape), jnp.ones(1, jnp.int32))
+  np.testing.assert_allclose(losses, [np.log(count) / count], rtol=1e-6)
+  assert grads.shape == shape
+
+
+def test_what_is_masked_is_as_of_no_domain(logits):
+  domains, mask = jnp.arange(N) % 2, jnp.arange(N) % 5 > 0
+  masked = jax.jit(jax.vjp, static_argnums=0)(
+    lambda z: optax_ghm.domain_loss(z, domains, mask=mask), logits
+  )
+  expected = domain_loss(logits, jnp.where(mask, domains, -1))
+  assert (expected[0][mask] > 0).all()
+  losses, pull = masked
+  chex.assert_trees_all_equal((losses, *pull(jnp.ones(N))), expected)
 
 
 @pytest.fixture
@@ -310,181 +343,3 @@ def test_domain_loss_in_jit_of_a_sharded_batch(kind, batch):
   assert_both_close(jax.device_get(actual), expected)
   for x in actual:
     assert x.sharding.is_equivalent_to(sharding, x.ndim)
-
-
-# Conditioning on the prediction.
-
-
-each_leading = pytest.mark.parametrize('leading', [(), (2, 3), (0,)], ids=str)
-
-
-def pairs(leading, rng, features=5):
-  return (
-    jnp.asarray(rng.normal(size=(*leading, features)), jnp.float32),
-    jnp.asarray(rng.uniform(size=(*leading, 3)), jnp.float32),
-  )
-
-
-@each_leading
-def test_multilinear_map_is_the_outer_product(leading, rng):
-  f, g = pairs(leading, rng)
-  c = jnp.asarray(rng.normal(size=(*leading, 15)), jnp.float32)
-  product, pull = jax.vjp(optax_ghm.multilinear_map, f, g)
-  np.testing.assert_array_equal(
-    product, np.einsum('...i,...j->...ij', f, g).reshape(*leading, 15)
-  )
-  by_hand = np.reshape(c, (*leading, 5, 3))
-  assert_both_close(
-    pull(c),
-    (
-      np.einsum('...ij,...j->...i', by_hand, g),
-      np.einsum('...ij,...i->...j', by_hand, f),
-    ),
-  )
-
-
-@each_leading
-def test_randomized_map_is_its_formula(leading, rng):
-  f, g = pairs(leading, rng)
-  one = jnp.asarray(rng.normal(size=(5, 7)), jnp.float32)
-  two = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
-  actual = optax_ghm.randomized_multilinear_map(f, g, (one, two))
-  left = np.einsum('...i,id->...d', f, one)
-  right = np.einsum('...i,id->...d', g, two)
-  np.testing.assert_allclose(
-    actual, left * right / np.sqrt(7), rtol=1e-5, atol=1e-5
-  )
-
-
-def test_randomized_map_keeps_inner_products_on_average(rng):
-  f, g = pairs((4,), rng, features=3)
-  # Of equal pairs, which would show two projections that are one.
-  f, g = (x.at[0].set(jnp.array([1.0, 0.0, 0.0])) for x in (f, g))
-  projections = optax_ghm.multilinear_projections(
-    jax.random.key(1), 3, 3, 65536
-  )
-  t = np.asarray(optax_ghm.randomized_multilinear_map(f, g, projections))
-  exact = np.asarray(optax_ghm.multilinear_map(f, g))
-  size = np.linalg.norm(exact, axis=1)
-  error = (t @ t.T - exact @ exact.T) / np.outer(size, size)
-  assert np.abs(error).max() < 0.05
-
-
-def test_projections_are_two_standard_normals():
-  one, two = optax_ghm.multilinear_projections(jax.random.key(3), 20, 20)
-  assert one.shape == two.shape == (20, 1024)
-  both = np.stack([one.ravel(), two.ravel()])
-  np.testing.assert_allclose(both.mean(1), 0, atol=0.02)
-  np.testing.assert_allclose(np.cov(both), np.eye(2), atol=0.03)
-  np.testing.assert_allclose((both**4).mean(1), 3, atol=0.2)
-
-
-def test_projections_are_of_float32_always():
-  with jax.enable_x64(True):
-    for one in optax_ghm.multilinear_projections(jax.random.key(0), 2, 3, 5):
-      assert one.dtype == jnp.float32
-
-
-def test_conditioning_keeps_the_dtype(rng):
-  f, g = pairs((4,), rng)
-  projections = optax_ghm.multilinear_projections(jax.random.key(0), 5, 3, 8)
-
-  @jax.jit
-  def both(f, g):
-    return (
-      optax_ghm.multilinear_map(f, g),
-      optax_ghm.randomized_multilinear_map(f, g, projections),
-    )
-
-  actual = both(f.astype(jnp.bfloat16), g.astype(jnp.bfloat16))
-  assert actual[0].dtype == actual[1].dtype == jnp.bfloat16
-  actual = [x.astype(jnp.float32) for x in actual]
-  assert_both_close(actual, both(f, g), rtol=0.05, atol=0.05)
-
-
-def test_conditioning_names_wrong_shapes():
-  f, g = jnp.ones((4, 5)), jnp.ones((4, 3))
-  one, two = jnp.ones((5, 8)), jnp.ones((3, 8))
-  for wrong in (jnp.ones((3, 3)), jnp.ones(3), jnp.ones((1, 4, 3))):
-    with pytest.raises(ValueError, match='the same leading axes'):
-      optax_ghm.multilinear_map(f, wrong)
-    with pytest.raises(ValueError, match='the same leading axes'):
-      optax_ghm.randomized_multilinear_map(f, wrong, (one, two))
-  for wrong in ((two, one), (one, two[:, 1:]), (one[1:], two), (one, two[1:])):
-    with pytest.raises(ValueError, match=r'projections.*\(F, d\)'):
-      optax_ghm.randomized_multilinear_map(f, g, wrong)
-
-
-# Entropy weights.
-
-
-def entropy_weights_by_hand(z):
-  z = np.asarray(z, np.float64)
-  p = np.exp(z - z.max(-1, keepdims=True))
-  p /= p.sum(-1, keepdims=True)
-  return 1 + np.prod(p**p, axis=-1)  # 0**0 is 1
-
-
-entropy_weights = jax.jit(optax_ghm.entropy_weights)
-
-
-@each_leading
-def test_entropy_weights_are_their_formula(leading, rng):
-  z = rng.normal(size=(*leading, 5)).astype(np.float32) * 3
-  z[..., 0] += 2
-  actual = entropy_weights(z)
-  assert actual.shape == leading
-  np.testing.assert_allclose(actual, entropy_weights_by_hand(z), rtol=1e-5)
-
-
-@pytest.mark.parametrize('classes', [1, 2, 1000])
-@pytest.mark.parametrize('logit', [0.0, 1e4, -3e38])
-def test_equal_logits_weigh_the_least(classes, logit):
-  np.testing.assert_allclose(
-    entropy_weights(jnp.full((2, classes), logit)), 1 + 1 / classes, rtol=1e-5
-  )
-
-
-def test_sure_predictions_count_twice_and_classes_may_be_ruled_out():
-  inf = jnp.inf
-  z = [
-    [1e4, 0, 0],
-    [0, -1e4, -1e4],
-    [-inf, -inf, 5],
-    [-inf, 2, 2],
-    [-inf, 0, 1],
-  ]
-  z = jnp.array(z)
-  expected = entropy_weights_by_hand(z)
-  np.testing.assert_allclose(expected[:4], [2, 2, 2, 1.5])
-  np.testing.assert_allclose(entropy_weights(z), expected, rtol=1e-6)
-
-
-def test_no_gradient_flows_back_from_entropy_weights():
-  z = jnp.array([[1.0, 2.0, 3.0], [-jnp.inf, 0.0, 1.0], [jnp.nan, 0.0, 1.0]])
-  grad = jax.grad(lambda z: jnp.sum(optax_ghm.entropy_weights(z)))(z)
-  np.testing.assert_array_equal(grad, jnp.zeros_like(z))
-  _, tangent = jax.jvp(optax_ghm.entropy_weights, (z,), (jnp.ones_like(z),))
-  np.testing.assert_array_equal(tangent, jnp.zeros(3))
-
-
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-def test_entropy_weights_keep_the_dtype_and_are_rounded_once(dtype, rng):
-  z = jnp.asarray(rng.normal(size=(64, 5)), dtype)
-  actual = entropy_weights(z)
-  assert actual.dtype == dtype
-  full = entropy_weights(z.astype(jnp.float32))
-  np.testing.assert_array_equal(actual, full.astype(dtype))
-
-
-LOGITS = st.floats(max_value=2.0**100, width=32)  # and -inf
-
-
-@given(z=hnp.arrays(np.float32, (5, 4), elements=LOGITS))
-def test_entropy_weights_of_any_logits_are_in_range(z):
-  weights = entropy_weights(z)
-  possible = z.max(1) > -np.inf
-  assert (weights[possible] >= 1.25 - 1e-6).all() and (weights <= 2).all()
-  np.testing.assert_allclose(
-    weights[possible], entropy_weights_by_hand(z[possible]), rtol=1e-5
-  )

@@ -85,12 +85,6 @@ ENTRIES = (
     per_example=True,
     keywords={'decay': 0.5},
   ),
-  Entry('reverse', optax_ghm.reverse, keywords={'scale': 0.5}),
-  Entry(
-    # constant, since a schedule counts bad steps as Optax's do: it is a clock
-    'reverse_scheduled',
-    functools.partial(optax_ghm.reverse, optax.constant_schedule(0.5)),
-  ),
   Entry('clip_by_norm', optax_ghm.clip_by_norm, keywords={'max_norm': 2.0}),
   Entry(
     'clip_by_norm_of_groups',
@@ -140,22 +134,17 @@ ENTRIES = (
     keywords={'ratio': 0.1, 'eps': 1e-3},
   ),
   Entry(
-    'clip_update_rms',
-    optax_ghm.clip_update_rms,
+    'clip_by_rms',
+    optax_ghm.clip_by_rms,
     keywords={'max_rms': 0.5},
   ),
   Entry(
-    'clip_by_second_moment',
-    optax_ghm.clip_by_second_moment,
-    keywords={'ratio': 2.0, 'decay': 0.9},
-  ),
-  Entry(
     'normalize_by_norm',
-    functools.partial(optax_ghm.normalize_by_norm, 'leaf'),
+    functools.partial(optax_ghm.normalize_by_norm, scope='leaf'),
   ),
   Entry(
     'normalize_by_norm_of_units',
-    functools.partial(optax_ghm.normalize_by_norm, 'unit'),
+    functools.partial(optax_ghm.normalize_by_norm, scope='unit'),
   ),
   Entry('standardize', optax_ghm.standardize),
   Entry('centralize', optax_ghm.centralize),
