@@ -1,8 +1,8 @@
-"""What the backward pass pays for a reversal, and for any transformation in it.
+"""What a reversal, or any transformation, costs in the backward pass.
 
-The reversal against multiplying the cotangent by minus lambda by hand, in the
-training step of a small network and alone; ``in_backward(tx)`` against
-``tx.update`` of the same cotangent.
+The reversal is compared with multiplying the cotangent by minus lambda by hand,
+in the training step of a small network and alone. ``in_backward(tx)`` is
+compared with ``tx.update`` of the same cotangent.
 """
 
 import functools
@@ -59,7 +59,7 @@ def multiplied_cotangent(x, cotangent, scale):
   return cotangent * -scale
 
 
-def mount_data(tx, size):
+def transformation_data(tx, size):
   x, cotangent, _ = array_data(size)
   return x, cotangent, tx.init(x), optax_ghm.in_backward(tx).init(x)
 
@@ -113,7 +113,7 @@ CASES = {
           'optax.*.update': functools.partial(updated, tx),
           'in_backward(optax.*)': functools.partial(pulled_back, tx),
         },
-        functools.partial(mount_data, tx, n),
+        functools.partial(transformation_data, tx, n),
         n,
         quick=n == 10**6,
       )

@@ -1,9 +1,9 @@
-"""What domain adaptation adds: the loss, CDAN's conditioning, harmonised forks.
+"""What domain adaptation costs: the loss, CDAN's conditioning, and the fork.
 
-Forward and backward of each: the cross-entropy of the domains against Optax's,
-the multilinear maps against a broadcast product by hand, and in a network with
-two branches the harmonised fork against a backward pass per loss, as the paper
-has it. The limit there is the network without any harmonisation.
+Every row is a forward and backward pass: the cross-entropy of the domains
+against Optax's, the multilinear maps against a broadcast product by hand, and,
+in a network with two branches, the fork against one backward pass per loss as
+in the paper. The limit of the fork is the network without it.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_ghm
+from optax_ghm import conflict
 
 BATCH, WIDTH = 512, 512
 
@@ -52,7 +53,7 @@ def randomized(features, predictions, projections):
 
 
 def squared(mapped):
-  """The gradient for the features through a map."""
+  """The mean square of a map, with its gradient."""
   return jax.value_and_grad(lambda *args: jnp.square(mapped(*args)).mean())
 
 
@@ -98,7 +99,7 @@ def forked(fork, params, x):
 
 
 def pass_per_loss(params, x):
-  """Each loss pulled back through the trunk; its gradients harmonised."""
+  """One backward pass per loss; the gradients of the trunk are harmonized."""
 
   def loss(params, which):
     features = layers(params['trunk'], x)
@@ -150,12 +151,12 @@ CASES = {
   'two branches, six layers of 512, batch 512': harness.Case(
     {
       'by hand: a backward pass per loss': pass_per_loss,
-      'harmonized_fork': functools.partial(forked, conflict.fork),
-      'limit: nothing harmonised': functools.partial(forked, lambda x: (x, x)),
+      'conflict.fork': functools.partial(forked, conflict.fork),
+      'limit: nothing harmonized': functools.partial(forked, lambda x: (x, x)),
     },
     fork_data,
     BATCH * WIDTH,
-    limit='limit: nothing harmonised',
+    limit='limit: nothing harmonized',
     quick=True,
   ),
 }

@@ -16,7 +16,7 @@ ROWS = (
   ('`harmonized_aggregate`, 64 per-example gradients', 'per_example: AdamW on per-example gradients, batch = 64', 'harmonized_aggregate'),
   ('`reverse_gradient`, training step', 'backward: reversal in a training step', 'reverse_gradient'),
   ('`in_backward(optax.scale_by_adam())`, 1e7 numbers', 'backward: in_backward(scale_by_adam), numbers = 10,000,000', 'in_backward(optax.*)'),
-  ('`harmonized_fork`, training step', 'domains: two branches, six layers of 512, batch 512', 'harmonized_fork'),
+  ('`conflict.fork`, training step', 'domains: two branches, six layers of 512, batch 512', 'conflict.fork'),
   ('`clip_by_zscore`, AdamW, 50M parameters', 'clipping: transformer, 196 leaves', 'clip_by_zscore'),
   ('`clip_by_parameter_norm`, the same', 'clipping: transformer, 196 leaves', 'clip_by_parameter_norm'),
   ('`calibrated`, the same', 'clipping: transformer, 196 leaves', 'calibrated'),
