@@ -1,22 +1,22 @@
 """All of it in one training step, on one device, on many, on several processes.
 
-A small network learns classes from one domain and is to know them in another:
-its loss is harmonised, its domain classifier sits behind a reversed gradient,
+A small network learns classes in one domain and has to know them in another:
+its loss is harmonized, its domain classifier stands behind a reversed gradient,
 its batch norms keep the domains apart under a mask, its optimizer is calibrated
 and watched, and all layers are tapped. The step is written once, for one
-device; the mesh decides where it runs. Prints the losses, what is sent between
-devices next to what plain training of the same network sends, and with
---against, how far the numbers are from those of another run.
+device; the mesh decides where it runs. The script prints the losses, what is
+sent between devices beside what plain training of the same network sends, and,
+with --against, how far the numbers are from those of another run.
 
   python examples/data_parallel.py                        one device
   python examples/data_parallel.py --devices 8 --model 2  a mesh of 4 x 2
   python examples/data_parallel.py --processes 2 --devices 4 --model 2
   python examples/data_parallel.py --processes 2 --devices 4 --crash 10
 
---devices are of each process. --crash kills the last process at that step, then
-all are started again from the last checkpoint. On a cluster there is nothing to
-spawn: call jax.distributed.initialize() and train() on every host, with a
-folder that all of them see.
+--devices is the number for each process. --crash kills the last process at that
+step; then all processes start again from the last checkpoint. On a cluster
+there is nothing to spawn: call jax.distributed.initialize() and train() on
+every host, with a folder that all of them see.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def make_steps():
       loss, argnums=(0, 1), has_aux=True
     )(state.variables, sinks)
     variables, opt_state = ghm.apply_gradients(
-      tx, state.variables, grads, state.opt_state
+      tx, grads, state.opt_state, state.variables
     )
     return State(variables, updated['batch_stats'], opt_state), value, taps
 
@@ -200,7 +200,7 @@ def train(args):
   start, whole, simple = make_steps()
 
   def placed(leaf):
-    """Hidden features over the axis 'model', everything else everywhere."""
+    """Hidden features over the axis 'model', everything else replicated."""
     hidden = leaf.ndim > 0 and leaf.shape[-1] == WIDTH
     names = [None] * (leaf.ndim - 1) + ['model'] if hidden else []
     return NamedSharding(mesh, PartitionSpec(*names))
@@ -254,13 +254,13 @@ def train(args):
       checkpoints.save(i + 1, args=ocp.args.StandardSave(state))
   checkpoints.wait_until_finished()
 
-  everywhere = jax.jit(
+  replicate = jax.jit(
     lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec())
   )
   numbers = {
     jax.tree_util.keystr(path): np.asarray(leaf, np.float64).ravel().tolist()
     for path, leaf in jax.tree_util.tree_leaves_with_path(
-      everywhere({'state': state, 'taps': taps})
+      replicate({'state': state, 'taps': taps})
     )
   }
   ours, theirs = (collectives(p.as_text()) for p in (step, plain))

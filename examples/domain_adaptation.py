@@ -1,22 +1,25 @@
 """Training where there are labels, for a place where there are none.
 
-Trains one network on a labelled source domain alone, and with an unlabelled
-target domain beside it: DANN, whose reversed gradient keeps the features from
-telling the domains apart, and CDAN, which does so class by class. Prints the
-accuracy on the target domain per seed, and writes the features before and after
-with the schedule of the reversal. No target label is trained on; the settings
-were chosen while looking at these scores.
+One network is trained on a labeled source domain alone, and then with an
+unlabeled target domain beside it: by DANN, whose reversed gradient keeps the
+features from telling the domains apart, and by CDAN, which does the same class
+by class. The script prints the accuracy on the target domain for every seed,
+and draws the features before and after with the schedule of the reversal. No
+target label is trained on, but the settings were chosen while looking at these
+scores.
 
   python examples/domain_adaptation.py
   python examples/domain_adaptation.py --data mnist --path FOLDER
   python examples/domain_adaptation.py --data mnist --path FOLDER --ablation
   python examples/domain_adaptation.py --data amazon --path FOLDER
 
-digits: scikit-learn's, onto a textured and inverted copy of other digits.
-mnist: MNIST (mnist.npz) onto MNIST-M (mnistm_10k.npz): arrays x_train, y_train,
-x_test and y_test, uint8; what of MNIST-M's digits is in MNIST comes first there
-and is left out of the source. amazon: the DANN paper's reviews, from books to
-the others (amazon_reviews.npz: CSR matrices, as in books_train_data).
+The data are
+- digits: from scikit-learn's digits to a textured and inverted copy of others;
+- mnist: from MNIST (mnist.npz) to MNIST-M (mnistm_10k.npz), with the arrays
+  x_train, y_train, x_test and y_test in uint8. The first digits of MNIST are
+  those of MNIST-M, and are left out of the source;
+- amazon: from reviews of books to reviews of other goods, as in the DANN paper
+  (amazon_reviews.npz, with CSR matrices such as books_train_data).
 """
 
 import argparse
@@ -36,6 +39,7 @@ from rich.table import Table
 from sklearn import datasets
 
 import optax_ghm
+from optax_ghm import conflict
 from optax_ghm.linen import DomainBatchNorm, GradientReversal, recalibrate
 
 HERE = pathlib.Path(__file__).parent
@@ -44,7 +48,7 @@ OPTIMIZER = optax.adam(1e-3, b1=0.5)
 
 
 class Task(NamedTuple):
-  """Labelled source, unlabelled target, and target data to score on."""
+  """Labelled source, unlabeled target, and target data to score on."""
 
   x_source: np.ndarray
   y_source: np.ndarray
@@ -63,17 +67,19 @@ class Method:
 
   Attributes:
     standardize: 'no'; 'moments', every image to mean 0 and deviation 1;
-      'skewness', every channel of it, and to positive skewness, which makes the
-      fewer pixels the light ones; or 'task', what the task has.
-    own_statistics: whether each domain is batch-normalised by its own
+      'skewness', every channel of an image to the same and to positive
+      skewness, so that the fewer pixels are the light ones; or 'task', as the
+      task says.
+    own_statistics: whether each domain is batch-normalized by its own
       statistics, in training and when it is scored (DomainBatchNorm).
-    own_affine: whether each has its own scale and bias there, too (DSBN).
+    own_affine: whether each domain has its own scale and bias, too (DSBN).
     adversary: None, 'dann' (sees the features) or 'cdan' (sees them times the
       predicted classes).
     entropy: whether sure predictions count more for the adversary (CDAN+E).
-    weight: of the domain loss; with 2, it is the sum of both domains' means.
-    averaged: whether the averaged weights are scored, or the last ones.
-    conflict: None, 'gh' or 'gh++': harmonising of the two losses' gradients.
+    weight: factor of the domain loss; 2 makes it the sum of the two domains'
+      means.
+    averaged: whether the averaged parameters are scored, or the last ones.
+    conflict: None, 'gh' or 'gh++': harmonization of the two losses' gradients.
   """
 
   standardize: Literal['no', 'moments', 'skewness', 'task'] = 'task'
@@ -90,7 +96,7 @@ FULL = Method()
 PLAIN = Method(standardize='no', own_statistics=False, adversary=None)
 METHODS = {  # each adds one thing to the one before
   'source only': PLAIN,
-  '+ standardised images': Method(own_statistics=False, adversary=None),
+  '+ standardized images': Method(own_statistics=False, adversary=None),
   "+ the target's own statistics": Method(adversary=None),
   '+ adversary (DANN)': Method(adversary='dann', entropy=False),
   '+ conditioning (CDAN)': Method(entropy=False),
@@ -98,7 +104,7 @@ METHODS = {  # each adds one thing to the one before
 }
 ABLATION = {  # each takes or changes one thing of the whole
   'all of it (CDAN+E)': FULL,
-  'images not standardised': Method(standardize='no'),
+  'images not standardized': Method(standardize='no'),
   'only to mean and deviation': Method(standardize='moments'),
   'one batch norm for both domains': Method(own_statistics=False),
   'scale and bias per domain, too': Method(own_affine=True),
@@ -128,16 +134,16 @@ def load_digits(seed):
   x = np.divide(pixels, 16).reshape(-1, 8, 8, 1).astype(np.float32)
   order = rng.permutation(len(x))
   x, y = x[order], np.asarray(y)[order].astype(np.int32)
-  half, rest = 900, 1350
+  half, test = 900, 1350
   coarse = rng.uniform(0.1, 0.6, (len(x), 3, 3, 3)).astype(np.float32)
   texture = np.asarray(jax.image.resize(coarse, (len(x), 8, 8, 3), 'linear'))
   other = np.abs(texture - x)  # light strokes turn dark, as in MNIST-M
   return Task(
     np.repeat(x[:half], 3, -1),
     y[:half],
-    other[half:rest],
-    other[rest:],
-    y[rest:],
+    other[half:test],
+    other[test:],
+    y[test:],
     Images(kernel=3, stride=1),
     classes=10,
     steps=1000,
@@ -193,7 +199,7 @@ def load_amazon(folder, target):
 
 
 class Images(nn.Module):
-  """Two convolutions and a dense layer, each batch-normalised by domain."""
+  """Two convolutions and a dense layer, each batch-normalized by domain."""
 
   kernel: int
   stride: int
@@ -240,16 +246,14 @@ class Network(nn.Module):
     self.reverse = GradientReversal()
 
   def __call__(self, x, domain=0, train=False):
-    """Features, their use by the adversary, and class logits."""
+    """Features, the adversary's branch of them, and class logits."""
     if not self.method.own_statistics:
       domain = jnp.zeros_like(domain)
     features = for_domain = for_class = self.trunk(
       self.prepare(x), domain, train, self.method.own_affine
     )
     if self.method.conflict:
-      for_domain, for_class = conflict.fork(
-        features, rule=self.method.conflict
-      )
+      for_domain, for_class = conflict.fork(features, rule=self.method.conflict)
     return features, for_domain, self.predictor(for_class)
 
   def prepare(self, x):
@@ -276,7 +280,7 @@ class Network(nn.Module):
     return self.domain_logits(for_domain, logits, 0.0)
 
 
-class Trained(NamedTuple):
+class TrainState(NamedTuple):
   """The state of a training run."""
 
   params: Any
@@ -325,9 +329,7 @@ def train_step(state, i, key, data, *, network, steps):
       weights = optax_ghm.entropy_weights(logits) if method.entropy else None
       total += (
         method.weight
-        * optax_ghm.domain_loss(
-          domain_logits, domain, example_weights=weights
-        ).mean()
+        * optax_ghm.domain_loss(domain_logits, domain, weights=weights).mean()
       )
     return total, updated.get('batch_stats', {})
 
@@ -337,7 +339,7 @@ def train_step(state, i, key, data, *, network, steps):
   averaged = optax.incremental_update(
     params, state.averaged, 1 - jnp.minimum(AVERAGING, (1 + i) / (10 + i))
   )
-  return Trained(params, averaged, opt_state, statistics)
+  return TrainState(params, averaged, opt_state, statistics)
 
 
 @functools.partial(jax.jit, static_argnames='network')
@@ -347,22 +349,22 @@ def evaluate(variables, x, domain, *, network):
 
 
 def run(task, method, seed, steps):
-  """Trains, and gives target accuracy and some features of both domains."""
+  """Trains; returns target accuracy and some features of both domains."""
   if method.standardize == 'task':
     method = dataclasses.replace(method, standardize=task.standardize)
   network = Network(task.trunk, task.classes, method)
   key = jax.random.key(seed)
   variables = network.init(key, task.x_source[:2], method=Network.initialize)
   params, statistics = variables['params'], variables.get('batch_stats', {})
-  state = Trained(params, params, OPTIMIZER.init(params), statistics)
+  state = TrainState(params, params, OPTIMIZER.init(params), statistics)
   data = tuple(map(jnp.asarray, (task.x_source, task.y_source, task.x_target)))
   for i in range(steps):  # not a scan: XLA's convolutions are slow inside one
     state = train_step(state, i, key, data, network=network, steps=steps)
   params = state.averaged if method.averaged else state.params
   variables = {'params': params, 'batch_stats': state.statistics}
   if state.statistics:
-    # The averaged weights have statistics of their own: see the images again,
-    # those that the target was normalised with in training.
+    # The averaged parameters have other statistics than the last ones: pass the
+    # images once more, in the mixture that the network was trained on.
     rng, seen = np.random.default_rng(seed), {}
     if not method.own_statistics:
       seen[0] = task.x_source
@@ -497,7 +499,7 @@ def main():
       )
       console.log(f'{target}: {name} {np.round(accuracies, 1)}')
     console.print(table)
-  # Of the last target, where there are several.
+  # The picture is of the last target, where there are several.
   ends = {n: features[n] for n in (*list(features)[:1], *list(features)[-1:])}
   plot(ends, ('source', 'target'), steps, args.output)
   console.print(f'picture: {args.output}')
