@@ -1,13 +1,14 @@
 """The site's code runs, its output is what it says, and no name is missing."""
 
 import contextlib
-import importlib
 import io
 import pathlib
 import re
 
 import jax
 import pytest
+
+from tests.support.public import public_names
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 PAGES = {
@@ -19,7 +20,6 @@ BLOCK = re.compile(
   r'^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```\n)?',
   re.DOTALL | re.MULTILINE,
 )
-PUBLIC = ('optax_ghm', 'optax_ghm.flow', 'optax_ghm.linen', 'optax_ghm.nnx')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -58,16 +58,10 @@ def test_every_block_of_python_is_found():
   assert marks == sum(len(of_code(page)) for page in PAGES) > 20
 
 
-def names():
-  for module in PUBLIC:
-    for name in importlib.import_module(module).__all__:
-      yield f'{module}.{name}'
-
-
 def test_every_public_name_is_in_the_reference_once():
   documented = re.findall(
     r'^\.\. (?:auto(?:class|function)|py:data):: (\S+)$',
     ''.join(PAGES.values()),
     re.MULTILINE,
   )
-  assert sorted(documented) == sorted(names())
+  assert sorted(documented) == sorted(public_names())
