@@ -211,7 +211,7 @@ class Images(nn.Module):
     def norm(x):
       return DomainBatchNorm(
         use_running_average=not train,
-        decay=0.9,
+        momentum=0.9,
         num_domains=2,
         shared_affine=not own_affine,
       )(x, domain)
