@@ -115,7 +115,6 @@ def optimizers():
     ),
     'clip_by_parameter_norm': optax_ghm.clip_by_parameter_norm(),
     'optax.adaptive_grad_clip': optax.adaptive_grad_clip(0.01),
-    'clip_by_second_moment': optax_ghm.clip_by_second_moment(),
     'clip_by_norm of leaves': optax_ghm.clip_by_norm(1.0, scope='leaf'),
     'clip_by_percentile of leaves': optax_ghm.clip_by_percentile(scope='leaf'),
     'clip_by_zscore of leaves': optax_ghm.clip_by_zscore(scope='leaf'),
@@ -133,7 +132,7 @@ def of_updates():
   before = {
     'optax.clip_by_block_rms': optax.clip_by_block_rms(1.0),
     LIMIT: optax.identity(),
-    'clip_update_rms': optax_ghm.clip_update_rms(),
+    'clip_by_rms': optax_ghm.clip_by_rms(),
   }
   return {
     name: optax.chain(
@@ -150,12 +149,11 @@ def normalized():
     LIMIT: optax.identity(),
     'the norm is taken, nothing done': measured_only(),
     'normalize_by_norm': optax_ghm.normalize_by_norm(),
-    'normalize_by_norm of leaves': optax_ghm.normalize_by_norm('leaf'),
-    'normalize_by_norm of units': optax_ghm.normalize_by_norm('unit'),
+    'normalize_by_norm of leaves': optax_ghm.normalize_by_norm(scope='leaf'),
+    'normalize_by_norm of units': optax_ghm.normalize_by_norm(scope='unit'),
     'standardize': optax_ghm.standardize(),
     'optax.centralize': optax.centralize(),
     'centralize': optax_ghm.centralize(),
-    'reverse': optax_ghm.reverse(),
   }
   return {
     name: optax.chain(tx, optax.sgd(0.1, momentum=0.9))

@@ -7,52 +7,52 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-LARGEST_DIVISOR = 2.0**120
-"""XLA divides by multiplying with the reciprocal: that of more is flushed."""
-
-
-LARGEST_RECIPROCAL = 8e37
-"""That of more is below the least normal float32."""
-
-
 AxisName = str | tuple[str, ...] | None
-"""Mapped axes over which an array is split."""
+"""Mapped axes over which an array is split; None if it is whole."""
 
 
 def is_inexact(x: Any) -> bool:
-  """Whether it has a gradient: a floating or complex array, nothing else."""
+  """Whether ``x`` is a floating or complex array, and so has a gradient."""
   return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-  """The dtype to compute in: 16-bit floats become float32, others stay."""
+  """The dtype to compute in: float32 for 16-bit floats, else ``dtype``."""
   return np.promote_types(dtype, np.float32)
 
 
 def multiply(x: jax.Array, factor: jax.Array) -> jax.Array:
-  """X times a real number of its precision; complex infinities stay so."""
+  """``x`` times a real factor of its precision.
+
+  The parts of a complex number are multiplied one by one, since the product of
+  an infinite complex number and a complex factor is NaN.
+  """
   if jnp.iscomplexobj(x):
     return jax.lax.complex(x.real * factor, x.imag * factor)
   return x * factor
 
 
-def divisor(largest):
-  """What to divide by so that nothing overflows: 1 for 0, inf and NaN.
+def divisor(largest: jax.Array) -> jax.Array:
+  """The nearest number that is safe to divide by.
 
-  And for subnormal numbers, by which XLA may divide as by 0.
+  XLA may divide by multiplying with the reciprocal, and flushes the reciprocals
+  of the largest float32 numbers, as well as subnormal numbers, to 0. NaN stays.
   """
-  unit = jnp.where(is_normal(largest) & jnp.isfinite(largest), largest, 1)
-  return jnp.minimum(unit, LARGEST_DIVISOR)
+  return jnp.clip(largest, 2.0**-120, 2.0**120)
 
 
 def contract(weights: jax.Array, x: jax.Array) -> jax.Array:
   """The sums of ``x`` along its first axis, with one or several weights.
 
-  As a product of matrices: XLA is slow to sum along the first axis.
+  The sums are a matrix product, since XLA is slow to sum along the first axis.
 
   Args:
     weights: (..., N), of the dtype of ``x``.
-    x: (N, ...). Where it is not finite, no sum over it is, 0 times or not.
+    x: (N, ...). A number that is not finite makes every sum that it belongs to
+      NaN or infinite, even where its weight is 0.
+
+  Returns:
+    (..., ...): the leading axes of ``weights``, then the trailing ones of ``x``.
   """
   sharding = jax.typeof(x).sharding
   spec = PartitionSpec(*[None] * (weights.ndim - 1), *sharding.spec[1:])
@@ -65,22 +65,22 @@ def contract(weights: jax.Array, x: jax.Array) -> jax.Array:
   )
 
 
-def is_normal(x):
-  """False for 0 and subnormal numbers; True for inf and NaN."""
-  return ~(x < jnp.finfo(x.dtype).tiny)
+def is_split(x: jax.Array) -> bool:
+  """Whether ``x`` is known, by explicit mesh axes, to be sharded."""
+  return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
-def is_split(leaf):
-  """Whether the array is known, by explicit axes, to be sharded."""
-  return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
+def replicated(x: jax.Array) -> jax.Array:
+  """``x`` whole on every device, if it is known to be sharded."""
+  return jax.sharding.reshard(x, PartitionSpec()) if is_split(x) else x
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
-  """The axes of a ``shard_map`` along which x differs; its name has moved."""
-  kind = jax.typeof(x)
+  """The axes of a ``shard_map`` along which ``x`` differs."""
+  kind = jax.typeof(x)  # its attribute has moved between versions of JAX
   return frozenset(kind.vma if hasattr(kind, 'vma') else kind.mat.varying)
 
 
 def psum(x: Any, axis_name: AxisName) -> Any:
-  """The sums over the mapped axes, if there are any: else ``x`` itself."""
+  """The sums of ``x`` over the mapped axes; ``x`` itself if there are none."""
   return x if axis_name is None else jax.lax.psum(x, axis_name)

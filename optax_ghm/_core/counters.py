@@ -9,11 +9,14 @@ from jax.typing import ArrayLike
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
-  """What is known while tracing, Python's own numbers, must be in the range."""
+  """Raises a ``ValueError`` if a Python number is out of its range.
+
+  Arrays and traced values pass: their values may not be known yet.
+  """
   if isinstance(value, int | float) and not low <= value <= high:
     raise ValueError(f'{name} must be from {low} to {high}, got {value}.')
 
 
 def count_if(event: ArrayLike, count: jax.Array) -> jax.Array:
-  """One more where it happened, as long as int32 holds it."""
+  """``count`` plus 1 where the event happened, up to the largest integer."""
   return jnp.where(event, optax.safe_increment(count), count)

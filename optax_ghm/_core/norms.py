@@ -5,15 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from optax_ghm._core import leaf_rows, trees
 from optax_ghm._core.arrays import (
   AxisName,
   at_least_float32,
   divisor,
-  is_normal,
-  is_split,
+  psum,
+  replicated,
 )
 
 
@@ -88,14 +87,14 @@ def group_norms(
 ) -> jax.Array:
   r"""Norms of groups of leaves, all in one pass over the numbers.
 
-  Squares are summed in float32 as they are. Only where a sum leaves the range
-  in which that is right to rounding (it overflows, vanishes or is NaN) is a
-  second, rescaled pass run, that of :func:`norm`. Where small leaves are many,
-  those of about one size are joined first, so that thousands of them compile
-  quickly; larger ones stay as they are, sharded or not.
+  Squares are summed in float32 as they are. A second pass, with :func:`norm`,
+  is run only where a sum leaves the range in which it is right to rounding: it
+  overflows, vanishes or is NaN. Many small leaves are joined first
+  (:func:`optax_ghm._core.leaf_rows.rows`), so that thousands of them compile
+  quickly.
 
   Args:
-    leaves: as :func:`counted` gives them.
+    leaves: the leaves of :func:`optax_ghm._core.trees.counted`.
     groups: integers, the group of every leaf, from 0 to ``count`` - 1.
     count: how many groups there are.
     axis_name: mapped axis, or axes, over which the leaves are split.
@@ -113,36 +112,25 @@ def group_norms(
   """
   if not leaves:
     return jnp.zeros([count], jnp.float32)
-  dtype = _result_dtype(leaves)
   arrays, of_rows = leaf_rows.rows(leaves, groups)
 
-  def per_row(reduce, *values):
-    parts, start = [], 0
-    for row in arrays:
-      own = [v[start : start + len(row)] for v in values]
-      own = [v.reshape(-1, *[1] * (row.ndim - 1)) for v in own]
-      parts.append(reduce(row, tuple(range(1, row.ndim)), *own))
-      start += len(row)
-    return jnp.concatenate([part.astype(dtype) for part in parts])
+  def per_row(reduce):
+    return _concatenated(
+      [reduce(row, tuple(range(1, row.ndim))) for row in arrays]
+    )
 
-  def per_group(combine, values):
+  def per_group(values):
     if count == 1:
-      combine = {'sum': jnp.sum, 'max': jnp.max}[combine]
-      return combine(values)[None]
-    at = jnp.zeros([count], dtype).at[of_rows]
-    return at.add(values) if combine == 'sum' else at.max(values)
+      return jnp.sum(values)[None]
+    return jnp.zeros([count], values.dtype).at[of_rows].add(values)
 
   def rescaled():
-    # Each row in its own unit: XLA would write out one that they share.
-    largest = per_row(_largest)
-    own = divisor(largest)
-    unit = divisor(per_group('max', largest))
-    ratio = jnp.where(is_normal(largest), own / unit[of_rows], 0)
-    squares = per_row(_sum_of_squares, own)
-    return unit, per_group('sum', squares * jnp.square(ratio))
+    of_row = per_row(norm)
+    unit = jnp.zeros([count], of_row.dtype).at[of_rows].max(of_row)
+    unit = divisor(unit)
+    return unit, per_group(jnp.square(of_row / unit[of_rows]))
 
-  total = per_group('sum', per_row(_sum_of_squares))
-  return _root(total, rescaled, axis_name)
+  return _root(per_group(per_row(_sum_of_squares)), rescaled, axis_name)
 
 
 def unit_norms(
@@ -153,44 +141,31 @@ def unit_norms(
   """Norms over some axes of every leaf, in one pass as :func:`group_norms`.
 
   Args:
-    leaves: as :func:`counted` gives them.
-    axes: of every leaf, those to reduce over.
-    axis_name: mapped axis, or axes, over which those are split.
+    leaves: the leaves of :func:`optax_ghm._core.trees.counted`.
+    axes: the axes of every leaf to reduce over.
+    axis_name: mapped axis, or axes, over which these axes are split.
 
   Returns:
-    A vector: the norms of all leaves in a row, each leaf's raveled.
+    A vector: the raveled norms of one leaf after the other.
   """
   if not leaves:
     return jnp.zeros([0], jnp.float32)
-  dtype = _result_dtype(leaves)
 
-  def units(reduce):
-    parts = map(reduce, leaves, axes)
-    return jnp.concatenate(
-      [
-        (
-          jax.sharding.reshard(part, PartitionSpec())
-          if is_split(part)
-          else part
-        )
-        .ravel()
-        .astype(dtype)
-        for part in parts
-      ]
-    )
+  def per_unit(reduce):
+    return _concatenated(map(reduce, leaves, axes))
 
   def rescaled():
-    largest = units(norm)
-    unit = divisor(largest)
-    return unit, jnp.square(largest / unit)
+    of_unit = per_unit(norm)
+    unit = divisor(of_unit)
+    return unit, jnp.square(of_unit / unit)
 
-  return _root(units(_sum_of_squares), rescaled, axis_name)
+  return _root(per_unit(_sum_of_squares), rescaled, axis_name)
 
 
-def _result_dtype(leaves):
-  return np.result_type(
-    *(jnp.finfo(at_least_float32(leaf.dtype)).dtype for leaf in leaves)
-  )
+def _concatenated(parts):
+  parts = [replicated(part).ravel() for part in parts]
+  dtype = np.result_type(*(part.dtype for part in parts))
+  return jnp.concatenate([part.astype(dtype) for part in parts])
 
 
 def _root(total, rescaled, axis_name):
@@ -201,18 +176,14 @@ def _root(total, rescaled, axis_name):
   )
   if axis_name is not None:
     here, unit = unit, jax.lax.pmax(unit, axis_name)
-    total = jax.lax.psum(total * jnp.square(here / unit), axis_name)
+    total = psum(total * jnp.square(here / unit), axis_name)
   return unit * _sqrt(total)
 
 
-def _largest(x, axis):
-  return jnp.max(jnp.abs(x.astype(at_least_float32(x.dtype))), axis)
-
-
 def _sum_of_squares(x, axis, unit=None):
-  """Of the magnitudes, each divided by the unit."""
+  """The sum of the squared magnitudes, each divided by ``unit`` before."""
   x = x.astype(at_least_float32(x.dtype))
   parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
   if unit is not None:
-    parts = [part / unit.astype(part.dtype) for part in parts]
+    parts = [part / unit for part in parts]
   return sum(jnp.sum(jnp.square(part), axis) for part in parts)

@@ -18,7 +18,7 @@ def counted(tree: Any) -> list[jax.Array]:
 
 
 def counted_with_path(tree: Any) -> list[tuple[tuple[Any, ...], jax.Array]]:
-  """The leaves that have a norm, each with its path before it."""
+  """The leaves that have a norm, as pairs of path and leaf."""
   return [
     (path, leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -27,14 +27,14 @@ def counted_with_path(tree: Any) -> list[tuple[tuple[Any, ...], jax.Array]]:
 
 
 def names(path: tuple[Any, ...]) -> list[str]:
-  """The names along a path: those of modules, then that of the parameter."""
-  names = [
+  """The names of the modules along a path, then that of the parameter."""
+  # The value of a box, such as an nnx.Variable or Linen's metadata, has none.
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    path = path[:-1]
+  return [
     str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
     for k in path
   ]
-  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
-    names.pop()  # of the box around a parameter: NNX's, or Linen's metadata
-  return names
 
 
 def path_name(path: tuple[Any, ...]) -> str:

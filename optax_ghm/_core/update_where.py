@@ -1,4 +1,4 @@
-"""Updates that happen or not: an optimizer's step, left out as a whole."""
+"""An optimizer's step that is taken as a whole or not at all."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,57 +15,55 @@ def update_where(
   params: Any = None,
   **extra_args: Any,
 ) -> tuple[Any, Any]:
-  """``update(...)`` where the condition holds; else 0 and the same state.
+  """Calls ``update`` where the condition holds; else 0 and the same state.
 
-  As ``jnp.where`` of all that ``update`` gives, and with its numbers. But the
-  new state is selected where it is *made*, so that what ``update`` goes on to
-  compute from it reads what was selected. Only so can XLA write a donated state
-  in place: with a selection at the end it needs the old one and the new one at
-  once, copies both moments of Adam, and takes more than twice the time.
+  The numbers are those of ``jnp.where`` over all that ``update`` returns. That
+  would make XLA keep the old and the new state at once: it copies both moments
+  of Adam and takes more than twice the time. Here each leaf of the new state is
+  selected by the equation that makes it, so that whatever else ``update``
+  computes from this leaf reads what was selected, and XLA writes a donated
+  state in place.
 
   Args:
     condition: bool, a scalar.
-    update: that of a ``GradientTransformationExtraArgs``.
-    updates: its arguments.
-    state: the same.
-    params: the same.
-    **extra_args: the same.
+    update: the ``update`` of a ``GradientTransformationExtraArgs``.
+    updates: its updates.
+    state: its state.
+    params: its parameters.
+    **extra_args: its extra arguments.
 
   Returns:
-    Updates and state, as ``update`` gives them.
+    Updates and state, as ``update`` returns them.
 
   Raises:
     ValueError: if ``update`` changes the structure or the shapes of the state.
   """
-  structure: Any = None
-  aside: dict[int, Any] = {}  # float0 is no type for a trace
+  template: Any = None
 
   def traced():
-    nonlocal structure
+    nonlocal template
     result = update(updates, state, params, **extra_args)
-    if jax.tree.structure(result[1]) != jax.tree.structure(state):
+    shapes = [
+      (jax.tree.structure(s), list(map(jnp.shape, jax.tree.leaves(s))))
+      for s in (result[1], state)
+    ]
+    if shapes[0] != shapes[1]:
       raise ValueError(
-        'update must return a state of the structure that it took, got'
-        f' {jax.tree.structure(result[1])} for {jax.tree.structure(state)}.'
+        'update must return a state of the structure and shapes that it took,'
+        f' got {shapes[0]} for {shapes[1]}.'
       )
-    for new, old in zip(*map(jax.tree.leaves, (result[1], state)), strict=True):
-      if jnp.shape(new) != jnp.shape(old):
-        raise ValueError(
-          'update must return a state of the shapes that it took, got'
-          f' {jnp.shape(new)} for {jnp.shape(old)}.'
-        )
-    leaves, structure = jax.tree.flatten(result)
-    aside.update((i, leaf) for i, leaf in enumerate(leaves) if _is_float0(leaf))
-    return [leaf for i, leaf in enumerate(leaves) if i not in aside]
+    # A float0 leaf has no type that a trace could return: it stays outside.
+    template = jax.tree.map(lambda u: u if _is_float0(u) else 0, result)
+    return [u for u in jax.tree.leaves(result) if not _is_float0(u)]
 
   closed = jax.make_jaxpr(traced)()
   jaxpr, old = closed.jaxpr, jax.tree.leaves(state)
   values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  begin = len(jaxpr.outvars) - len(old)  # of the state among the outputs
-  # But at the end, what is no result, or the new value of more than one leaf.
+  first = len(jaxpr.outvars) - len(old)  # the updates come before the state
+  # A leaf that no equation makes, or that is returned twice, is selected last.
   selected = {
     var: leaf
-    for var, leaf in zip(jaxpr.outvars[begin:], old, strict=True)
+    for var, leaf in zip(jaxpr.outvars[first:], old, strict=True)
     if not _is_literal(var)
     and var not in values
     and jaxpr.outvars.count(var) == 1
@@ -84,20 +82,24 @@ def update_where(
     )
     results = jax.core.eval_jaxpr(alone, [], *map(read, inputs))
     for var, result in zip(equation.outvars, results, strict=True):
-      old_leaf = selected.get(var)
       values[var] = (
-        result if old_leaf is None else jnp.where(condition, result, old_leaf)
+        jnp.where(condition, result, selected[var])
+        if var in selected
+        else result
       )
 
-  leaves = [read(var) for var in jaxpr.outvars]
-  for i, var in enumerate(jaxpr.outvars):
-    if i >= begin and (_is_literal(var) or var not in selected):
-      leaves[i] = jnp.where(condition, leaves[i], old[i - begin])
-    elif i < begin:
-      leaves[i] = jnp.where(condition, leaves[i], jnp.zeros_like(leaves[i]))
-  for i in sorted(aside):
-    leaves.insert(i, aside[i])
-  return structure.unflatten(leaves)
+  outputs = [
+    jnp.where(condition, u, jnp.zeros_like(u))
+    for u in map(read, jaxpr.outvars[:first])
+  ]
+  for var, leaf in zip(jaxpr.outvars[first:], old, strict=True):
+    is_selected = not _is_literal(var) and var in selected
+    value = read(var)
+    outputs.append(value if is_selected else jnp.where(condition, value, leaf))
+  remaining = iter(outputs)
+  return jax.tree.map(
+    lambda u: u if _is_float0(u) else next(remaining), template
+  )
 
 
 def _is_literal(atom):

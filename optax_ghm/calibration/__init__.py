@@ -6,7 +6,7 @@ from optax_ghm.calibration._clip import ClipState
 from optax_ghm.calibration._fixed_clips import (
   clip_by_norm,
   clip_by_parameter_norm,
-  clip_update_rms,
+  clip_by_rms,
 )
 from optax_ghm.calibration._noise_scale import (
   GradientNoise,
@@ -14,7 +14,7 @@ from optax_ghm.calibration._noise_scale import (
   gradient_noise,
   noise_scale_aggregate,
 )
-from optax_ghm.calibration._norm_ema import clip_by_norm_ema
+from optax_ghm.calibration._norm_ema import NormAverage, clip_by_norm_ema
 from optax_ghm.calibration._normalize import (
   NormalizeState,
   centralize,
@@ -23,7 +23,9 @@ from optax_ghm.calibration._normalize import (
 )
 from optax_ghm.calibration._percentile import (
   GeometricQuantile,
+  PastNorms,
   PercentileEstimator,
+  QuantileEstimate,
   WindowPercentile,
   clip_by_percentile,
 )
@@ -31,16 +33,13 @@ from optax_ghm.calibration._range_test import (
   RangeTest,
   learning_rate_range_test,
 )
-from optax_ghm.calibration._second_moment import (
-  SecondMomentState,
-  clip_by_second_moment,
-)
 from optax_ghm.calibration._skip_spikes import (
+  RecentSteps,
   SkipState,
   SpikeWindow,
   skip_spikes,
 )
-from optax_ghm.calibration._zscore import clip_by_zscore
+from optax_ghm.calibration._zscore import NormMoments, clip_by_zscore
 
 __all__ = [
   'CalibratedState',
@@ -49,10 +48,14 @@ __all__ = [
   'GradientNoise',
   'Groups',
   'NoiseScaleState',
+  'NormAverage',
+  'NormMoments',
   'NormalizeState',
+  'PastNorms',
   'PercentileEstimator',
+  'QuantileEstimate',
   'RangeTest',
-  'SecondMomentState',
+  'RecentSteps',
   'SkipState',
   'SpikeWindow',
   'Units',
@@ -63,9 +66,8 @@ __all__ = [
   'clip_by_norm_ema',
   'clip_by_parameter_norm',
   'clip_by_percentile',
-  'clip_by_second_moment',
+  'clip_by_rms',
   'clip_by_zscore',
-  'clip_update_rms',
   'flax_unit_axes',
   'gradient_noise',
   'learning_rate_range_test',

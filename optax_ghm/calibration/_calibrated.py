@@ -26,23 +26,25 @@ def calibrated(
   optimizer: optax.GradientTransformation,
   clip: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """An optimizer that survives spikes and bad steps, and says so.
+  """Wraps an optimizer, so that it survives spikes and bad steps.
 
-  Clips adaptively before the optimizer, and leaves the whole update out, the
-  optimizer's state untouched, where a gradient holds NaN or inf: one norm pass
-  for the guard, the clip and the measurements.
+  Gradients are clipped adaptively before the optimizer sees them. Where a
+  gradient holds NaN or inf, the whole update is left out: it is 0, and the
+  state of the optimizer does not change. One pass over the gradients serves the
+  guard, the clip and the measurements in the state.
 
-  In ``optax.MultiSteps`` a bad micro-batch would be in the accumulated gradient
-  before this sees it, and cost the whole step: give that
-  ``should_skip_update_fn=optax.skip_not_finite``.
+  In ``optax.MultiSteps``, a bad micro-batch enters the accumulated gradient
+  before this wrapper sees it, and costs the whole step. Give ``MultiSteps``
+  the argument ``should_skip_update_fn=optax.skip_not_finite``.
 
   Args:
     optimizer: any Optax optimizer.
-    clip: one that keeps a :class:`ClipState`; by default
-      :func:`clip_by_zscore`, with the paper's settings.
+    clip: a clip that keeps a :class:`~optax_ghm.calibration.ClipState`. By
+      default it is :func:`clip_by_zscore` with the settings of its paper.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`CalibratedState`.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.CalibratedState`.
 
   Raises:
     TypeError: on init, if the clip keeps another state.
@@ -77,16 +79,16 @@ def calibrated(
     clipping: Any = before.update(updates, state.clip, params, **extra_args)
     clipped, clip_state = clipping
     sound = jnp.all(clip_state.factor > 0)
-    stepped, inner_state = update_where(
+    new_updates, inner_state = update_where(
       sound, inner.update, clipped, state.optimizer, params, **extra_args
     )
-    # One bad leaf leaves out the step of all: then no other learns from it.
+    # One bad leaf leaves out the step of all leaves, so none learns from it.
     statistics = jax.tree.map(
       lambda new, old: jnp.where(sound, new, old),
       clip_state.statistics,
       state.clip.statistics,
     )
-    return stepped, CalibratedState(
+    return new_updates, CalibratedState(
       clip_state._replace(statistics=statistics), inner_state
     )
 

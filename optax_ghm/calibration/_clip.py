@@ -1,6 +1,5 @@
-"""Clipping gradients by their norms: one engine, and limits that are given."""
+"""The engine of all clips: norms, bad steps, the factor and the state."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,39 +7,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays, counters, norms, scopes
 
-ABSURD = 1e4
-"""So many times the usual norm is no gradient but an error."""
+OUTLIER_RATIO = 1e4
+"""A norm of more than so many times the reference norm is an error."""
 
-
-PATIENCE = 20
-"""After so many of them in a row, it is what is usual that was wrong."""
-
-
-_LEAST = float(np.finfo(np.float32).tiny)
+RESET_AFTER = 20
+"""After so many outliers in a row, the statistics are what was wrong."""
 
 
 class ClipState(NamedTuple):
-  """State of the clips; scalars, or one per group, leaf or unit.
+  """State of the clips.
 
-  Groups are in the order of their sorted labels; leaves in that of
-  ``jax.tree.leaves``, without those that have no norm: integers, empty ones;
-  units in the order of the leaves, raveled.
+  Every field is a scalar, or a vector with one entry per group, leaf or unit.
+  Groups are in the order of their sorted labels. Leaves are in the order of
+  ``jax.tree.leaves``, without integers and empty leaves, which have no norm.
+  Units are in the order of their leaves, raveled.
 
   Attributes:
-    norm: of the last good step.
-    threshold: that the norm was compared with in it; inf while none is known.
-    factor: that the last update was multiplied by, 0 if it was left out.
-    clipped: int32, how many good steps were clipped.
-    skipped: int32, how many steps were kept out of the statistics: those with
-      NaN or inf, a norm that float32 does not hold, or one of more than 1e37
-      times the limit, whose update is 0; those that are all zero; and those
-      beyond 10,000 times the usual norm, which are clipped.
-    absurd_in_a_row: int32, how many steps were beyond it just now; after 20 of
-      them the statistics start anew.
-    statistics: what the rule remembers.
+    norm: norm of the last good step.
+    threshold: threshold that this norm was compared with; inf while none is
+      known.
+    factor: factor of the last update; 0 if the update was left out.
+    clipped: int32, number of good steps that were clipped.
+    skipped: int32, number of steps that did not enter the statistics. A step
+      with NaN or inf, or with a norm beyond float32 or 1e37 times the
+      threshold, becomes 0. A step that is all zero stays 0. An outlier, whose
+      norm is more than 10,000 times the reference norm, is clipped.
+    outliers_in_a_row: int32, number of outliers since the last other step;
+      after 20 the statistics are reset.
+    statistics: what the clip remembers of the norms.
   """
 
   norm: jax.Array
@@ -48,55 +46,55 @@ class ClipState(NamedTuple):
   factor: jax.Array
   clipped: jax.Array
   skipped: jax.Array
-  absurd_in_a_row: jax.Array
+  outliers_in_a_row: jax.Array
   statistics: Any
 
 
 class Step(NamedTuple):
-  """What a rule sees of one step; all float32, of the shape of the scope.
+  """What a rule sees of one step; all norms are float32.
 
   Attributes:
-    norm: of the gradients; 1 in place of what is 0 or not finite.
-    total: the norm of all that is finite, a scalar.
-    sizes: makes them: how many numbers each norm is of.
-    of_params: makes the norms of the parameters.
+    norm: norms of the gradients, 1 in place of a norm that is 0 or not finite.
+    total: scalar, the norm of all finite gradients together.
+    sizes: returns how many numbers each norm is of.
+    parameter_norms: returns the norms of the parameters.
   """
 
   norm: jax.Array
   total: jax.Array
   sizes: Callable[[], jax.Array]
-  of_params: Callable[[], jax.Array]
+  parameter_norms: Callable[[], jax.Array]
 
 
-class Verdict(NamedTuple):
+class Limit(NamedTuple):
   """What a rule makes of the norms of one step.
 
   Attributes:
-    threshold: above which a norm is clipped.
-    target: the norm it is clipped to.
-    usual: what is usual so far, to tell an absurd norm by; inf if not known.
-    statistics: with this step in them.
+    threshold: a larger norm is clipped.
+    statistics: the next statistics, if the step is good.
+    target: norm that a larger norm is clipped to; the threshold by default.
+    reference_norm: norm to recognize outliers by; inf while none is known.
   """
 
-  threshold: jax.Array
-  target: jax.Array
-  usual: jax.Array
+  threshold: ArrayLike
   statistics: Any
+  target: jax.Array | None = None
+  reference_norm: ArrayLike = np.inf
 
 
 def clip_by_rule(
-  judge: Callable[[Step, Any], Verdict],
+  rule: Callable[[Step, Any], Limit],
   init: Callable[[tuple[int, ...]], Any] = lambda shape: (),
   *,
   scope: scopes.Scope,
   axis_name: arrays.AxisName,
 ) -> optax.GradientTransformationExtraArgs:
-  """What all clips have in common: norms, bad steps, the factor, the state.
+  """A clip whose limit is a rule.
 
   Args:
-    judge: from a :class:`Step` and the statistics to a :class:`Verdict`.
-    init: from the shape of the norms to the statistics at the start, arrays
-      whose first axes are that shape.
+    rule: function from a :class:`Step` and the statistics to a :class:`Limit`.
+    init: function from the shape of the norms to the first statistics, arrays
+      whose first axes have this shape.
     scope: what is clipped together.
     axis_name: mapped axis, or axes, over which the leaves are split.
   """
@@ -109,64 +107,69 @@ def clip_by_rule(
       factor=jnp.ones(shape, jnp.float32),
       clipped=jnp.zeros(shape, jnp.int32),
       skipped=jnp.zeros(shape, jnp.int32),
-      absurd_in_a_row=jnp.zeros(shape, jnp.int32),
+      outliers_in_a_row=jnp.zeros(shape, jnp.int32),
       statistics=init(shape),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args
     scoped = scopes.scoped(scope, updates)
+
+    def parameter_norms():
+      if params is None and updates is not None:
+        raise ValueError('params must be given to update(), and were None.')
+      return scoped.norms(params, axis_name)
+
     norm = scoped.norms(updates, axis_name)
     finite = jnp.isfinite(norm)
-    verdict = judge(
+    # The rule does not compute with a bad number, lest debug_nans report it.
+    seen = jnp.where(finite & (norm > 0), norm, 1)
+    total = norms.norm(jnp.where(finite, norm, 0))
+    limit = rule(
       Step(
-        # The statistics never see a bad number, not even to throw it away.
-        norm=(seen := jnp.where(finite & (norm > 0), norm, 1)),
-        total=norms.norm(jnp.where(finite, norm, 0)),
-        sizes=lambda: scoped.sizes(updates, axis_name),
-        of_params=lambda: scoped.norms(_given(params, updates), axis_name),
+        seen, total, lambda: scoped.sizes(updates, axis_name), parameter_norms
       ),
       state.statistics,
     )
-    absurd = norm > ABSURD * verdict.usual
-    above = norm > verdict.threshold
-    # What is absurd before any threshold is known comes down to the usual.
-    target = jnp.where(above, verdict.target, verdict.usual)
-    factor = jnp.where(above | absurd, target / seen, 1)
-    # Below the least float32 there is no factor: that is left out as inf is.
-    factor = jnp.where(finite & (factor > _LEAST), factor, 0)
-    good = (factor > 0) & (norm > 0) & ~absurd
-
-    in_a_row = jnp.where(
-      finite & absurd, counters.count_if(True, state.absurd_in_a_row), 0
+    threshold = jnp.broadcast_to(
+      jnp.asarray(limit.threshold, jnp.float32), norm.shape
     )
-    anew = in_a_row >= PATIENCE
+    target = threshold if limit.target is None else limit.target
+    above = norm > threshold
+    outlier = norm > OUTLIER_RATIO * limit.reference_norm
+    # An outlier before any threshold is known comes down to the reference.
+    target = jnp.where(above, target, limit.reference_norm)
+    factor = jnp.where(above | outlier, target / seen, 1)
+    factor = jnp.where(finite & (factor > 0), factor, 0)
 
-    def select(where, new, old):
-      where = jnp.expand_dims(where, tuple(range(where.ndim, new.ndim)))
-      return jnp.where(where, new, old)
-
-    remember = functools.partial(select, good)
-    statistics = jax.tree.map(remember, verdict.statistics, state.statistics)
-    start = init(scoped.shape)
-
-    state = ClipState(
-      norm=remember(norm, state.norm),
-      threshold=remember(verdict.threshold, state.threshold),
+    good = (factor > 0) & (norm > 0) & ~outlier
+    outliers_in_a_row = jnp.where(
+      finite & outlier, optax.safe_increment(state.outliers_in_a_row), 0
+    )
+    reset = outliers_in_a_row >= RESET_AFTER
+    norm, threshold, statistics = _select(
+      good,
+      (norm, threshold, limit.statistics),
+      (state.norm, state.threshold, state.statistics),
+    )
+    return scoped.scale(updates, factor), ClipState(
+      norm=norm,
+      threshold=threshold,
       factor=factor,
       clipped=counters.count_if(above & good, state.clipped),
       skipped=counters.count_if(~good, state.skipped),
-      absurd_in_a_row=jnp.where(anew, 0, in_a_row),
-      statistics=jax.tree.map(
-        functools.partial(select, anew), start, statistics
-      ),
+      outliers_in_a_row=jnp.where(reset, 0, outliers_in_a_row),
+      statistics=_select(reset, init(scoped.shape), statistics),
     )
-    return scoped.scale(updates, factor), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _given(params, updates):
-  if params is None and updates is not None:
-    raise ValueError('params must be given to update(), and were None.')
-  return params
+def _select(where, new, old):
+  """Selects leaves by their first axes, which are those of ``where``."""
+
+  def select(new, old):
+    axes = tuple(range(where.ndim, new.ndim))
+    return jnp.where(jnp.expand_dims(where, axes), new, old)
+
+  return jax.tree.map(select, new, old)

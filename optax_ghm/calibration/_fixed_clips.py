@@ -1,4 +1,4 @@
-"""Clips whose limits are given: constants, or the norms of the parameters."""
+"""Clips with a given limit: a constant, or the norm of the parameters."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,23 +15,27 @@ def clip_by_norm(
   scope: scopes.Scope = 'global',
   axis_name: arrays.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Clips to a constant norm: ``optax.clip_by_global_norm``, and cheaper.
+  r"""Clips gradients to a constant norm.
 
   .. math:: g \leftarrow g \min(1, c / \lVert g \rVert)
 
-  as one scalar factor, which an optimizer behind it takes into its own loop;
-  over the whole tree, groups, leaves or units.
+  It has the numbers of ``optax.clip_by_global_norm`` at a lower cost: the clip
+  is one scalar factor, which an optimizer behind it fuses into its own loop.
 
   Args:
-    max_norm: c; one number, or one per norm of the scope.
+    max_norm: c, the largest norm that is not clipped: one number, or one per
+      norm of the scope.
     scope: what is clipped together: ``'global'``, the whole tree; ``'leaf'``,
       every leaf by itself; ``'unit'`` or :class:`Units`, every unit of a leaf;
       or :class:`Groups` of leaves.
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`ClipState`. A step with
-    NaN or inf becomes 0.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.ClipState`. A step with NaN or inf becomes 0.
+
+  Raises:
+    ValueError: if ``max_norm`` is negative.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -48,16 +52,11 @@ def clip_by_norm(
   """
   counters.check_range('max_norm', max_norm, 0, np.inf)
 
-  def judge(step, statistics):
-    limit = jnp.asarray(max_norm, jnp.float32)
-    return _known(jnp.broadcast_to(limit, step.norm.shape), statistics)
+  def rule(step, statistics):
+    del step
+    return _clip.Limit(max_norm, statistics)
 
-  return _clip.clip_by_rule(judge, scope=scope, axis_name=axis_name)
-
-
-def _known(limit, statistics):
-  """A limit that is given knows nothing of what is usual."""
-  return _clip.Verdict(limit, limit, jnp.full_like(limit, jnp.inf), statistics)
+  return _clip.clip_by_rule(rule, scope=scope, axis_name=axis_name)
 
 
 def clip_by_parameter_norm(
@@ -67,30 +66,33 @@ def clip_by_parameter_norm(
   scope: scopes.Scope = 'unit',
   axis_name: arrays.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Clips every unit to a share of its parameters' norm: AGC.
+  r"""Clips every unit to a fraction of the norm of its parameters: AGC.
 
   .. math::
     g_i \leftarrow g_i \min\left(1,
       \lambda \frac{\max(\lVert w_i \rVert, \epsilon)}{\lVert g_i \rVert}\right)
 
-  ``optax.adaptive_grad_clip`` does so for units of up to four axes; here they
-  are those of Flax's layouts (:func:`flax_unit_axes`) with any number of axes,
-  and there are the other scopes and the measurements. The paper leaves out the
-  last layer: use ``optax.masked``.
+  ``optax.adaptive_grad_clip`` clips units of up to four axes. Here the units
+  are those of Flax's layouts
+  (:func:`~optax_ghm.calibration.flax_unit_axes`), with any number of axes. The
+  paper leaves out the last layer: use ``optax.masked``.
 
   Args:
-    ratio: λ.
-    eps: ε, so that parameters that start at 0 can move.
-    scope: see :func:`clip_by_norm`; the paper's is ``'unit'``.
+    ratio: λ, the largest ratio of a gradient's norm to its parameters' norm.
+    eps: ε, the least norm of parameters, so that parameters at 0 can move.
+    scope: what is clipped together; see :func:`clip_by_norm`. The paper clips
+      every ``'unit'``.
     axis_name: mapped axis, or axes, over which gradients and parameters are
-      split. With units, over which the *fan-in* of every leaf is split.
+      split. With units, the axes over which the *fan-in* of every leaf is
+      split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`ClipState`, whose
-    ``update`` needs ``params``. A unit with NaN or inf becomes 0.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.ClipState`, whose ``update`` needs
+    ``params``. A unit with NaN or inf becomes 0.
 
   Raises:
-    ValueError: if ``update`` gets no ``params``.
+    ValueError: on update, if ``params`` is not given.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -99,7 +101,7 @@ def clip_by_parameter_norm(
     >>> params = {'kernel': jnp.array([[1.0, 6.0], [0.0, 8.0]])}
     >>> grads = {'kernel': jnp.array([[3.0, 0.3], [4.0, 0.4]])}
     >>> updates, _ = tx.update(grads, tx.init(params), params)
-    >>> print(updates['kernel'])  # the first column is held to 0.5
+    >>> print(updates['kernel'])  # the first column is clipped to 0.5
     [[0.3 0.3]
      [0.4 0.4]]
 
@@ -108,42 +110,45 @@ def clip_by_parameter_norm(
     Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
   """
 
-  def judge(step, statistics):
-    norm = jnp.maximum(step.of_params(), jnp.asarray(eps, jnp.float32))
-    return _known(jnp.asarray(ratio, jnp.float32) * norm, statistics)
+  def rule(step, statistics):
+    norm = jnp.maximum(step.parameter_norms(), jnp.asarray(eps, jnp.float32))
+    return _clip.Limit(jnp.asarray(ratio, jnp.float32) * norm, statistics)
 
-  return _clip.clip_by_rule(judge, scope=scope, axis_name=axis_name)
+  return _clip.clip_by_rule(rule, scope=scope, axis_name=axis_name)
 
 
-def clip_update_rms(
+def clip_by_rms(
   max_rms: ArrayLike = 1.0,
   *,
   scope: scopes.Scope = 'leaf',
   axis_name: arrays.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Clips the root mean square of an update: for behind the moments.
+  r"""Clips the root mean square of updates, behind the moments: Adafactor.
 
   .. math::
     u \leftarrow u / \max(1, \operatorname{RMS}(u) / d), \qquad
     \operatorname{RMS}(u) = \lVert u \rVert / \sqrt n
 
-  Behind ``optax.scale_by_rms`` it is the rule of Adafactor, for
-  :math:`u = g / \sqrt v`. StableAdamW divides :math:`m / \sqrt v` by the root
-  mean square of :math:`g / \sqrt v`; behind ``optax.scale_by_adam`` this takes
-  that of :math:`m / \sqrt v` itself, which a spike moves less. The formula is
-  that of ``optax.clip_by_block_rms``; here it says what it did.
+  The formula is that of ``optax.clip_by_block_rms``; this clip also reports
+  what it did. Behind ``optax.scale_by_rms``, where :math:`u = g / \sqrt v`, it
+  is the rule of Adafactor. Behind ``optax.scale_by_adam`` it is close to
+  StableAdamW, which divides :math:`m / \sqrt v` by the root mean square of
+  :math:`g / \sqrt v`: a spike moves the root mean square of
+  :math:`m / \sqrt v` less.
 
-  NaN and inf become 0, which hides moments that are broken for good: have a
-  guard around them, as in the example.
+  The clip turns NaN and inf into 0, and so hides moments that are broken for
+  good. Put a guard around both, as the example does.
 
   Args:
-    max_rms: d.
-    scope: see :func:`clip_by_norm`; the papers' is ``'leaf'``.
+    max_rms: d, the largest root mean square that is not clipped.
+    scope: what is clipped together; see :func:`clip_by_norm`. The papers clip
+      every ``'leaf'``.
     axis_name: mapped axis, or axes, over which the updates are split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`ClipState`, of norms:
-    the threshold is :math:`d \sqrt n`.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.ClipState` of norms: the threshold is
+    :math:`d \sqrt n`.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -152,11 +157,11 @@ def clip_update_rms(
     >>> rms_prop = optax_ghm.calibrated(
     ...   optax.chain(
     ...     optax.scale_by_rms(),
-    ...     optax_ghm.clip_update_rms(),
+    ...     optax_ghm.clip_by_rms(),
     ...     optax.scale(-1e-3),
     ...   )
     ... )
-    >>> tx = optax_ghm.clip_update_rms()
+    >>> tx = optax_ghm.clip_by_rms()
     >>> updates, _ = tx.update(jnp.array([1.0, -7.0]), tx.init(jnp.zeros(2)))
     >>> print(updates)  # the root mean square was 5
     [ 0.2 -1.4]
@@ -169,8 +174,8 @@ def clip_update_rms(
     vision-language models <https://arxiv.org/abs/2304.13013>`_, 2023
   """
 
-  def judge(step, statistics):
-    limit = jnp.asarray(max_rms, jnp.float32) * jnp.sqrt(step.sizes())
-    return _known(limit, statistics)
+  def rule(step, statistics):
+    root = jnp.sqrt(step.sizes())
+    return _clip.Limit(jnp.asarray(max_rms, jnp.float32) * root, statistics)
 
-  return _clip.clip_by_rule(judge, scope=scope, axis_name=axis_name)
+  return _clip.clip_by_rule(rule, scope=scope, axis_name=axis_name)

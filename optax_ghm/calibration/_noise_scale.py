@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, per_example
+from optax_ghm._core import arrays, counters, masks, per_example
 from optax_ghm._core.norms import global_norm
 
 
 class GradientNoise(NamedTuple):
-  """How much of a gradient is signal, and how much noise.
+  """How much of a gradient is signal, and how much is noise.
 
   Attributes:
-    signal: an estimate of ‖G‖², the squared norm of the true gradient; without
-      bias, so that it can be negative where the noise is large.
-    variance: an estimate of tr Σ, that of the gradient of one example,
+    signal: unbiased estimate of ‖G‖², the squared norm of the true gradient. It
+      may be negative where the noise is large.
+    variance: estimate of tr Σ, the variance of the gradient of one example,
       summed over the parameters.
   """
 
@@ -26,7 +26,7 @@ class GradientNoise(NamedTuple):
 
   @property
   def noise_scale(self) -> jax.Array:
-    """The ratio tr Σ / ‖G‖², in examples; inf where no signal is seen."""
+    """The ratio tr Σ / ‖G‖², in examples; inf if the signal is not positive."""
     seen = self.signal > 0
     return jnp.where(
       seen, self.variance / jnp.where(seen, self.signal, 1), jnp.inf
@@ -36,42 +36,42 @@ class GradientNoise(NamedTuple):
 def gradient_noise(
   norms: jax.Array, norm_of_mean: jax.Array, batch_size: ArrayLike
 ) -> GradientNoise:
-  r"""Signal and variance from the gradients of micro-batches.
+  r"""Estimates signal and variance from the gradients of micro-batches.
 
   .. math::
-    |G|^2 \approx \frac{k \lvert \bar g \rvert^2 - \overline{|g_i|^2}}{k - 1},
+    |G|^2 \approx \frac{k |\bar g|^2 - \overline{|g_i|^2}}{k - 1},
     \qquad
     \operatorname{tr} \Sigma \approx
     \frac{k b}{k - 1} \left(\overline{|g_i|^2} - |\bar g|^2\right)
 
   for k micro-batches of b examples each. Their ratio is the simple noise scale
-  :math:`B = \operatorname{tr} \Sigma / |G|^2`: batches far smaller than that
-  lose little by being averaged, batches far larger gain little.
+  :math:`B = \operatorname{tr} \Sigma / |G|^2`. A batch far smaller than B loses
+  little by being averaged, and a batch far larger gains little.
 
-  One step says little: average signal and variance over many, each by itself,
-  as :func:`noise_scale_aggregate` does.
+  One step says little. Average signal and variance over many steps, each by
+  itself, as :func:`noise_scale_aggregate` does.
 
   Args:
-    norms: of the gradients of k > 1 micro-batches, shape (k,): one per step of
-      an accumulation, one per device, or one per example.
-    norm_of_mean: the norm of their mean.
-    batch_size: b.
+    norms: norms of the gradients of k > 1 micro-batches, shape (k,): one per
+      step of an accumulation, one per device, or one per example.
+    norm_of_mean: norm of the mean of these gradients.
+    batch_size: b, the number of examples in each micro-batch.
 
   Returns:
     A :class:`GradientNoise` of float32 scalars, which hold the squares of norms
     from 1e-18 to 1e18.
 
   Raises:
-    ValueError: if there are not two norms at least.
+    ValueError: if ``norms`` has not one axis, or fewer than two entries.
 
   Examples:
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> import optax_ghm
+    >>> from optax_ghm import calibration
     >>> # 500 micro-batches of 4 examples: 3 and noise of deviation 6.
     >>> examples = 3 + 6 * jax.random.normal(jax.random.key(0), (500, 4))
     >>> grads = examples.mean(axis=1)
-    >>> noise = optax_ghm.gradient_noise(abs(grads), abs(grads.mean()), 4)
+    >>> noise = calibration.gradient_noise(abs(grads), abs(grads.mean()), 4)
     >>> print(f'{noise.noise_scale:.1f} of 36 / 9')
     4.4 of 36 / 9
 
@@ -88,17 +88,16 @@ def gradient_noise(
     jnp.mean(jnp.square(norms.astype(jnp.float32))),
     jnp.square(jnp.asarray(norm_of_mean, jnp.float32)),
     jnp.float32(norms.shape[0]),
-    batch_size,
+    jnp.asarray(batch_size, jnp.float32) * norms.shape[0],
   )
 
 
-def _from_squares(small, big, count, batch_size):
-  """The formula, of the mean square and the square of the mean."""
+def _from_squares(mean_of_squares, square_of_mean, count, examples):
+  """The formula, for ``count`` micro-batches of so many examples together."""
   others = jnp.maximum(count - 1, 1)
-  size = jnp.asarray(batch_size, jnp.float32)
   return GradientNoise(
-    signal=(count * big - small) / others,
-    variance=size * count / others * (small - big),
+    signal=(count * square_of_mean - mean_of_squares) / others,
+    variance=examples / others * (mean_of_squares - square_of_mean),
   )
 
 
@@ -107,8 +106,9 @@ class NoiseScaleState(NamedTuple):
 
   Attributes:
     noise: a :class:`GradientNoise`, averaged over the steps.
-    recorded: int32, how many steps are in it.
-    skipped: int32, how many are not: with less than two good gradients.
+    recorded: int32, number of steps in the average.
+    skipped: int32, number of steps with fewer than two good gradients, which
+      are not in the average.
   """
 
   noise: GradientNoise
@@ -124,27 +124,34 @@ def noise_scale_aggregate(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Averages the gradients of micro-batches, and measures their noise.
 
-  The first link of a chain: it takes updates with the micro-batches along the
-  leading axis of every leaf, as ``jax.vmap(jax.grad(...))`` makes them, and
-  gives their mean. For micro-batches that are not there at once, see
-  :func:`gradient_noise`.
+  This is the first transformation of a chain. It takes updates with the
+  micro-batches along the leading axis of every leaf, as
+  ``jax.vmap(jax.grad(...))`` makes them, and returns their mean. If the
+  gradients are not there at the same time, use
+  :func:`~optax_ghm.calibration.gradient_noise`.
 
   Args:
-    batch_size: how many examples a micro-batch has.
-    decay: of the averages of signal and variance; before 1 / (1 - decay) steps
-      they are plain means.
+    batch_size: number of examples in a micro-batch of weight 1.
+    decay: decay rate of the averages of signal and variance. In the first
+      1 / (1 - decay) steps, they are plain means.
     axis_name: mapped axis, or axes, over which the micro-batches are split; the
-      result is then the average over all of them.
+      result is the average over all of them.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`NoiseScaleState`; the
-    noise scale is ``state.noise.noise_scale``. Its ``update`` takes the extra
-    argument ``mask``, bool of shape (micro-batches,): which of them count. One
-    with NaN or inf is left out; if none is left, the update is 0.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.NoiseScaleState`, whose noise scale is
+    ``state.noise.noise_scale``. Its ``update`` takes two extra arguments of
+    shape (micro-batches,): ``mask``, bool, says which micro-batches count, and
+    ``weights``, float, says how much. A weight is the size of a micro-batch
+    relative to ``batch_size``: the update is the mean over examples, and the
+    noise of a gradient is that of so many examples. A micro-batch with NaN or
+    inf is left out; if none remains, the update is 0.
 
   Raises:
+    TypeError: on update, if ``mask`` is not bool, or ``weights`` is.
     ValueError: on update, if leaves differ in their leading axis or have none,
-      or do not have the shape of ``params`` behind it.
+      if the other axes differ from those of ``params``, or if ``mask`` or
+      ``weights`` does not have one entry per micro-batch.
 
   Examples:
     >>> import jax
@@ -173,33 +180,42 @@ def noise_scale_aggregate(
       GradientNoise(zero, jnp.copy(zero)), count, jnp.copy(count)
     )
 
-  def update_fn(updates, state, params=None, *, mask=None, **extra_args):
+  def update_fn(
+    updates, state, params=None, *, mask=None, weights=None, **extra_args
+  ):
     del extra_args
     if not any(map(arrays.is_inexact, jax.tree.leaves(updates))):
       return updates, state
     norms = per_example.norms(updates, params)
-    valid = jnp.isfinite(norms)
+    counted = jnp.isfinite(norms)
     if mask is not None:
-      valid &= jnp.asarray(mask).astype(bool)
-    valid = valid.astype(jnp.float32)
-    count = arrays.psum(jnp.sum(valid), axis_name)
-    share = valid / jnp.maximum(count, 1)
-    mean = per_example.weighted_sum(updates, share, axis_name)
-    squares = jnp.square(jnp.where(valid > 0, norms, 0))
+      counted &= masks.broadcast_mask(mask, norms.shape)
+    sizes = masks.broadcast_weights(
+      1.0 if weights is None else weights, norms.shape
+    )
+    counted &= sizes > 0
+    sizes = jnp.where(counted, sizes, 0)
+    count, size = arrays.psum(
+      (jnp.sum(counted, dtype=jnp.float32), jnp.sum(sizes)), axis_name
+    )
+    shares = sizes / jnp.where(size > 0, size, 1)
+    mean = per_example.weighted_sum(updates, shares, axis_name)
+    squares = jnp.square(jnp.where(counted, norms, 0))
     noise = _from_squares(
-      arrays.psum(jnp.sum(share * squares), axis_name),
+      arrays.psum(jnp.sum(shares * squares), axis_name),
       jnp.square(global_norm(mean).astype(jnp.float32)),
       count,
-      batch_size,
+      jnp.asarray(batch_size, jnp.float32) * size,
     )
     good = (
       (count > 1) & jnp.isfinite(noise.signal) & jnp.isfinite(noise.variance)
     )
     recorded = state.recorded.astype(jnp.float32)
-    rest = 1 - jnp.asarray(decay, jnp.float32)
-    entering = jnp.maximum(1 / (recorded + 1), rest)
+    new_share = jnp.maximum(
+      1 / (recorded + 1), 1 - jnp.asarray(decay, jnp.float32)
+    )
     average = jax.tree.map(
-      lambda old, new: jnp.where(good, old + entering * (new - old), old),
+      lambda old, new: jnp.where(good, old + new_share * (new - old), old),
       state.noise,
       noise,
     )

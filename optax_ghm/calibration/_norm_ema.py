@@ -15,8 +15,9 @@ class NormAverage(NamedTuple):
   """Statistics of :func:`clip_by_norm_ema`.
 
   Attributes:
-    average: γ, of the clipped norms; inf before the first good step.
-    recorded: int32, how many good steps there were.
+    average: γ, the average of the clipped norms; inf before the first good
+      step.
+    recorded: int32, number of good steps.
   """
 
   average: jax.Array
@@ -44,16 +45,22 @@ def clip_by_norm_ema(
   is the smallest clipped norm so far.
 
   Args:
-    ratio: λ.
-    decay: β.
-    max_norm: c, in the first steps.
-    warmup_steps: how many steps those are.
-    scope: see :func:`clip_by_norm`; the paper's is ``'leaf'``.
+    ratio: λ, the largest ratio of a norm to its average that is not clipped.
+    decay: β, the decay rate of the average, from 0 to 1.
+    max_norm: c, the largest norm of the whole tree in the first steps.
+    warmup_steps: number of first steps.
+    scope: what is clipped together; see :func:`clip_by_norm`. The paper clips
+      every ``'leaf'``.
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`ClipState`; bad steps
-    are as for :func:`clip_by_percentile`.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.ClipState`. A step with NaN or inf becomes 0.
+    It leaves the statistics as they were, as does a step that is all zero, or
+    whose norm is more than 10,000 times the average.
+
+  Raises:
+    ValueError: if ``decay`` is not from 0 to 1.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -76,30 +83,29 @@ def clip_by_norm_ema(
       jnp.full(shape, jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
     )
 
-  def judge(step, statistics):
+  def rule(step, statistics):
     norm, total = step.norm, step.total
     average, recorded = statistics
     warm = recorded.astype(jnp.float32) < jnp.asarray(warmup_steps, jnp.float32)
-    limit = jnp.asarray(max_norm, jnp.float32) / jnp.where(total > 0, total, 1)
+    first = jnp.asarray(max_norm, jnp.float32)
     threshold = jnp.where(
       warm,
-      norm * jnp.minimum(limit, 1),
+      norm * jnp.minimum(first / jnp.where(total > 0, total, 1), 1),
       jnp.asarray(ratio, jnp.float32) * average,
     )
-    seen = jnp.minimum(norm, threshold)
+    clipped = jnp.minimum(norm, threshold)
     beta = jnp.asarray(decay, jnp.float32)
-    following = jnp.where(
-      warm, jnp.minimum(average, seen), beta * average + (1 - beta) * seen
-    )
-    # The least of a few norms is not what is usual.
-    usual = jnp.where(
+    next_average = jnp.where(
       warm,
-      jnp.maximum(average, jnp.asarray(max_norm, jnp.float32)),
-      average,
+      jnp.minimum(average, clipped),
+      beta * average + (1 - beta) * clipped,
     )
-    recorded = counters.count_if(True, recorded)
-    return _clip.Verdict(
-      threshold, threshold, usual, NormAverage(following, recorded)
+    # The least of a few norms says little about what is too large.
+    reference = jnp.where(warm, jnp.maximum(average, first), average)
+    return _clip.Limit(
+      threshold,
+      NormAverage(next_average, counters.count_if(True, recorded)),
+      reference_norm=reference,
     )
 
-  return _clip.clip_by_rule(judge, init, scope=scope, axis_name=axis_name)
+  return _clip.clip_by_rule(rule, init, scope=scope, axis_name=axis_name)

@@ -6,45 +6,61 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import arrays, counters, scopes
+from optax_ghm._core import arrays, counters, scopes, trees
 
 
 class NormalizeState(NamedTuple):
   """State of :func:`normalize_by_norm` and :func:`standardize`.
 
-  Scalars, or as many as there are norms.
+  Both fields are scalars, or vectors with one entry per group, leaf or unit.
 
   Attributes:
-    divisor: of the last step for which it was finite and not 0.
-    skipped: int32, how many steps were not: these become 0.
+    divisor: divisor of the last step that could be divided.
+    skipped: int32, number of steps that could not be divided: they become 0.
   """
 
   divisor: jax.Array
   skipped: jax.Array
 
 
+def _init(scope, params):
+  shape = scopes.scoped(scope, params).shape
+  return NormalizeState(
+    jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+  )
+
+
+def _next_state(state, divisor, divided):
+  return NormalizeState(
+    jnp.where(divided, divisor, state.divisor),
+    counters.count_if(~divided, state.skipped),
+  )
+
+
 def normalize_by_norm(
-  scope: scopes.Scope = 'global', *, axis_name: arrays.AxisName = None
+  *, scope: scopes.Scope = 'global', axis_name: arrays.AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Divides gradients by their norm: of the tree, groups, leaves or units.
+  r"""Divides gradients by their norm.
 
   .. math:: g \leftarrow g / \lVert g \rVert
 
-  so that the learning rate alone says how far a step goes. Of the whole tree it
-  is ``optax.normalize_by_update_norm`` without its ε.
+  The learning rate alone then says how far a step goes. For the whole tree,
+  this is ``optax.normalize_by_update_norm`` without its ε.
 
   Args:
-    scope: what has a norm together, see :func:`clip_by_norm`.
+    scope: what has a norm together; see :func:`clip_by_norm`.
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`NormalizeState`. What
-    is 0, has NaN or inf, or a norm beyond 8e37, becomes 0.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.NormalizeState`. Gradients become 0 if they
+    are all 0, hold NaN or inf, or have a norm beyond 8e37, whose reciprocal
+    float32 does not hold.
 
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_ghm
-    >>> tx = optax_ghm.normalize_by_norm('leaf')
+    >>> tx = optax_ghm.normalize_by_norm(scope='leaf')
     >>> grads = {'w': jnp.array([3.0, 4.0]), 'b': jnp.array([1e-30])}
     >>> updates, _ = tx.update(grads, tx.init(grads))
     >>> print(updates['w'], updates['b'])
@@ -58,33 +74,19 @@ def normalize_by_norm(
     <https://arxiv.org/abs/1708.03888>`_, 2017
   """
 
-  def init_fn(params):
-    shape = scopes.scoped(scope, params).shape
-    return NormalizeState(
-      jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
-    )
-
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
     scoped = scopes.scoped(scope, updates)
     norm = scoped.norms(updates, axis_name)
     good = jnp.isfinite(norm) & (norm > 0)
-    good &= norm < arrays.LARGEST_RECIPROCAL
+    # The reciprocals of the largest norms are flushed to 0, which is no factor.
     factor = jnp.where(good, 1 / jnp.where(good, norm, 1), 0)
-    return scoped.scale(updates, factor), _next_state(state, norm, good)
+    state = _next_state(state, norm, factor > 0)
+    return scoped.scale(updates, factor), state
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _next_state(state, divisor, divided):
-  return NormalizeState(
-    jnp.where(divided, divisor, state.divisor),
-    counters.count_if(~divided, state.skipped),
+  return optax.GradientTransformationExtraArgs(
+    lambda params: _init(scope, params), update_fn
   )
-
-
-_NO_DEVIATION = 1e-6
-"""A deviation below so many times the largest number is rounding."""
 
 
 def standardize(
@@ -94,16 +96,17 @@ def standardize(
 
   .. math:: g \leftarrow (g - \mu) / \sigma
 
-  with the mean and the deviation over all numbers of the leaf. Scalars and
-  vectors, that is biases and scales, pass unchanged, NaN among them.
+  The mean and the standard deviation are over all numbers of the leaf. Scalars
+  and vectors, that is biases and scales, pass unchanged, even if they are NaN.
 
   Args:
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`NormalizeState` of σ, 1
-    for what passes unchanged. A leaf of equal numbers, or with NaN or inf,
-    becomes 0.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.NormalizeState` of σ, which is 1 for leaves
+    that pass unchanged. A leaf becomes 0 if its numbers are equal, or if one is
+    NaN or inf.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -124,31 +127,25 @@ def standardize(
     <https://arxiv.org/abs/2408.01215>`_, 2024
   """
 
-  def init_fn(params):
-    shape = scopes.scoped('leaf', params).shape
-    return NormalizeState(
-      jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
-    )
-
-  def over_shards(reduce, x):
-    return x if axis_name is None else reduce(x, axis_name)
-
   def standardized(leaf):
-    """The leaf and its deviation, or what shows that there is none."""
+    """The leaf and its deviation, which is 0 if the leaf has none."""
     if leaf.ndim < 2:
       return leaf, jnp.ones([], jnp.float32)
     x = leaf.astype(arrays.at_least_float32(leaf.dtype))
-    # In units of the largest, so that nothing overflows.
-    largest = over_shards(jax.lax.pmax, jnp.max(jnp.abs(x)))
+    largest = jnp.max(jnp.abs(x))
+    if axis_name is not None:
+      largest = jax.lax.pmax(largest, axis_name)
+    # In units of the largest number, so that no square overflows.
     unit = arrays.divisor(largest)
     x = arrays.multiply(x, 1 / unit)
-    size = over_shards(jax.lax.psum, jnp.ones_like(unit) * leaf.size)
-    for _ in range(2):  # the second time, what rounding left of the first mean
-      total = over_shards(jax.lax.psum, jnp.sum(x))
+    size = arrays.psum(jnp.ones_like(unit) * leaf.size, axis_name)
+    for _ in range(2):  # the second mean is what rounding left of the first
+      total = arrays.psum(jnp.sum(x), axis_name)
       x -= arrays.multiply(total, 1 / size)
-    square = over_shards(jax.lax.psum, jnp.sum(jnp.square(jnp.abs(x))))
+    square = arrays.psum(jnp.sum(jnp.square(jnp.abs(x))), axis_name)
     deviation = jnp.sqrt(square / size)
-    good = deviation > _NO_DEVIATION  # not if it is NaN
+    # A deviation below 1e-6 of the largest number is rounding.
+    good = deviation > 1e-6
     scaled = arrays.multiply(x, 1 / jnp.where(good, deviation, 1))
     update = jnp.where(good, scaled, 0).astype(leaf.dtype)
     return update, jnp.where(good, deviation * unit, 0).astype(jnp.float32)
@@ -158,30 +155,32 @@ def standardize(
     leaves, structure = jax.tree.flatten(updates)
     deviations = []
     for i, leaf in enumerate(leaves):
-      if arrays.is_inexact(leaf) and leaf.size:
+      if trees.is_counted(leaf):
         leaves[i], deviation = standardized(leaf)
         deviations.append(deviation)
     divisor = jnp.stack(deviations) if deviations else state.divisor
     return structure.unflatten(leaves), _next_state(state, divisor, divisor > 0)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return optax.GradientTransformationExtraArgs(
+    lambda params: _init('leaf', params), update_fn
+  )
 
 
 def centralize(
-  units: scopes.Units = scopes.FLAX_UNITS,
   *,
+  units: scopes.Units = scopes.FLAX_UNITS,
   axis_name: arrays.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Takes the mean over its fan-in from every unit: gradient centralization.
+  r"""Subtracts from every unit the mean over its fan-in.
 
   .. math:: g_{ij} \leftarrow g_{ij} - \frac1n \sum_{k = 1}^n g_{kj}
 
   for kernels (in, out). ``optax.centralize`` takes the mean over all axes but
-  the first, which is right for kernels (out, in); here a unit is that of Flax's
-  layouts. Biases, scales, and all of rank 0 or 1 pass unchanged.
+  the first, which is right for kernels (out, in). Here a unit is that of Flax's
+  layouts. Biases, scales, and all parameters of rank 0 or 1 pass unchanged.
 
   Args:
-    units: other layouts than those of :func:`flax_unit_axes`.
+    units: a layout other than :func:`~optax_ghm.calibration.flax_unit_axes`.
     axis_name: mapped axis, or axes, over which the *fan-in* of every leaf is
       split.
 
@@ -205,13 +204,10 @@ def centralize(
   """
 
   def centralized(path, leaf):
-    if not (arrays.is_inexact(leaf) and leaf.size):
+    if not (trees.is_counted(leaf) and scopes.is_kernel(path, leaf)):
       return leaf
-    if not scopes.is_kernel(path, leaf):
-      return leaf
-    axes = units.axes(path, leaf)
     x = leaf.astype(arrays.at_least_float32(leaf.dtype))
-    mean = jnp.mean(x, axis=axes, keepdims=True)
+    mean = jnp.mean(x, axis=units.axes(path, leaf), keepdims=True)
     if axis_name is not None:
       mean = jax.lax.pmean(mean, axis_name)
     return (x - mean).astype(leaf.dtype)

@@ -1,11 +1,10 @@
-"""Percentiles of norms as they come, one step after the other."""
+"""Clipping to a percentile of the norms so far: AutoClip."""
 
 import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -14,28 +13,35 @@ from optax_ghm.calibration import _clip
 
 
 class PercentileEstimator(Protocol):
-  """How a percentile of the norms so far is estimated."""
+  """How :func:`clip_by_percentile` estimates a percentile of the norms."""
 
   def init(self, shape: tuple[int, ...]) -> Any:
-    """The statistics at the start, arrays whose first axes are ``shape``."""
+    """Returns the first statistics: arrays whose first axes are ``shape``."""
 
-  def judge(
-    self, norm: jax.Array, percentile: ArrayLike, memory: Any
+  def update(
+    self, norm: jax.Array, percentile: ArrayLike, statistics: Any
   ) -> tuple[jax.Array, jax.Array, Any]:
-    """The percentile for this step, what was usual, and the next statistics."""
+    """Takes in the norms of one step.
 
+    Args:
+      norm: float32, the norms.
+      percentile: from 0 to 100.
+      statistics: what is known of earlier norms.
 
-_NONE_YET = float(np.finfo(np.float32).max)
+    Returns:
+      The percentile for this step, a reference norm to recognize outliers by
+      (inf while none is known), and the next statistics.
+    """
 
 
 class PastNorms(NamedTuple):
   """Statistics of :class:`WindowPercentile`.
 
   Attributes:
-    past: the norms of the last good steps, one after the other around the
-      window; the largest float32 where there are none yet.
-    ranked: the same, from the smallest to the largest.
-    recorded: int32, how many good steps there were.
+    past: norms of the last good steps, the newest in the place of the oldest;
+      inf in places that are still empty.
+    ranked: the norms of ``past``, from the smallest to the largest.
+    recorded: int32, number of good steps.
   """
 
   past: jax.Array
@@ -45,12 +51,15 @@ class PastNorms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowPercentile:
-  """The exact percentile of the last norms, this step's among them.
+  """The exact percentile of the last norms, with that of the current step.
 
-  Linear between neighbours, as ``numpy.percentile``.
+  It interpolates linearly between neighbors, as ``numpy.percentile`` does.
 
   Attributes:
-    length: how many norms are kept.
+    length: number of norms to keep.
+
+  Raises:
+    ValueError: if ``length`` is less than 1.
 
   Examples:
     >>> import optax_ghm
@@ -65,56 +74,49 @@ class WindowPercentile:
       raise ValueError(f'length must be at least 1, got {self.length}.')
 
   def init(self, shape):
-    """See :class:`PercentileEstimator`."""
-    empty = jnp.full((*shape, self.length), _NONE_YET, jnp.float32)
-    return PastNorms(
-      past=empty,
-      ranked=jnp.copy(empty),
-      recorded=jnp.zeros(shape, jnp.int32),
-    )
+    """Returns an empty window; see :class:`PercentileEstimator`."""
+    empty = jnp.full((*shape, self.length), jnp.inf, jnp.float32)
+    return PastNorms(empty, jnp.copy(empty), jnp.zeros(shape, jnp.int32))
 
-  def judge(self, norm, percentile, memory):
-    """See :class:`PercentileEstimator`."""
-    following = slide(memory, norm)
-    last = jnp.minimum(following.recorded, self.length).astype(jnp.float32) - 1
+  def update(self, norm, percentile, statistics):
+    """Returns the percentile; see :class:`PercentileEstimator`."""
+    new = _slide(statistics, norm)
+    last = jnp.minimum(new.recorded, self.length).astype(jnp.float32) - 1
     rank = jnp.asarray(percentile, jnp.float32) / 100 * last
     low = jnp.floor(rank)
-    below = _at(following.ranked, low.astype(jnp.int32))
-    above = _at(following.ranked, jnp.ceil(rank).astype(jnp.int32))
-    threshold = below + (rank - low) * (above - below)
-    newest = jnp.minimum(memory.recorded, self.length) - 1
-    largest = _at(memory.ranked, jnp.maximum(newest, 0))
-    usual = jnp.where(memory.recorded > 0, largest, jnp.inf)
-    return threshold, usual, following
+    below = _at(new.ranked, low.astype(jnp.int32))
+    above = _at(new.ranked, jnp.ceil(rank).astype(jnp.int32))
+    known = jnp.minimum(statistics.recorded, self.length)
+    largest = _at(statistics.ranked, jnp.maximum(known - 1, 0))
+    return below + (rank - low) * (above - below), largest, new
 
 
-def slide(memory: PastNorms, norm: jax.Array) -> PastNorms:
-  """The window one step on: the oldest norm out, this one in.
+def _slide(statistics, norm):
+  """Takes the oldest norm out of the window, and the new one in.
 
-  The ranking is kept up to date by two shifts, which is far cheaper than to
-  sort it anew.
+  Two shifts keep the ranking: one over the oldest norm, and one that makes
+  room for the new norm. They are far cheaper than a sort.
   """
-  length = memory.past.shape[-1]
+  past, ranked, recorded = statistics
   norm = jnp.expand_dims(norm, -1)
-  slots = jnp.arange(length, dtype=jnp.int32)
+  slots = jnp.arange(past.shape[-1], dtype=jnp.int32)
   slots = slots.reshape((1,) * (norm.ndim - 1) + (-1,))
-  slot = jnp.expand_dims(memory.recorded % length, -1)
-  oldest = jnp.take_along_axis(memory.past, slot, axis=-1)
-  end = jnp.full_like(norm, _NONE_YET)
+  slot = jnp.expand_dims(recorded % past.shape[-1], -1)
+  oldest = jnp.take_along_axis(past, slot, axis=-1)
+  empty = jnp.full_like(norm, jnp.inf)
 
-  ranked = memory.ranked
   out = jnp.sum(ranked < oldest, axis=-1, keepdims=True, dtype=jnp.int32)
-  later = jnp.concatenate([ranked[..., 1:], end], axis=-1)
-  ranked = jnp.where(slots < out, ranked, later)
+  shifted = jnp.concatenate([ranked[..., 1:], empty], axis=-1)
+  ranked = jnp.where(slots < out, ranked, shifted)
+
   into = jnp.sum(ranked < norm, axis=-1, keepdims=True, dtype=jnp.int32)
-  earlier = jnp.concatenate([end, ranked[..., :-1]], axis=-1)
-  ranked = jnp.where(
-    slots < into, ranked, jnp.where(slots == into, norm, earlier)
-  )
+  shifted = jnp.concatenate([empty, ranked[..., :-1]], axis=-1)
+  shifted = jnp.where(slots == into, norm, shifted)
+  ranked = jnp.where(slots < into, ranked, shifted)
   return PastNorms(
-    past=jnp.where(slots == slot, norm, memory.past),
+    past=jnp.where(slots == slot, norm, past),
     ranked=ranked,
-    recorded=jnp.asarray(optax.safe_increment(memory.recorded)),
+    recorded=counters.count_if(True, recorded),
   )
 
 
@@ -126,7 +128,7 @@ class QuantileEstimate(NamedTuple):
   """Statistics of :class:`GeometricQuantile`.
 
   Attributes:
-    estimate: of the percentile, inf before the first good step.
+    estimate: estimate of the percentile; inf before the first good step.
   """
 
   estimate: jax.Array
@@ -140,11 +142,11 @@ class GeometricQuantile:
     C \leftarrow C \exp\left(-\eta
       (\mathbb 1[\lVert g \rVert \le C] - \gamma)\right)
 
-  which rests where a share γ of the norms is below C. It starts at the first
-  norm.
+  On average C stays where a fraction γ of the norms is below it. It starts at
+  the first norm.
 
   Attributes:
-    learning_rate: η.
+    learning_rate: η, the step size.
 
   Examples:
     >>> import optax_ghm
@@ -160,16 +162,17 @@ class GeometricQuantile:
   learning_rate: float = 0.2
 
   def init(self, shape):
-    """See :class:`PercentileEstimator`."""
+    """Returns no estimate yet; see :class:`PercentileEstimator`."""
     return QuantileEstimate(jnp.full(shape, jnp.inf, jnp.float32))
 
-  def judge(self, norm, percentile, memory):
-    """See :class:`PercentileEstimator`."""
-    threshold = jnp.where(jnp.isinf(memory.estimate), norm, memory.estimate)
+  def update(self, norm, percentile, statistics):
+    """Returns the estimate; see :class:`PercentileEstimator`."""
+    estimate = statistics.estimate
+    threshold = jnp.where(jnp.isinf(estimate), norm, estimate)
     below = (norm <= threshold).astype(jnp.float32)
-    share = jnp.asarray(percentile, jnp.float32) / 100
-    moved = threshold * jnp.exp(-self.learning_rate * (below - share))
-    return threshold, memory.estimate, QuantileEstimate(moved)
+    fraction = jnp.asarray(percentile, jnp.float32) / 100
+    moved = threshold * jnp.exp(-self.learning_rate * (below - fraction))
+    return threshold, estimate, QuantileEstimate(moved)
 
 
 DEFAULT_PERCENTILE = WindowPercentile()
@@ -191,15 +194,20 @@ def clip_by_percentile(
 
   Args:
     percentile: p, from 0 to 100. The paper's 10 clips nine steps of ten.
-    estimator: :class:`WindowPercentile`, exact over a window, or
-      :class:`GeometricQuantile`, one number.
-    scope: see :func:`clip_by_norm`.
+    estimator: how the percentile is estimated: :class:`WindowPercentile` is
+      exact over a window, :class:`GeometricQuantile` keeps one number.
+    scope: what is clipped together; see :func:`clip_by_norm`.
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`ClipState`. A step with
-    NaN or inf becomes 0; like one that is all zero, or beyond 10,000 times what
-    is usual, it leaves the statistics as they were.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.ClipState`. A step with NaN or inf becomes 0.
+    It leaves the statistics as they were, as does a step that is all zero, or
+    whose norm is more than 10,000 times the largest of the window (or the
+    estimate).
+
+  Raises:
+    ValueError: if ``percentile`` is not from 0 to 100.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -217,12 +225,12 @@ def clip_by_percentile(
   """
   counters.check_range('percentile', percentile, 0, 100)
 
-  def judge(step, statistics):
-    threshold, usual, following = estimator.judge(
+  def rule(step, statistics):
+    threshold, reference, new = estimator.update(
       step.norm, percentile, statistics
     )
-    return _clip.Verdict(threshold, threshold, usual, following)
+    return _clip.Limit(threshold, new, reference_norm=reference)
 
   return _clip.clip_by_rule(
-    judge, estimator.init, scope=scope, axis_name=axis_name
+    rule, estimator.init, scope=scope, axis_name=axis_name
   )

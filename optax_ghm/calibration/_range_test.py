@@ -1,4 +1,4 @@
-"""The learning rate range test: how large a step the loss bears."""
+"""The learning rate range test: how large a step the loss tolerates."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,15 +14,16 @@ from optax_ghm._core import norms
 
 @dataclasses.dataclass(frozen=True)
 class RangeTest:
-  """What :func:`learning_rate_range_test` saw.
+  """The result of :func:`learning_rate_range_test`.
 
   Attributes:
-    learning_rates: of every step, float64 (steps,).
-    losses: before every step, on its batch; NaN or inf where it diverged.
-    smoothed: those, smoothed; NaN after it diverged.
-    gradient_norms: of every step.
-    suggestion: a learning rate; None where nothing speaks for one.
-    reason: why this one, or why none, in a sentence or two.
+    learning_rates: float64 (steps,), the learning rate of every step.
+    losses: loss before every step, on its batch; NaN or inf after the training
+      diverged.
+    smoothed: smoothed losses; NaN from the first loss on that is not finite.
+    gradient_norms: gradient norm of every step.
+    suggestion: a learning rate, or None if the losses do not suggest one.
+    reason: why this learning rate, or why none, in a sentence or two.
   """
 
   learning_rates: np.ndarray
@@ -33,7 +34,7 @@ class RangeTest:
   reason: str
 
   def plot(self, ax: Any = None) -> Any:
-    """Draws losses and suggestion; needs matplotlib.
+    """Draws the losses and the suggestion; needs matplotlib.
 
     Args:
       ax: axes to draw on; new ones by default.
@@ -47,10 +48,10 @@ class RangeTest:
       _, ax = plt.subplots(figsize=(6, 4), layout='constrained')
     ax.semilogx(self.learning_rates, self.losses, '.', color='0.75', ms=3)
     ax.semilogx(self.learning_rates, self.smoothed, color='C0')
-    there = self.smoothed[np.isfinite(self.smoothed)]
-    if there.size:
-      margin = 0.1 * (np.ptp(there) or 1)
-      ax.set_ylim(there.min() - margin, there.max() + margin)
+    finite = self.smoothed[np.isfinite(self.smoothed)]
+    if finite.size:
+      margin = 0.1 * (np.ptp(finite) or 1)
+      ax.set_ylim(finite.min() - margin, finite.max() + margin)
     if self.suggestion is not None:
       ax.axvline(
         self.suggestion, color='C3', ls='--', label=f'{self.suggestion:.1e}'
@@ -70,40 +71,45 @@ def learning_rate_range_test(
   high: float = 10.0,
   steps: int = 200,
 ) -> RangeTest:
-  r"""Trains while the learning rate grows, and suggests one from the loss.
+  r"""Trains while the learning rate grows, and suggests one from the losses.
 
   .. math:: \eta_t = \eta_\text{low}
     (\eta_\text{high} / \eta_\text{low})^{t / (T - 1)}
 
-  All steps are one compiled scan; ``params`` stay as they are. (Smith lets it
-  grow linearly, and reads the bounds of a cycle off the curve by eye.)
+  All steps are one compiled scan, and ``params`` stay as they are. In Smith's
+  paper the learning rate grows linearly, and the bounds of a cycle are read off
+  the curve by eye.
 
-  The losses are smoothed over a tenth of a decade or two steps, without the lag
-  of a moving average. The suggestion is a third of the learning rate at their
-  minimum; none if they never fall clearly, by six standard errors.
-  (On 20 pairs of a small task and an optimizer, 400 steps with a third of it
-  ended at 1.8 times the loss of the best of 25 rates, in the median; with a
-  tenth of it at 4.6, and with the rate at the steepest fall at 5.7 times.)
+  The losses are smoothed over a tenth of a decade, or two steps if that is
+  more, without the lag of a moving average. The suggestion is a third of the
+  learning rate at their minimum. There is none if the losses never fall
+  clearly, by six standard errors. (On 20 pairs of a small task and an
+  optimizer, 400 steps with a third ended, in the median, at 1.8 times the loss
+  of the best of 25 learning rates; with a tenth it was 4.6 times, and with the
+  learning rate of the steepest fall 5.7 times.)
 
   Args:
-    loss: from parameters and one batch to a scalar. For a model with batch
-      statistics, the loss in training mode that drops the new ones; what else
-      changes from step to step, such as keys for dropout, goes into the batch.
-    params: to start from.
-    batches: pytree of arrays with an additional first axis, the batches, which
-      the steps go through again and again. Give several: a few examples, seen
-      often, bear larger steps than the data do.
-    optimizer: of the learning rate, a schedule: such as ``optax.adam``, or
+    loss: function from parameters and one batch to a scalar. For a model with
+      batch statistics, use the loss in training mode and drop the new
+      statistics. Whatever else changes from step to step, such as keys for
+      dropout, belongs in the batch.
+    params: parameters to start from.
+    batches: pytree of arrays whose first axis counts the batches. The steps go
+      over the batches again and again. Give several batches: a few examples,
+      seen often, tolerate larger steps than the data do.
+    optimizer: function from the learning rate, a schedule, to an optimizer,
+      such as ``optax.adam`` or
       ``lambda rate: optax.chain(ghm.clip_by_zscore(), optax.adamw(rate))``.
     low: the first learning rate.
-    high: the last.
-    steps: how many, T.
+    high: the last learning rate.
+    steps: T, the number of steps, at least 20.
 
   Returns:
-    A :class:`RangeTest`: the curve, the suggestion and its reason.
+    A :class:`~optax_ghm.calibration.RangeTest`: the curve, the suggestion and
+    its reason.
 
   Raises:
-    ValueError: if not 0 < low < high, if there are less than 20 steps, or if
+    ValueError: if not 0 < low < high, if there are fewer than 20 steps, or if
       the leaves of ``batches`` differ in their first axis.
 
   Examples:
@@ -127,11 +133,11 @@ def learning_rate_range_test(
     raise ValueError(f'low and high must be 0 < low < high, got {low}, {high}.')
   if steps < 20:
     raise ValueError(f'steps must be at least 20, got {steps}.')
-  counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+  shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
+  counts = {shape[:1] for shape in shapes}
   if len(counts) != 1 or counts in ({()}, {(0,)}):
     raise ValueError(
-      'batches must have one additional first axis, got shapes'
-      f' {[jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]}.'
+      f'batches must have one additional first axis, got shapes {shapes}.'
     )
   ((count,),) = counts
   learning_rates = np.geomspace(low, high, steps)
@@ -140,14 +146,11 @@ def learning_rate_range_test(
 
   @jax.jit
   def run(params, batches):
+    batches = jax.tree.map(jnp.asarray, batches)
+
     def step(carry, t):
       params, state = carry
-      batch = jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(
-          jnp.asarray(leaf), t % count, keepdims=False
-        ),
-        batches,
-      )
+      batch = jax.tree.map(lambda leaf: leaf[t % count], batches)
       value, grads = jax.value_and_grad(loss)(params, batch)
       updates, state = tx.update(grads, state, params, value=value)
       params = optax.apply_updates(params, updates)
@@ -167,35 +170,35 @@ def learning_rate_range_test(
 
 
 def _smoothed(losses, learning_rates):
-  """The losses under a Gaussian, and its standard error of a unit scatter.
+  """The losses under a Gaussian kernel, and the standard error it leaves.
 
-  Its deviation is a tenth of a decade, or two steps if that is more. NaN once
-  the loss is not finite. Losses far above the first count as if they were less,
-  so that a divergence is not seen long before it begins.
+  The error is that of losses with a standard deviation of 1. Losses far above
+  the first ones are lowered before, lest a divergence show before it begins.
   """
   bad = ~np.isfinite(losses)
   last = int(np.argmax(bad)) if bad.any() else len(losses)
+  smoothed = np.full(len(losses), np.nan)
+  if not last:
+    return smoothed, 0.0
   decade = np.log10(learning_rates[1] / learning_rates[0])
   width = max(0.1 / decade, 2)  # in steps
-  reach = min(int(np.ceil(9 * width)), max(last - 1, 0))  # 3e-18 of the middle
+  # Beyond 9 widths the kernel is below 3e-18 of its maximum.
+  reach = min(int(np.ceil(9 * width)), last - 1)
   kernel = np.exp(-((np.arange(-reach, reach + 1) / width) ** 2) / 2)
 
-  def weighted(values, kernel):
+  def convolved(values, kernel):
     return np.convolve(values, kernel)[reach : reach + last]
 
-  smoothed, error = np.full(len(losses), np.nan), 0.0
-  if last:
-    first = np.median(losses[: max(last // 10, 1)])
-    most = first + max(first - losses[:last].min(), 0)
-    total = weighted(np.ones(last), kernel)
-    smoothed[:last] = weighted(np.minimum(losses[:last], most), kernel) / total
-    squares = weighted(np.ones(last), kernel**2) / total**2
-    error = float(np.sqrt(squares.mean()))
-  return smoothed, error
+  first = np.median(losses[: max(last // 10, 1)])
+  most = first + max(first - losses[:last].min(), 0)
+  total = convolved(np.ones(last), kernel)
+  smoothed[:last] = convolved(np.minimum(losses[:last], most), kernel) / total
+  squares = convolved(np.ones(last), kernel**2) / total**2
+  return smoothed, float(np.sqrt(squares.mean()))
 
 
 def _suggestion(learning_rates, losses, smoothed, error):
-  """A third of where the loss is lowest, and the reason."""
+  """A third of the learning rate of the lowest loss, and the reason."""
   last = int(np.isfinite(smoothed).sum())
   if last < len(smoothed) // 10:
     return None, (
@@ -204,7 +207,7 @@ def _suggestion(learning_rates, losses, smoothed, error):
     )
   curve = smoothed[:last]
   lowest = int(np.argmin(curve))
-  # The median's deviation, for the losses before a divergence are the many.
+  # A deviation by the median is that of the many losses before a divergence.
   error *= np.median(np.abs(losses[:last] - curve)) / 0.6745
   fall = curve[: lowest + 1].max() - curve[lowest]
   if fall <= 6 * error or lowest < 2:
@@ -213,7 +216,6 @@ def _suggestion(learning_rates, losses, smoothed, error):
       f' {error:.2g}: no suggestion. Take larger batches, more steps or another'
       ' range.'
     )
-  suggestion = float(learning_rates[lowest]) / 3
   reason = f'A third of {learning_rates[lowest]:.1e}, where the loss is lowest'
   above = curve[lowest:] > curve[0] + 3 * error
   if above.any():
@@ -223,4 +225,4 @@ def _suggestion(learning_rates, losses, smoothed, error):
     reason += f'; from {learning_rates[last]:.1e} on it is not finite.'
   else:
     reason += '; it does not diverge: a higher range may show more.'
-  return suggestion, reason
+  return float(learning_rates[lowest]) / 3, reason

@@ -1,4 +1,4 @@
-"""Leaving whole steps out where the loss or the gradient spikes."""
+"""Leaving whole steps out where the loss or the gradient norm spikes."""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,8 +19,11 @@ class SpikeWindow:
   """How many steps back :func:`skip_spikes` looks.
 
   Attributes:
-    length: how many good steps are kept; nothing is called a spike before an
-      eighth of them are there, two at least.
+    length: number of good steps to keep. No step is a spike before the window
+      holds an eighth of them, and at least two.
+
+  Raises:
+    ValueError: if ``length`` is less than 2.
 
   Examples:
     >>> import optax
@@ -39,15 +42,13 @@ class SpikeWindow:
 DEFAULT_WINDOW = SpikeWindow()
 
 
-_NONE = float(np.finfo(np.float32).max)
-
-
 class RecentSteps(NamedTuple):
   """The last values of one signal.
 
   Attributes:
-    values: one after the other around the window, 0 where there are none yet.
-    recorded: int32, how many there were.
+    values: the newest value is in the place of the oldest; 0 in places that are
+      still empty.
+    recorded: int32, number of values so far.
   """
 
   values: jax.Array
@@ -58,14 +59,16 @@ class SkipState(NamedTuple):
   """State of :func:`skip_spikes`.
 
   Attributes:
-    norm: of the last gradient, also if it was left out.
-    norm_threshold: that it was compared with; the largest float32 while none is
+    norm: norm of the last finite gradient, even if its step was left out.
+    norm_threshold: threshold of the norm in the last step; inf while none is
       known.
-    value_threshold: that of the loss.
-    skipped: int32, how many steps were left out.
-    skipped_in_a_row: int32, how many of them just now.
-    recent_norms: those of the window.
-    recent_values: the same of the loss.
+    value_threshold: threshold of the loss in the last step; inf while none is
+      known.
+    skipped: int32, number of steps that were left out.
+    skipped_in_a_row: int32, number of finite steps that were left out since the
+      last step was taken.
+    recent_norms: a :class:`RecentSteps` of the norms.
+    recent_values: a :class:`RecentSteps` of the losses.
     optimizer: the state of the wrapped optimizer.
   """
 
@@ -87,38 +90,38 @@ def skip_spikes(
   max_consecutive: ArrayLike = 20,
   axis_name: arrays.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Leaves a step out whose loss or gradient norm is far beyond the last ones.
+  r"""Leaves out steps whose loss or gradient norm is far above the last ones.
 
   .. math::
     x_t > \mu + k \sigma, \qquad
     \mu, \sigma \text{ of } x_{t - n}, \dots, x_{t - 1}
 
-  for x the gradient norm and, if it is given, the loss, as large language
-  models are trained. (OLMo waits for half a window before it calls anything a
-  spike; here an eighth is enough, as bad batches do not wait.) The update is
-  then 0 and the optimizer's state what it was: moments, counts and schedules do
-  not know of that step. So it is where either has NaN or inf, and where the
-  norm is beyond 10,000 times the mean.
+  where x is the gradient norm and, if it is given, the loss. The rule is that
+  of the OLMo language models, which wait for half a window; here an eighth is
+  enough. A step is also left out if either number is NaN or inf, or if the norm
+  is more than 10,000 times the mean. Its update is 0 and the state of the
+  optimizer does not change: moments, counts and schedules do not know of it.
 
-  What was left out does not enter the window (in OLMo's it does). Lest a
-  lasting change of level stop the training for good, the window starts anew
-  after ``max_consecutive`` finite steps in a row were left out: the next one is
+  A step that is left out does not enter the window (in OLMo it does). If the
+  level of the norms or losses changes for good, the window is reset after
+  ``max_consecutive`` finite steps in a row were left out, and the next step is
   taken.
 
   Args:
     optimizer: any Optax optimizer.
-    sigmas: k.
-    window: n, and how many are needed.
+    sigmas: k, the number of standard deviations above the mean.
+    window: n, the number of steps to compare with.
     max_consecutive: how many finite steps in a row may be left out.
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`SkipState`. Its
-    ``update`` takes the loss as the extra argument ``value``, a scalar, the
-    same on all devices, and gives it on to the optimizer.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.SkipState`. Its ``update`` takes the loss as
+    the extra argument ``value``, a scalar that is the same on all devices, and
+    passes it on to the optimizer.
 
   Raises:
-    ValueError: on update, if ``value`` is no scalar.
+    ValueError: on update, if ``value`` is not a scalar.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -148,8 +151,8 @@ def skip_spikes(
 
     return SkipState(
       norm=jnp.zeros([], jnp.float32),
-      norm_threshold=jnp.full([], _NONE, jnp.float32),
-      value_threshold=jnp.full([], _NONE, jnp.float32),
+      norm_threshold=jnp.full([], jnp.inf, jnp.float32),
+      value_threshold=jnp.full([], jnp.inf, jnp.float32),
       skipped=jnp.zeros([], jnp.int32),
       skipped_in_a_row=jnp.zeros([], jnp.int32),
       recent_norms=recent(),
@@ -157,31 +160,31 @@ def skip_spikes(
       optimizer=inner.init(params),
     )
 
-  def threshold(recent):
-    """The mean and the limit; before they are known, more than any norm."""
-    there = slots < recent.recorded
-    count = jnp.minimum(recent.recorded, window.length).astype(jnp.float32)
+  def mean_and_threshold(recent):
+    """Both are inf while they are not known."""
+    values, recorded = recent
+    count = jnp.minimum(recorded, window.length).astype(jnp.float32)
     # Divided before they are summed, so that no sum overflows.
-    mean = jnp.sum(recent.values / jnp.maximum(count, 1))
-    distance = jnp.where(there, recent.values - mean, 0)
+    mean = jnp.sum(values / jnp.maximum(count, 1))
+    distance = jnp.where(slots < recorded, values - mean, 0)
     deviation = norms.norm(distance) / jnp.sqrt(jnp.maximum(count - 1, 1))
-    # Equal values differ by rounding: that is no deviation.
+    # Equal values differ by rounding, which is no deviation.
     deviation = jnp.maximum(deviation, 1e-6 * jnp.abs(mean))
-    limit = mean + jnp.asarray(sigmas, jnp.float32) * deviation
-    enough = recent.recorded >= max(window.length // 8, 2)
+    threshold = mean + jnp.asarray(sigmas, jnp.float32) * deviation
+    enough = recorded >= max(window.length // 8, 2)
     return (
-      jnp.where(recent.recorded > 0, mean, jnp.inf),
-      jnp.where(enough, limit, _NONE),
+      jnp.where(recorded > 0, mean, jnp.inf),
+      jnp.where(enough, threshold, jnp.inf),
     )
 
-  def record(recent, x, enters, anew):
-    """With one more value, or that alone."""
-    recorded = jnp.where(anew, 0, recent.recorded)
-    old = jnp.where(anew, 0, recent.values)
-    values = jnp.where(slots == recorded % window.length, x, old)
-    following = jnp.asarray(optax.safe_increment(recorded))
+  def record(recent, x, enters, reset):
+    """Adds a value to the window, after a reset if there is one."""
+    recorded = jnp.where(reset, 0, recent.recorded)
+    values = jnp.where(reset, 0, recent.values)
+    slot = recorded % window.length
     return RecentSteps(
-      jnp.where(enters, values, old), jnp.where(enters, following, recorded)
+      jnp.where(enters & (slots == slot), x, values),
+      counters.count_if(enters, recorded),
     )
 
   def update_fn(updates, state, params=None, *, value=None, **extra_args):
@@ -190,33 +193,31 @@ def skip_spikes(
         raise ValueError(f'value must be a scalar, got {jnp.shape(value)}.')
       extra_args['value'] = value
     norm = scopes.scoped('global', updates).norms(updates, axis_name)
-    usual, norm_limit = threshold(state.recent_norms)
-    _, value_limit = threshold(state.recent_values)
-    # Without a loss, nothing is wrong with it.
-    loss = -jnp.inf if value is None else jnp.asarray(value, jnp.float32)
-    finite = jnp.isfinite(norm) & (jnp.isfinite(loss) | (value is None))
-    spike = (norm > norm_limit) | (loss > value_limit)
-    spike |= norm > _clip.ABSURD * usual
-    limit = jnp.asarray(max_consecutive, jnp.float32)
+    mean_norm, norm_threshold = mean_and_threshold(state.recent_norms)
+    _, value_threshold = mean_and_threshold(state.recent_values)
+    loss = jnp.asarray(0 if value is None else value, jnp.float32)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    spike = (norm > norm_threshold) | (norm > _clip.OUTLIER_RATIO * mean_norm)
+    if value is not None:
+      spike |= loss > value_threshold
     in_a_row = state.skipped_in_a_row.astype(jnp.float32)
-    anew = finite & spike & (in_a_row >= limit)
-    taken = finite & (~spike | anew)
-    stepped, inner_state = update_where(
+    reset = in_a_row >= jnp.asarray(max_consecutive, jnp.float32)
+    reset &= finite & spike
+    taken = finite & (~spike | reset)
+    new_updates, inner_state = update_where(
       taken, inner.update, updates, state.optimizer, params, **extra_args
     )
-    return stepped, SkipState(
+    return new_updates, SkipState(
       norm=jnp.where(jnp.isfinite(norm), norm, state.norm),
-      norm_threshold=norm_limit,
-      value_threshold=value_limit,
+      norm_threshold=norm_threshold,
+      value_threshold=value_threshold,
       skipped=counters.count_if(~taken, state.skipped),
       skipped_in_a_row=jnp.where(
-        taken,
-        0,
-        counters.count_if(finite, state.skipped_in_a_row),
+        taken, 0, counters.count_if(finite, state.skipped_in_a_row)
       ),
-      recent_norms=record(state.recent_norms, norm, taken & (norm > 0), anew),
+      recent_norms=record(state.recent_norms, norm, taken & (norm > 0), reset),
       recent_values=record(
-        state.recent_values, loss, taken & (value is not None), anew
+        state.recent_values, loss, taken & (value is not None), reset
       ),
       optimizer=inner_state,
     )

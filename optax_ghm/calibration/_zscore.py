@@ -1,4 +1,4 @@
-"""Clips whose limits follow what the norms have been doing."""
+"""Clipping norms that stand out from their running mean: ZClip."""
 
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ class NormMoments(NamedTuple):
   """Statistics of :func:`clip_by_zscore`.
 
   Attributes:
-    mean: of the norms, 0 before the first good step.
-    deviation: of the norms, σ and not its square, which float32 could not hold.
-    recorded: int32, how many good steps there were.
+    mean: μ, the mean of the norms; 0 before the first good step.
+    deviation: σ, their standard deviation; float32 could not hold its square.
+    recorded: int32, number of good steps.
   """
 
   mean: jax.Array
@@ -40,29 +40,34 @@ def clip_by_zscore(
     \lVert g \rVert \leftarrow \mu + \frac{z_\theta^2}{z} \sigma
     \quad \text{where } z > z_\theta
 
-  and the norm so clipped goes into the moving averages
-  :math:`\mu \leftarrow \alpha \mu + (1 - \alpha) \lVert g \rVert`,
+  The further out a norm is, the closer to the mean it is clipped. The clipped
+  norm then enters the moving averages
+  :math:`\mu \leftarrow \alpha \mu + (1 - \alpha) \lVert g \rVert` and
   :math:`\sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha)
-  (\lVert g \rVert - \mu)^2`. The further out a norm is, the closer to the mean
-  it is brought. In the first steps nothing is clipped; their mean and variance
-  start the averages.
+  (\lVert g \rVert - \mu)^2`. The first steps are not clipped; their mean and
+  variance start the averages.
 
-  What is clipped enters the averages as clipped, so that a lasting rise of the
-  norms, of three times or more, is clipped for as long as it lasts: this is the
-  paper's rule. Where that may happen, take :func:`clip_by_percentile` with a
-  percentile of 50.
+  Since the averages see clipped norms, a lasting rise of the norms to three
+  times their level, or more, is clipped for as long as it lasts. This is the
+  paper's rule. Where norms may rise like that, use :func:`clip_by_percentile`
+  with a percentile of 50.
 
   Args:
-    z_threshold: :math:`z_\theta`.
-    decay: α.
-    warmup_steps: how many steps the averages are started with, one at least;
-      with two or more there is a deviation to begin with.
-    scope: see :func:`clip_by_norm`.
+    z_threshold: :math:`z_\theta`, the largest z-score that is not clipped.
+    decay: α, the decay rate of the moving averages, from 0 to 1.
+    warmup_steps: number of first steps, at least 1; there is a deviation to
+      compare with from 2 on.
+    scope: what is clipped together; see :func:`clip_by_norm`.
     axis_name: mapped axis, or axes, over which the gradients are split.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a :class:`ClipState`; bad steps
-    are as for :func:`clip_by_percentile`.
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`~optax_ghm.calibration.ClipState`. A step with NaN or inf becomes 0.
+    It leaves the statistics as they were, as does a step that is all zero, or
+    whose norm is more than 10,000 times the mean.
+
+  Raises:
+    ValueError: if ``decay`` is not from 0 to 1.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -84,36 +89,36 @@ def clip_by_zscore(
     zero = jnp.zeros(shape, jnp.float32)
     return NormMoments(zero, jnp.copy(zero), jnp.zeros(shape, jnp.int32))
 
-  def judge(step, statistics):
+  def rule(step, statistics):
     norm = step.norm
     mean, deviation, recorded = statistics
     count = recorded.astype(jnp.float32)
     warm = count < jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1)
-    # Equal norms differ by rounding: that is no deviation.
-    spread = jnp.maximum(deviation, 1e-6 * mean)
-    reach = jnp.asarray(z_threshold, jnp.float32) * spread
+    # Equal norms differ by rounding, which is no deviation.
+    reach = jnp.asarray(z_threshold, jnp.float32)
+    reach *= jnp.maximum(deviation, 1e-6 * mean)
     threshold = mean + reach
     above = jnp.where(norm > threshold, norm - mean, 1)
     target = mean + reach * (reach / above)
     threshold = jnp.where(warm, jnp.inf, threshold)
-    seen = jnp.where(norm > threshold, target, norm)
+    clipped = jnp.where(norm > threshold, target, norm)
 
     alpha = jnp.asarray(decay, jnp.float32)
-    share = jnp.where(warm, 1 / (count + 1), 1 - alpha)
-    next_mean = mean + share * (seen - mean)
-    # The first steps by Welford's rule, whose product of the distances to the
-    # old mean and to the new one keeps the plain variance.
-    to_new = jnp.abs(seen - next_mean)
-    distance = jnp.where(warm, jnp.abs(seen - mean), to_new)
-    moved = jnp.sqrt(distance) * jnp.sqrt(to_new)
-    # Not 0: the hypotenuse of two zeros is NaN on the way, in some of JAX.
-    moved = jnp.maximum(jnp.sqrt(share) * moved, jnp.finfo(jnp.float32).tiny)
-    following = NormMoments(
-      next_mean,
-      jnp.hypot(jnp.sqrt(1 - share) * deviation, moved),
-      counters.count_if(True, recorded),
+    weight = jnp.where(warm, 1 / (count + 1), 1 - alpha)
+    next_mean = mean + weight * (clipped - mean)
+    # In the first steps, Welford's rule: the product of the distances to the
+    # old and to the new mean makes the variance that of these steps.
+    to_new = jnp.abs(clipped - next_mean)
+    distance = jnp.where(warm, jnp.abs(clipped - mean), to_new)
+    moved = jnp.sqrt(weight) * (jnp.sqrt(distance) * jnp.sqrt(to_new))
+    # Not 0: some versions of JAX divide 0 by 0 in the hypotenuse of two zeros.
+    moved = jnp.maximum(moved, jnp.finfo(jnp.float32).tiny)
+    next_deviation = jnp.hypot(jnp.sqrt(1 - weight) * deviation, moved)
+    return _clip.Limit(
+      threshold,
+      NormMoments(next_mean, next_deviation, counters.count_if(True, recorded)),
+      target,
+      jnp.where(recorded > 0, mean, jnp.inf),
     )
-    usual = jnp.where(recorded > 0, mean, jnp.inf)
-    return _clip.Verdict(threshold, target, usual, following)
 
-  return _clip.clip_by_rule(judge, init, scope=scope, axis_name=axis_name)
+  return _clip.clip_by_rule(rule, init, scope=scope, axis_name=axis_name)

@@ -28,7 +28,7 @@ def names(path):
 
 def axes_of(tree):
   return {
-    '/'.join(names(path)): optax_ghm.flax_unit_axes(path, leaf)
+    '/'.join(names(path)): optax_ghm.calibration.flax_unit_axes(path, leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
@@ -248,7 +248,7 @@ def assert_units_are_outputs(apply, params, kernel):
 
   jacobian = np.asarray(kernel(jax.jit(jax.jacrev(outputs))(params)))
   [axes] = [
-    optax_ghm.flax_unit_axes(path, leaf)
+    optax_ghm.calibration.flax_unit_axes(path, leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     if names(path)[-1] == 'kernel'
     and (len(names(path)) == 1 or names(path)[-2] == 'out')
@@ -269,7 +269,7 @@ class Block(linen.Module):
 def layered(path, leaf):
   """Flax's layouts behind a first axis that counts the layers."""
   layer = jax.eval_shape(lambda leaf: leaf[0], leaf)
-  return tuple(i + 1 for i in optax_ghm.flax_unit_axes(path, layer))
+  return tuple(i + 1 for i in optax_ghm.calibration.flax_unit_axes(path, layer))
 
 
 def test_stacked_layers_are_clipped_as_each_by_itself():
@@ -310,7 +310,7 @@ def test_units_may_count_their_axes_from_the_end():
   """As all of NumPy and JAX do."""
   tree = {'a': jnp.arange(1.0, 7).reshape(2, 3)}
   back, front = (
-    optax_ghm.normalize_by_norm(optax_ghm.Units(layout))
+    optax_ghm.normalize_by_norm(scope=optax_ghm.Units(layout))
     for layout in (lambda path, leaf: (-2,), lambda path, leaf: (0,))
   )
   chex.assert_trees_all_equal(
@@ -644,7 +644,7 @@ def test_params_must_be_given(scope):
   'make',
   [
     optax_ghm.clip_by_parameter_norm,
-    optax_ghm.clip_update_rms,
+    optax_ghm.clip_by_rms,
     optax_ghm.normalize_by_norm,
   ],
 )
@@ -677,7 +677,7 @@ def test_leaves_without_a_norm_are_left_alone(rng):
   [
     optax_ghm.clip_by_parameter_norm,
     lambda: optax_ghm.clip_by_norm(1.0),
-    lambda: optax_ghm.clip_update_rms(1e-3),
+    lambda: optax_ghm.clip_by_rms(1e-3),
   ],
   ids=['parameter_norm', 'norm', 'update_rms'],
 )
@@ -699,7 +699,7 @@ def test_what_is_finite_is_clipped_or_counted(make, size):
 
 @functools.cache
 def by_rms(max_rms):
-  tx, theirs = optax_ghm.clip_update_rms(max_rms), optax.clip_by_block_rms
+  tx, theirs = optax_ghm.clip_by_rms(max_rms), optax.clip_by_block_rms
   return (
     jax.jit(lambda tree: tx.update(tree, tx.init(tree))),
     jax.jit(lambda tree: theirs(max_rms).update(tree, optax.EmptyState())[0]),
@@ -714,7 +714,7 @@ ORDINARY = st.floats(0.125, 100, width=32) | st.floats(-100, -0.125, width=32)
   hnp.arrays(np.float32, (), elements=ORDINARY),
   st.sampled_from([0.0625, 1.0, 30.0]),
 )
-def test_clip_update_rms_equals_optax(matrix, scalar, max_rms):
+def test_clip_by_rms_equals_optax(matrix, scalar, max_rms):
   ours, theirs = by_rms(max_rms)
   tree = {'a': matrix, 'b': scalar}
   updates, state = ours(tree)
@@ -733,7 +733,7 @@ def by_rms_in(name):
 
   @jax.jit
   def update(updates, max_rms):
-    tx = optax_ghm.clip_update_rms(max_rms, scope=scope)
+    tx = optax_ghm.clip_by_rms(max_rms, scope=scope)
     return tx.update(updates, tx.init(updates))
 
   return update
@@ -741,7 +741,7 @@ def by_rms_in(name):
 
 @pytest.mark.parametrize('name', SCOPES)
 @pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
-def test_clip_update_rms_in_every_scope(name, scale, rng):
+def test_clip_by_rms_in_every_scope(name, scale, rng):
   _, updates = trees(rng, scale)
   limit = 0.05 * scale
   clipped, state = by_rms_in(name)(updates, limit)
@@ -763,7 +763,7 @@ def test_clip_update_rms_in_every_scope(name, scale, rng):
 def test_it_is_adafactors_rule_behind_the_second_moment(rng):
   """A spike of one leaf is held back to a root mean square of 1."""
   params = {'kernel': jnp.zeros((4, 3)), 'bias': jnp.zeros(3)}
-  tx = optax.chain(optax.scale_by_rms(0.99), optax_ghm.clip_update_rms())
+  tx = optax.chain(optax.scale_by_rms(0.99), optax_ghm.clip_by_rms())
   state, update = tx.init(params), jax.jit(tx.update)
   for size in (1.0, 1.0, 1.0, 50.0):
     grads = jax.tree.map(
@@ -813,7 +813,7 @@ def split(name, scope, axis_name=None):
     return optax_ghm.clip_by_parameter_norm(
       0.02, eps=0.0, scope=scope, axis_name=axis_name
     )
-  return optax_ghm.clip_update_rms(0.05, scope=scope, axis_name=axis_name)
+  return optax_ghm.clip_by_rms(0.05, scope=scope, axis_name=axis_name)
 
 
 @functools.cache

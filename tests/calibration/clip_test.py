@@ -193,7 +193,7 @@ def test_a_tiny_first_step_is_forgotten(name):
   norms = np.concatenate([[1e-7], np.ones(79)])
   updates, states = run(name, norms)
   np.testing.assert_allclose(updates[-10:], 1, rtol=0.1)
-  assert (states.absurd_in_a_row[-10:] == 0).all()
+  assert (states.outliers_in_a_row[-10:] == 0).all()
 
 
 def test_a_clip_without_warm_up_starts_with_the_first_norm():
@@ -413,9 +413,9 @@ def test_every_clip_takes_counts_to_the_end_of_int32():
       ),
       tx.init(jnp.zeros(3)),
     )
-    state = state._replace(absurd_in_a_row=jnp.int32(0))  # it begins again
+    state = state._replace(outliers_in_a_row=jnp.int32(0))  # it begins again
     for size in itertools.repeat(1.0, 2):
       _, state = tx.update(size * jnp.ones(3), state)
-    state = state._replace(absurd_in_a_row=jnp.int32(top))
+    state = state._replace(outliers_in_a_row=jnp.int32(top))
     counts = [u for u in jax.tree.leaves(state) if u.dtype == jnp.int32]
     assert all((count == top).all() for count in counts)

@@ -32,7 +32,7 @@ def by_hand(grads, batch_size):
 @pytest.mark.parametrize('count, batch_size', [(2, 1), (7, 4), (64, 32)])
 def test_the_formula(count, batch_size):
   grads = micro_gradients(0, count, batch_size)
-  noise = optax_ghm.gradient_noise(
+  noise = optax_ghm.calibration.gradient_noise(
     np.linalg.norm(grads, axis=1), np.linalg.norm(grads.mean(0)), batch_size
   )
   signal, variance = by_hand(grads, batch_size)
@@ -126,7 +126,7 @@ def test_split_over_devices():
 @pytest.mark.parametrize('norms', [1.0, [1.0], [[1.0, 2.0]]])
 def test_too_few_norms_are_named(norms):
   with pytest.raises(ValueError, match='norms'):
-    optax_ghm.gradient_noise(jnp.asarray(norms), 1.0, 1)
+    optax_ghm.calibration.gradient_noise(jnp.asarray(norms), 1.0, 1)
 
 
 def test_in_a_chain():

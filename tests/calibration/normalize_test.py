@@ -38,7 +38,8 @@ def eps(dtype):
 GROUPS = optax_ghm.Groups({'conv': 'a', 'dense': 'b'})
 SCOPES = {'global': 'global', 'leaf': 'leaf', 'unit': 'unit', 'groups': GROUPS}
 BY_NORM = {
-  name: optax_ghm.normalize_by_norm(scope) for name, scope in SCOPES.items()
+  name: optax_ghm.normalize_by_norm(scope=scope)
+  for name, scope in SCOPES.items()
 }
 UNIT_AXES = {
   'conv': {'kernel': (0, 1, 2), 'bias': (0,)},
@@ -432,7 +433,7 @@ def test_a_bad_number_stays_in_its_unit_and_shows(bad, rng):
 def test_centralize_of_other_layouts(rng):
   """Kernels (out, in), as elsewhere."""
   tx = optax_ghm.centralize(
-    optax_ghm.Units(lambda path, leaf: tuple(range(1, leaf.ndim)))
+    units=optax_ghm.Units(lambda path, leaf: tuple(range(1, leaf.ndim)))
   )
   kernel = jnp.asarray(rng.normal(size=(4, 3, 2)), jnp.float32)
   theirs = optax.centralize()
@@ -444,7 +445,7 @@ def test_centralize_of_other_layouts(rng):
 def test_the_layout_of_layers_in_a_row_leaves_their_biases_alone(rng):
   """It must not erase their gradients."""
   stacked = optax_ghm.Units(lambda path, leaf: tuple(range(1, leaf.ndim - 1)))
-  tx = optax_ghm.centralize(stacked)
+  tx = optax_ghm.centralize(units=stacked)
   grads = {
     'kernel': jnp.asarray(rng.normal(size=(3, 6, 4)), jnp.float32),
     'bias': jnp.asarray(rng.normal(size=(3, 4)), jnp.float32),
@@ -465,10 +466,10 @@ def test_the_layout_of_layers_in_a_row_leaves_their_biases_alone(rng):
 TRANSFORMATIONS = {
   'normalize_by_norm': optax_ghm.normalize_by_norm,
   'normalize_by_norm of leaves': lambda **kw: optax_ghm.normalize_by_norm(
-    'leaf', **kw
+    scope='leaf', **kw
   ),
   'normalize_by_norm of units': lambda **kw: optax_ghm.normalize_by_norm(
-    'unit', **kw
+    scope='unit', **kw
   ),
   'standardize': optax_ghm.standardize,
   'centralize': optax_ghm.centralize,
