@@ -262,7 +262,7 @@ def speed(data, seeds, quick, ax):
   x, labels = data.x_test[:1_000], data.labels_test[:1_000]
   norms = {
     'plain': None,
-    'batch norm': functools.partial(BatchNorm, decay=0.9, debias=True),
+    'batch norm': functools.partial(BatchNorm, momentum=0.9, debias=True),
   }
   curves = {}
   for name, norm in norms.items():

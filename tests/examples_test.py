@@ -125,7 +125,7 @@ def test_batch_norm_trains_sooner_and_adapts_to_other_images():
 
   assert score(*trained(None), data.x_test) < 0.5
   model, variables = trained(
-    functools.partial(example.BatchNorm, decay=0.9, debias=True)
+    functools.partial(example.BatchNorm, momentum=0.9, debias=True)
   )
   clean = score(model, variables, data.x_test)
   assert clean > 0.9

@@ -7,17 +7,9 @@ from optax_ghm.batch_normalization._batch_norm import (
 from optax_ghm.batch_normalization._domain import domain_batch_norm
 from optax_ghm.batch_normalization._fold import fold_batch_norm
 from optax_ghm.batch_normalization._ghost import ghost_batch_norm
-from optax_ghm.batch_normalization._moments import (
-  Moments,
-  batch_moments,
-  merge_moments,
-  pool_moments,
-)
+from optax_ghm.batch_normalization._moments import Moments
 from optax_ghm.batch_normalization._renorm import batch_renorm, renorm_schedules
-from optax_ghm.batch_normalization._running_moments import (
-  RunningMoments,
-  update_running_moments,
-)
+from optax_ghm.batch_normalization._running_moments import RunningMoments
 from optax_ghm.batch_normalization._stats import (
   BatchNormStats,
   batch_norm_stats,
@@ -27,7 +19,6 @@ __all__ = [
   'BatchNormStats',
   'Moments',
   'RunningMoments',
-  'batch_moments',
   'batch_norm',
   'batch_norm_inference',
   'batch_norm_stats',
@@ -35,8 +26,5 @@ __all__ = [
   'domain_batch_norm',
   'fold_batch_norm',
   'ghost_batch_norm',
-  'merge_moments',
-  'pool_moments',
   'renorm_schedules',
-  'update_running_moments',
 ]

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from optax_ghm._core import arrays
-from optax_ghm.batch_normalization import _moments, _normalize, _pool
+from optax_ghm.batch_normalization import (
+  _moments,
+  _normalize,
+  _pool,
+  _running_moments,
+)
 
 
 def batch_norm(
@@ -20,7 +25,7 @@ def batch_norm(
   axis_name: arrays.AxisName = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, _moments.Moments]:
-  r"""Normalises every feature by its mean and variance over the batch.
+  r"""Normalizes every feature by its mean and variance over the batch.
 
   .. math::
     y_i = \gamma\, \hat x_i + \beta, \qquad
@@ -29,43 +34,44 @@ def batch_norm(
     - \frac{w_i}{n} \sum_j \bar y_j
     - \hat x_i \frac{w_i}{n} \sum_j \bar y_j \hat x_j \Big)
 
-  with the mean and the variance of what the mask w counts, n elements, over all
-  axes but the feature axes and over the devices of ``axis_name``; the second
-  formula is the gradient. The backward pass keeps ``x`` and a few numbers per
-  feature. All sums are in at least float32 and by two passes, so a mean of 1e4
-  standard deviations does no harm.
+  Mean and variance are those of the n elements that the mask w counts, over all
+  axes but the feature axes and over the devices of ``axis_name``. The last
+  formula is the gradient; the backward pass keeps ``x`` and a few numbers per
+  feature. All sums are in at least float32 and take two passes, so that a mean
+  of 1e4 standard deviations does no harm.
 
-  What is masked out is normalised by the others' statistics and has no part in
-  them: NaN there stays there, as long as the cotangent there is 0. A shard
-  without any element that counts contributes nothing. Where nothing counts at
-  all, y is the bias. A feature that is constant becomes the bias, and one with
-  NaN or infinities among what counts becomes NaN. Deviations beyond 1e19 have a
-  variance beyond float32: y is the bias there, too.
+  Elements that are masked out are normalized by the statistics of the others.
+  NaN among them stays in its place, as long as its cotangent is 0. To get
+  there, mask in front of any function f that would return NaN, and behind it:
+  ``where(mask, f(where(mask, y, 0)), 0)``. The gradient of ``where(mask, f(y),
+  0)`` is 0 times the derivative of f, which is NaN.
 
-  Let the loss leave out what is masked before anything that makes NaN of it:
-  ``where(mask, f(where(mask, y, 0)), 0)``, for the cotangent of ``where(mask,
-  f(y), 0)`` is 0 times the derivative of f.
+  Where nothing counts, y is the bias, and a device on which nothing counts
+  contributes nothing. A constant feature becomes the bias. A feature with NaN
+  or infinities among the elements that count becomes NaN. Deviations beyond
+  1e19, whose squares float32 cannot hold, make y the bias.
 
-  The gradient can be differentiated again. Forward mode (``jax.jvp``) raises;
-  there, :func:`batch_norm_inference` with :func:`batch_moments` is the same.
+  The gradient can be differentiated again. Forward mode (``jax.jvp``) raises an
+  error; ``batch_norm_inference(x, Moments.of(x))`` has the same value and
+  supports it.
 
   Args:
     x: real floating array.
     scale: γ, shaped like the features; None is 1.
     bias: β, shaped like the features; None is 0.
-    axis: the feature axes; all others are normalised over.
-    epsilon: added to the variance.
-    mask: broadcastable to ``x``, not 0 for what counts.
+    axis: the feature axes; all others are normalized over.
+    epsilon: ε, added to the variance.
+    mask: bool, broadcastable to ``x``: which elements count.
     axis_name: mapped axes (of ``shard_map``, ``vmap``) over which the batch is
-      split. In a ``jit`` of a sharded batch there is nothing to say.
+      split. A ``jit`` of a sharded batch needs none.
     dtype: of the result; None is that of ``x``.
 
   Returns:
-    y, shaped as ``x``, and the moments of the batch (of all devices), through
+    y, shaped like ``x``, and the moments of the batch (of all devices), through
     which no gradient flows.
 
   Raises:
-    TypeError: if ``x`` is not real and floating.
+    TypeError: if ``x`` is not real and floating, or ``mask`` not bool.
     ValueError: if ``axis``, ``mask``, ``scale`` or ``bias`` does not fit ``x``.
 
   Examples:
@@ -84,22 +90,13 @@ def batch_norm(
     Reducing Internal Covariate Shift <https://arxiv.org/abs/1502.03167>`_, 2015
   """
   x = jnp.asarray(x)
-  pool = _pool.Pool.of(x, axis, axis_name)
-  y, moments = _normalize.normalize(
-    pool,
-    epsilon,
-    dtype or x.dtype,
-    x,
-    *_normalize.fit_parameters(pool, x, scale, bias),
-    _pool.fit_mask(x, mask),
-  )
-  return y, pool.squeezed(moments)
+  pool = _pool.Pool.of(x, axis, axis_name=axis_name, mask=mask)
+  return _normalize.by_batch(pool, x, scale, bias, epsilon=epsilon, dtype=dtype)
 
 
 def batch_norm_inference(
   x: jax.Array,
-  mean: jax.Array,
-  var: jax.Array,
+  running: _running_moments.RunningMoments | _moments.Moments,
   scale: jax.Array | None = None,
   bias: jax.Array | None = None,
   *,
@@ -108,48 +105,48 @@ def batch_norm_inference(
   domain: jax.Array | None = None,
   dtype: Any = None,
 ) -> jax.Array:
-  r"""Normalises by given statistics, in evaluation or where they are frozen.
+  r"""Normalizes by given statistics, in evaluation or where they are frozen.
 
   .. math::
     y = \gamma\, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
   Args:
     x: real floating array.
-    mean: μ, shaped like the features; with ``domain``, one row per domain.
-    var: σ², the same.
-    scale: γ, shaped like the features or, with ``domain``, like ``mean``.
-    bias: β, the same.
+    running: μ and σ², the attributes ``mean`` and ``var``, shaped like the
+      features; with ``domain``, one row for each domain.
+    scale: γ, shaped like the features or, with ``domain``, like the mean; None
+      is 1.
+    bias: β, shaped like the features or, with ``domain``, like the mean; None
+      is 0.
     axis: the feature axes.
-    epsilon: added to the variance.
-    domain: see :func:`domain_batch_norm`.
+    epsilon: ε, added to the variance.
+    domain: integers or bool, one for each example along axis 0, or one for all.
+      An example of another domain than those of ``running`` becomes 0.
     dtype: of the result; None is that of ``x``.
 
   Returns:
-    y, shaped as ``x``. Differentiable in all arguments, both ways.
+    y, shaped like ``x`` and differentiable in all arguments, in both modes.
 
   Raises:
-    TypeError: if ``x`` is not real and floating.
+    TypeError: if ``x`` is not real and floating, or ``domain`` neither integer
+      nor bool.
     ValueError: if an argument does not fit ``x``.
 
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_ghm
-    >>> optax_ghm.batch_norm_inference(
-    ...   jnp.array([[5.0]]), jnp.array([1.0]), jnp.array([4.0]), epsilon=0.0
+    >>> running = optax_ghm.RunningMoments(
+    ...   mean=jnp.array([1.0]), var=jnp.array([4.0]), weight=jnp.ones(1)
     ... )
+    >>> optax_ghm.batch_norm_inference(jnp.array([[5.0]]), running, epsilon=0.0)
     Array([[2.]], dtype=float32)
   """
   x = jnp.asarray(x)
-  groups = None if domain is None else len(mean)
-  pool = _pool.Pool.of(x, axis, groups=groups)
-  members = None if domain is None else _pool.fit_members(x, domain)
+  num_domains = None if domain is None else len(running.mean)
+  pool = _pool.Pool.of(x, axis, domain=domain, num_domains=num_domains)
   scale, bias = _normalize.fit_parameters(pool, x, scale, bias)
-  mean = _normalize.fit_statistics(pool, x, mean, 'mean')
-  gain = scale * jax.lax.rsqrt(
-    _normalize.fit_statistics(pool, x, var, 'var') + epsilon
-  )
-  mean, gain, bias = (pool.spread(u, members) for u in (mean, gain, bias))
-  y = _normalize.kept(
-    pool.known(x, members), (x.astype(mean.dtype) - mean) * gain + bias
-  )
-  return y.astype(dtype or x.dtype)
+  mean, var = _normalize.fit_running(pool, x, running)
+  gain = scale * jax.lax.rsqrt(var + epsilon)
+  mean, gain, bias = map(pool.broadcast, (mean, gain, bias))
+  y = (x.astype(mean.dtype) - mean) * gain + bias
+  return _pool.masked(pool.has_group(x.ndim), y).astype(dtype or x.dtype)

@@ -22,28 +22,34 @@ def domain_batch_norm(
   axis_name: arrays.AxisName = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, _moments.Moments]:
-  """:func:`batch_norm` of every domain by itself, in a batch of several.
+  """Normalizes the examples of every domain by their own mean and variance.
 
   Args:
     x: real floating array, examples along axis 0.
-    domain: integers from 0 to ``num_domains`` - 1, one per example, or one for
-      all. Examples of any other number belong nowhere and become 0.
-    scale: shaped like the features, or one row of these per domain; None is 1.
-    bias: the same; None is 0.
-    num_domains: how many there are. Up to 16 are told apart by comparing, which
-      costs a little for each; of more, every example gathers its own.
-    axis: see :func:`batch_norm`, as are all that follow; not axis 0.
-    epsilon: the same.
-    mask: the same.
-    axis_name: the same.
-    dtype: the same.
+    domain: integers from 0 to ``num_domains`` - 1, or bool, one for each
+      example, or one for all. Examples of any other number become 0 and do not
+      count.
+    scale: shaped like the features, or one row of this shape for each domain;
+      None is 1.
+    bias: shaped like the features, or one row of this shape for each domain;
+      None is 0.
+    num_domains: how many domains there are. Up to 16 are told apart by
+      comparisons, which cost a little for each domain; with more, the
+      statistics are gathered for every example.
+    axis: the feature axes, not axis 0.
+    epsilon: added to the variance.
+    mask: bool, broadcastable to ``x``: which elements count.
+    axis_name: mapped axes over which the batch is split.
+    dtype: of the result; None is that of ``x``.
 
   Returns:
-    y, and the moments of every domain, stacked along axis 0.
+    y, shaped like ``x``, and the moments of every domain, stacked along axis 0,
+    through which no gradient flows.
 
   Raises:
-    TypeError: if ``domain`` is not of integers.
-    ValueError: if it does not fit ``x``, and as :func:`batch_norm` does.
+    TypeError: if ``x`` is not real and floating, ``mask`` not bool, or
+      ``domain`` neither integer nor bool.
+    ValueError: if an argument does not fit ``x``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -62,14 +68,12 @@ def domain_batch_norm(
     Adaptation <https://arxiv.org/abs/1906.03950>`_, 2019
   """
   x = jnp.asarray(x)
-  pool = _pool.Pool.of(x, axis, axis_name, num_domains)
-  y, moments = _normalize.normalize(
-    pool,
-    epsilon,
-    dtype or x.dtype,
+  pool = _pool.Pool.of(
     x,
-    *_normalize.fit_parameters(pool, x, scale, bias),
-    _pool.fit_mask(x, mask),
-    _pool.fit_members(x, domain),
+    axis,
+    axis_name=axis_name,
+    mask=mask,
+    domain=domain,
+    num_domains=num_domains,
   )
-  return y, pool.squeezed(moments)
+  return _normalize.by_batch(pool, x, scale, bias, epsilon=epsilon, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Batch normalisation of parts of a batch, each by itself."""
+"""Batch normalization of every few examples of a batch."""
 
 from typing import Any
 
@@ -21,31 +21,34 @@ def ghost_batch_norm(
   axis_name: arrays.AxisName = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, _moments.Moments]:
-  """:func:`batch_norm` of every ``ghost_size`` examples by themselves.
+  """Normalizes every ``ghost_size`` examples by their own mean and variance.
 
-  What a large batch loses in noise, and with it in generalization, small ghost
-  batches give back. The moments are those of the whole batch, merged, so that
-  running averages of them are of the population, with what ghosts differ by.
+  A large batch has less noise in its statistics, and may generalize worse for
+  it. Small ghost batches bring the noise back. The moments are those of the
+  whole batch, so that running averages describe all of the data, with the
+  differences between ghost batches included.
 
   Args:
     x: real floating array, examples along axis 0.
-    scale: see :func:`batch_norm`, as are all that are not named here.
-    bias: the same.
-    ghost_size: examples that are normalised together, those that follow each
-      other; it divides the number of examples (of a device).
+    scale: shaped like the features; None is 1.
+    bias: shaped like the features; None is 0.
+    ghost_size: how many consecutive examples are normalized together; divides
+      the number of examples (of a device).
     axis: the feature axes, not axis 0.
-    epsilon: the same.
-    mask: the same.
-    axis_name: mapped axes over which the moments are merged; ghosts never reach
-      beyond a device.
-    dtype: the same.
+    epsilon: added to the variance.
+    mask: bool, broadcastable to ``x``: which elements count.
+    axis_name: mapped axes over which the moments are merged. Ghost batches
+      never reach beyond a device.
+    dtype: of the result; None is that of ``x``.
 
   Returns:
-    y, and the moments of the whole batch.
+    y, shaped like ``x``, and the moments of the whole batch, through which no
+    gradient flows.
 
   Raises:
-    ValueError: if ``ghost_size`` does not divide the examples, and as
-      :func:`batch_norm` does.
+    TypeError: if ``x`` is not real and floating, or ``mask`` not bool.
+    ValueError: if ``ghost_size`` does not divide the number of examples, or
+      another argument does not fit ``x``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -62,28 +65,26 @@ def ghost_batch_norm(
     <https://arxiv.org/abs/1705.08741>`_, 2017
   """
   x = jnp.asarray(x)
-  whole = _pool.Pool.of(x, axis, groups=1)  # axis 0 holds the examples
+  batch = _pool.Pool.of(x, axis, mask=mask)
+  _pool.check_examples_first(batch.axes, axis)
   if ghost_size < 1 or len(x) % ghost_size:
     raise ValueError(
       f'ghost_size must divide the {len(x)} examples, got {ghost_size}.'
     )
-  mask = _pool.fit_mask(x, mask)
-  if mask is not None:
-    mask = jnp.broadcast_to(mask, (len(x), *mask.shape[1:]))
 
-  def by_ghost(u):
+  def split(u):
+    u = jnp.broadcast_to(u, (len(x), *u.shape[1:]))
     return u.reshape(len(x) // ghost_size, ghost_size, *u.shape[1:])
 
-  pool = _pool.Pool(tuple(a + 1 for a in whole.axes), ghosts=True)
+  ghosts = _pool.Pool(
+    tuple(a + 1 for a in batch.axes), mask=jax.tree.map(split, batch.mask)
+  )
+  parameters = (
+    jnp.broadcast_to(u[None], ghosts.shape(split(x)))
+    for u in _normalize.fit_parameters(batch, x, scale, bias)
+  )
   y, moments = _normalize.normalize(
-    pool,
-    epsilon,
-    dtype or x.dtype,
-    by_ghost(x),
-    *_normalize.fit_parameters(pool, by_ghost(x), scale, bias),
-    None if mask is None else by_ghost(mask),
+    epsilon, dtype or x.dtype, ghosts, split(x), *parameters, None
   )
-  moments = _moments.pool_moments(
-    pool.squeezed(moments), axis=0, axis_name=axis_name
-  )
+  moments = ghosts.squeeze(moments).pool(axis=0, axis_name=axis_name)
   return y.reshape(x.shape), moments

@@ -1,4 +1,4 @@
-"""Count, mean and squared deviations of what is normalised together."""
+"""Count, mean and squared deviations of a batch."""
 
 from typing import Any, NamedTuple
 
@@ -10,13 +10,36 @@ from optax_ghm.batch_normalization import _pool
 
 
 class Moments(NamedTuple):
-  """Statistics of a batch, that merge exactly with those of another.
+  r"""Statistics of a batch, which merge exactly with those of another batch.
+
+  .. math::
+    n = \sum_i w_i, \qquad \mu = \frac{1}{n} \sum_i w_i x_i, \qquad
+    M_2 = \sum_i w_i (x_i - \mu)^2
+
+  with w = 1 where the mask holds, and 0 elsewhere.
 
   Attributes:
-    count: how many elements there were, per feature; float32, as all of these
-      (float64 for 64-bit input).
-    mean: their mean; 0 where there were none.
-    m2: the sum of their squared deviations from it.
+    count: n, how many elements counted, for each feature; float32 (float64 for
+      64-bit input).
+    mean: μ, of the dtype of ``count``; 0 where nothing counted.
+    m2: M₂, of the dtype of ``count``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> x = jnp.array([[1.0, 0.0], [3.0, 0.0]])
+    >>> moments = optax_ghm.Moments.of(x)
+    >>> moments.mean
+    Array([2., 0.], dtype=float32)
+    >>> moments.var
+    Array([1., 0.], dtype=float32)
+
+  References:
+    Chan, Golub, LeVeque, `Updating formulae and a pairwise algorithm for
+    computing sample variances
+    <https://doi.org/10.1007/978-3-642-51461-6_3>`_, 1982; the same, `Algorithms
+    for computing the sample variance
+    <https://doi.org/10.1080/00031305.1983.10483115>`_, 1983
   """
 
   count: jax.Array
@@ -25,142 +48,111 @@ class Moments(NamedTuple):
 
   @classmethod
   def init(cls, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 'Moments':
-    """Those of nothing."""
+    """Returns the moments of no elements, all 0, to merge others with."""
     return cls(*(jnp.zeros(shape, dtype) for _ in cls._fields))
 
+  @classmethod
+  def of(
+    cls,
+    x: jax.Array,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    mask: jax.Array | None = None,
+    axis_name: arrays.AxisName = None,
+  ) -> 'Moments':
+    """Returns the moments of every feature.
+
+    The sums take two passes, and a third one that corrects the rounding of the
+    mean where the mean is many standard deviations away from 0. They are
+    differentiable in both modes, unlike the moments that a batch norm returns,
+    which are constants.
+
+    Args:
+      x: real floating array.
+      axis: the feature axes, which remain, in the order they have in ``x``.
+      mask: bool, broadcastable to ``x``: which elements count.
+      axis_name: mapped axes over which the batch is split.
+
+    Returns:
+      The moments, shaped like the features. If an element that counts is NaN or
+      infinite, mean and m2 of its feature are NaN.
+
+    Raises:
+      TypeError: if ``x`` is not real and floating, or ``mask`` not bool.
+      ValueError: if ``axis`` or ``mask`` does not fit ``x``.
+    """
+    x = jnp.asarray(x)
+    pool = _pool.Pool.of(x, axis, axis_name=axis_name, mask=mask)
+    count, mean, mean_error, var = pool.measure(x)
+    return pool.squeeze(cls(count, mean + mean_error, count * var))
+
+  @property
+  def var(self) -> jax.Array:
+    """The mean squared deviation, of which evaluation has a running average."""
+    return self.variance()
+
   def variance(self, unbiased: bool = False) -> jax.Array:
-    """The mean squared deviation; divided by count - 1 if unbiased."""
+    """The squared deviations over the count, or over count - 1 if unbiased."""
     return self.m2 / jnp.maximum(self.count - (1 if unbiased else 0), 1)
 
+  def merge(self, other: 'Moments') -> 'Moments':
+    r"""Returns the moments of two batches together, exactly.
 
-def batch_moments(
-  x: jax.Array,
-  *,
-  axis: int | tuple[int, ...] = -1,
-  mask: jax.Array | None = None,
-  axis_name: arrays.AxisName = None,
-) -> Moments:
-  r"""Counts, means and squared deviations per feature.
+    .. math::
+      \mu = \mu_a + \delta\,\frac{n_b}{n}, \qquad
+      M_2 = M_{2,a} + M_{2,b} + \delta^2 \frac{n_a n_b}{n}, \qquad
+      \delta = \mu_b - \mu_a, \quad n = n_a + n_b
 
-  .. math::
-    n = \sum_i w_i, \qquad \mu = \frac{1}{n} \sum_i w_i x_i, \qquad
-    M_2 = \sum_i w_i (x_i - \mu)^2
+    Micro-batches and epochs may be merged in any order. The result is, to
+    rounding, that of one batch with all elements. A batch in which nothing
+    counts changes nothing.
 
-  in two passes, and a third that makes up for the rounding of the mean where
-  that is many standard deviations away from 0. Differentiable both ways, unlike
-  the moments that come with a batch norm, which are constants.
+    Args:
+      other: moments of the same shape.
 
-  Args:
-    x: real floating array.
-    axis: the feature axes, those that stay, in the order they have in ``x``.
-    mask: broadcastable to ``x``, not 0 for what counts.
-    axis_name: mapped axes over which the batch is split.
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_ghm
+      >>> x = jnp.arange(6.0)[:, None]
+      >>> first, second = map(optax_ghm.Moments.of, (x[:2], x[2:]))
+      >>> first.merge(second).var
+      Array([2.9166667], dtype=float32)
+    """
+    count = self.count + other.count
+    share = other.count / jnp.maximum(count, 1)
+    delta = other.mean - self.mean
+    return Moments(
+      count=count,
+      mean=self.mean + delta * share,
+      m2=self.m2 + other.m2 + delta * (self.count * share) * delta,
+    )
 
-  Returns:
-    The moments, shaped like the features, in at least float32. NaN and
-    infinities among what counts make those of their feature NaN.
+  def pool(
+    self, *, axis: int | None = None, axis_name: arrays.AxisName = None
+  ) -> 'Moments':
+    """Returns the moments of many batches together, as :meth:`merge` does.
 
-  Raises:
-    TypeError: if ``x`` is not real and floating.
-    ValueError: if ``axis`` or ``mask`` does not fit ``x``.
+    Args:
+      axis: the axis along which the moments of the batches are stacked, if any.
+      axis_name: mapped axes over whose devices to pool.
 
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> x = jnp.array([[1.0, 0.0], [3.0, 0.0]])
-    >>> moments = optax_ghm.batch_moments(x)
-    >>> moments.mean
-    Array([2., 0.], dtype=float32)
-    >>> moments.variance()
-    Array([1., 0.], dtype=float32)
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_ghm
+      >>> halves = jnp.arange(4.0).reshape(2, 2)  # two batches of two numbers
+      >>> optax_ghm.Moments.of(halves, axis=0).pool(axis=0).m2
+      Array(5., dtype=float32)
+    """
 
-  References:
-    Chan, Golub, LeVeque, `Algorithms for computing the sample variance
-    <https://doi.org/10.1080/00031305.1983.10483115>`_, 1983
-  """
-  x = jnp.asarray(x)
-  pool = _pool.Pool.of(x, axis, axis_name)
-  count, mean, rest, variance = pool.measure(x, _pool.fit_mask(x, mask))
-  moments = Moments(count, mean + rest, count * variance)
-  return pool.squeezed(moments)
+    def total(u):
+      if axis is not None:
+        u = jnp.sum(u, axis, keepdims=True)
+      return arrays.psum(u, axis_name)
 
-
-def merge_moments(a: Moments, b: Moments) -> Moments:
-  r"""The moments of two batches together, exactly.
-
-  .. math::
-    \mu = \mu_a + \delta\,\frac{n_b}{n}, \qquad
-    M_2 = M_{2,a} + M_{2,b} + \delta^2 \frac{n_a n_b}{n}, \qquad
-    \delta = \mu_b - \mu_a, \quad n = n_a + n_b
-
-  Over micro-batches, over epochs, in any order: to rounding, what one batch of
-  all of it has. A batch in which nothing counts changes nothing.
-
-  Args:
-    a: moments.
-    b: others, of the same shape.
-
-  Returns:
-    Their moments together.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> x = jnp.arange(6.0)[:, None]
-    >>> parts = [optax_ghm.batch_moments(part) for part in (x[:2], x[2:])]
-    >>> optax_ghm.merge_moments(*parts).variance()
-    Array([2.9166667], dtype=float32)
-
-  References:
-    Chan, Golub, LeVeque, `Updating formulae and a pairwise algorithm for
-    computing sample variances
-    <https://doi.org/10.1007/978-3-642-51461-6_3>`_, 1982
-  """
-  count = a.count + b.count
-  share = b.count / jnp.maximum(count, 1)
-  delta = b.mean - a.mean
-  return Moments(
-    count=count,
-    mean=a.mean + delta * share,
-    m2=a.m2 + b.m2 + delta * (a.count * share) * delta,
-  )
-
-
-def pool_moments(
-  moments: Moments,
-  *,
-  axis: int | None = None,
-  axis_name: arrays.AxisName = None,
-) -> Moments:
-  """The moments of many batches together.
-
-  Args:
-    moments: stacked along an axis, or of one device.
-    axis: the axis along which they are stacked, if they are.
-    axis_name: mapped axes over whose devices they are pooled.
-
-  Returns:
-    Their moments together, as :func:`merge_moments` would have them.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> halves = jnp.arange(4.0).reshape(2, 2)  # two batches of two numbers
-    >>> stacked = optax_ghm.batch_moments(halves, axis=0)
-    >>> optax_ghm.pool_moments(stacked, axis=0).m2
-    Array(5., dtype=float32)
-  """
-
-  def total(u):
-    if axis is not None:
-      u = jnp.sum(u, axis, keepdims=True)
-    return arrays.psum(u, axis_name)
-
-  count = total(moments.count)
-  mean = total(moments.count * moments.mean) / jnp.maximum(count, 1)
-  delta = moments.mean - mean
-  m2 = total(moments.m2 + delta * moments.count * delta)
-  pooled = Moments(count, mean, m2)
-  if axis is None:
-    return pooled
-  return jax.tree.map(lambda u: jnp.squeeze(u, axis), pooled)
+    count = total(self.count)
+    mean = total(self.count * self.mean) / jnp.maximum(count, 1)
+    delta = self.mean - mean
+    pooled = Moments(count, mean, total(self.m2 + delta * self.count * delta))
+    if axis is None:
+      return pooled
+    return jax.tree.map(lambda u: jnp.squeeze(u, axis), pooled)

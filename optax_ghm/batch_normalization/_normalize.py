@@ -1,151 +1,197 @@
-"""Batch normalisation with its gradient derived by hand."""
+"""Normalization by the batch, with its gradient derived by hand."""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays
-from optax_ghm.batch_normalization import _moments, _pool
+from optax_ghm.batch_normalization import _loops, _moments, _pool
 
 
 class Renorm(NamedTuple):
-  """Running statistics and limits of renormalisation."""
+  """Running statistics and limits of batch renormalization.
+
+  Attributes:
+    mean: the running mean, a statistic of the pool.
+    var: the running variance, a statistic of the pool.
+    r_max: the limit of r, a scalar.
+    d_max: the limit of d, a scalar.
+  """
 
   mean: jax.Array
   var: jax.Array
-  r_max: ArrayLike
-  d_max: ArrayLike
+  r_max: jax.Array
+  d_max: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def normalize(
-  pool, epsilon, dtype, x, scale, bias, mask, members=None, renorm=None
-):
-  """Y and its moments: what every kind of batch norm here comes to.
+def by_batch(pool, x, scale, bias, *, epsilon, dtype, renorm=None):
+  """Calls :func:`normalize` with parameters shaped like the features, or None.
 
-  All arguments after ``dtype`` are as the functions around prepare them:
-  statistics of the ``pool``.
+  Returns:
+    y, and the moments shaped like the features.
   """
-  return _fwd(pool, epsilon, dtype, x, scale, bias, mask, members, renorm)[0]
+  scale, bias = fit_parameters(pool, x, scale, bias)
+  y, moments = normalize(
+    epsilon, dtype or x.dtype, pool, x, scale, bias, renorm
+  )
+  return y, pool.squeeze(moments)
 
 
-def _fwd(pool, epsilon, dtype, x, scale, bias, mask, members=None, renorm=None):
-  count, mean, rest, variance = pool.measure(x, mask, members)
-  spread = variance + epsilon  # 0 of what is constant, if epsilon is
-  known = (count > 0) & (spread != 0)
-  rstd = jnp.where(known, jax.lax.rsqrt(jnp.where(known, spread, 1)), 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalize(epsilon, dtype, pool, x, scale, bias, renorm):
+  r"""Normalizes ``x`` by the statistics of the pool.
+
+  .. math::
+    y_i = \gamma \Big(r\, \frac{x_i - \mu}{\sqrt{\sigma^2 + \epsilon}}
+    + d\Big) + \beta
+
+  with r = 1 and d = 0 unless ``renorm`` is given.
+
+  Args:
+    epsilon: added to the variance.
+    dtype: of y.
+    pool: what is normalized together.
+    x: real floating array.
+    scale: γ, a statistic of the pool.
+    bias: β, a statistic of the pool.
+    renorm: what limits r and d.
+
+  Returns:
+    y, and the moments as statistics of the pool.
+  """
+  return _forward(epsilon, dtype, pool, x, scale, bias, renorm)[0]
+
+
+def _forward(epsilon, dtype, pool, x, scale, bias, renorm):
+  count, mean, mean_error, var = pool.measure(x)
+  varies = (count > 0) & (var + epsilon != 0)
+  rstd = jnp.where(
+    varies, jax.lax.rsqrt(jnp.where(varies, var + epsilon, 1)), 0
+  )
   r, d = 1.0, 0.0
   if renorm is not None:
     running_std = jnp.sqrt(renorm.var + epsilon)
-    r = jnp.sqrt(variance + epsilon) / running_std
+    r = jnp.sqrt(var + epsilon) / running_std
     r = jnp.clip(r, 1 / renorm.r_max, renorm.r_max)
-    d = (mean - renorm.mean + rest) / running_std
+    d = (mean - renorm.mean + mean_error) / running_std
     d = jnp.clip(d, -renorm.d_max, renorm.d_max)
     r, d = jax.lax.stop_gradient((r, d))
   gain = scale * r * rstd
-  offset = bias + scale * d - rest * gain
-  center, *affine = (pool.spread(u, members) for u in (mean, gain, offset))
+  offset = bias + scale * d - mean_error * gain
 
-  def normalized(x, center, gain, offset, known):
-    return kept(known, (x - center) * gain + offset)
+  def output(x, mean, gain, offset, has_group):
+    return _pool.masked(has_group, (x - mean) * gain + offset)
 
-  known = pool.known(x, members)
-  y = pool.each(normalized, x, center, *affine, known, spelling=4)
-  moments = _moments.Moments(count, mean + rest, count * variance)
-  residuals = x, mask, members, count, mean, rest, rstd, r, d, gain
+  of_example = map(pool.broadcast, (mean, gain, offset))
+  y = _loops.distinct_producers(
+    'output', output, x, *of_example, pool.has_group(x.ndim)
+  )
+  moments = _moments.Moments(count, mean + mean_error, count * var)
+  residuals = pool, x, count, mean, mean_error, rstd, r, d, gain
   return (y.astype(dtype), jax.lax.stop_gradient(moments)), residuals
 
 
-def _bwd(pool, epsilon, dtype, residuals, cotangents):
+def _backward(epsilon, dtype, residuals, cotangents):
+  r"""The gradient, with the mask w and the gain g of the forward pass.
+
+  .. math::
+    \bar x_i = g \bar y_i - w_i (a + b\, (x_i - \mu)), \qquad
+    a = \frac{g}{n} \sum_j \bar y_j, \qquad
+    b = \frac{g}{n\, (\sigma^2 + \epsilon)} \sum_j \bar y_j (x_j - \mu)
+  """
   del epsilon, dtype
-  x, mask, members, count, mean, rest, rstd, r, d, gain = residuals
+  pool, x, count, mean, mean_error, rstd, r, d, gain = residuals
   dy, _ = cotangents
-  center = pool.spread(mean, members)
-  total = functools.partial(pool.total, members=members)
+  center = pool.broadcast(mean)
 
-  def product(dy, x, center, mask):
-    felt = None if mask is None else mask | (dy != 0)
-    return kept(felt, dy * (kept(felt, x) - center))
+  def products(dy, x, mean, mask):
+    # NaN that is masked out and has no cotangent has no part in the sum.
+    used = None if mask is None else mask | (dy != 0)
+    return _pool.masked(used, dy * (_pool.masked(used, x) - mean))
 
-  sum_dy = total(lambda dy: dy, dy)
-  sum_dy_x = total(product, dy, x, center, mask, spelling=3) - rest * sum_dy
+  sum_dy = pool.total('sum', lambda dy: dy, dy)
+  sum_dy_x = pool.total('products', products, dy, x, center, pool.mask)
+  sum_dy_x = sum_dy_x - mean_error * sum_dy
   d_scale = r * rstd * sum_dy_x + d * sum_dy
 
   divisor = jnp.maximum(count, 1)
-  all_dy, all_dy_x = pool.everywhere(sum_dy, sum_dy_x)
-  slope = gain * jnp.square(rstd) * all_dy_x / divisor
-  shift = gain * all_dy / divisor - rest * slope
+  all_dy, all_dy_x = pool.all_reduce(sum_dy, sum_dy_x)
+  b = gain * jnp.square(rstd) * all_dy_x / divisor
+  a = gain * all_dy / divisor - mean_error * b
 
-  def through(dy, x, center, gain, shift, slope, mask, known):
-    by_statistics = shift + (kept(mask, x) - center) * slope
-    return kept(known, gain * dy - kept(mask, by_statistics))
+  def gradient(dy, x, mean, gain, a, b, mask, has_group):
+    by_statistics = a + (_pool.masked(mask, x) - mean) * b
+    return _pool.masked(
+      has_group, gain * dy - _pool.masked(mask, by_statistics)
+    )
 
-  gain, shift, slope = (pool.spread(u, members) for u in (gain, shift, slope))
-  known = pool.known(x, members)
-  dx = pool.each(
-    through, dy, x, center, gain, shift, slope, mask, known, spelling=5
+  gain, a, b = map(pool.broadcast, (gain, a, b))
+  has_group = pool.has_group(x.ndim)
+  dx = _loops.distinct_producers(
+    'gradient', gradient, dy, x, center, gain, a, b, pool.mask, has_group
   )
-  return dx.astype(x.dtype), d_scale, sum_dy, None, None, None
+  return None, dx.astype(x.dtype), d_scale, sum_dy, None
 
 
-normalize.defvjp(_fwd, _bwd)
+normalize.defvjp(_forward, _backward)
 
 
-def kept(mask, u):
-  """0 in the place of what is not in the mask, if there is one."""
-  return u if mask is None else jnp.where(mask, u, 0)
-
-
-def fit_parameters(
-  pool: _pool.Pool,
-  x: jax.Array,
-  scale: jax.Array | None,
-  bias: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+def fit_parameters(pool, x, scale, bias):
   """Scale and bias as statistics of the pool, 1 and 0 if None."""
-  dtype = arrays.at_least_float32(x.dtype)
-  # A device that has its own part of x has its own copy of these: what the
-  # devices find for them is then summed by the gradient of pcast.
+  # A device that has its own part of x gets its own copy of the parameters. The
+  # gradient of pcast then adds the gradients of all devices.
   varying = arrays.varying_axes(x)
 
   def fit(u, name, default):
     if u is None:
+      dtype = arrays.at_least_float32(x.dtype)
       u = jnp.full(pool.shape(x), default, dtype)
     else:
       u = fit_statistics(pool, x, u, name, shared=True)
-    u = _split_as(u, pool, x)
+    u = _shard_like(u, pool, x)
     own = tuple(sorted(varying - arrays.varying_axes(u)))
     return jax.lax.pcast(u, own, to='varying') if own else u
 
   return fit(scale, 'scale', 1), fit(bias, 'bias', 0)
 
 
-def fit_statistics(
-  pool: _pool.Pool,
-  x: jax.Array,
-  u: jax.Array,
-  name: str,
-  shared: bool = False,
-) -> jax.Array:
-  """Numbers per feature as statistics; ``shared`` by the rows, if these are."""
+def fit_statistics(pool, x, u, name, shared=False):
+  """Numbers per feature as statistics of the pool.
+
+  Args:
+    pool: of ``x``.
+    x: the array to normalize.
+    u: shaped like the features, one row per group if there are groups.
+    name: of the argument, for the error.
+    shared: whether all groups may share one row.
+
+  Raises:
+    ValueError: if the shape of ``u`` does not fit.
+  """
   shape, u = pool.shape(x), jnp.asarray(u)
   u = u.astype(arrays.at_least_float32(x.dtype))
-  features = tuple(n for a, n in enumerate(shape) if a not in pool.idle)
+  features = tuple(n for a, n in enumerate(shape) if a not in pool.unit_axes)
   if u.shape == features:
-    return jnp.expand_dims(u, pool.idle)
-  by_row = pool.ghosts or pool.groups is not None
-  if shared and by_row and u.shape == features[1:]:
-    return jnp.broadcast_to(jnp.expand_dims(u[None], pool.idle), shape)
+    return jnp.expand_dims(u, pool.unit_axes)
+  if shared and pool.groups is not None and u.shape == features[1:]:
+    return jnp.broadcast_to(jnp.expand_dims(u[None], pool.unit_axes), shape)
   raise ValueError(
     f'{name} must have the shape of the features, {features}, got {u.shape}.'
   )
 
 
-def _split_as(u, pool, x):
-  """Explicitly sharded as ``x`` is along the axes that they share."""
+def fit_running(pool, x, running):
+  """Mean and variance of ``running`` as statistics of the pool."""
+  return (
+    fit_statistics(pool, x, running.mean, 'running.mean'),
+    fit_statistics(pool, x, running.var, 'running.var'),
+  )
+
+
+def _shard_like(u, pool, x):
+  """Shards statistics explicitly like ``x`` along the axes that they share."""
   spec = jax.sharding.PartitionSpec(
     *(
       None if a in pool.axes else along

@@ -1,8 +1,7 @@
-"""What recalibration does alike for modules of Linen and of NNX."""
+"""What recalibration has in common for modules of Linen and of NNX."""
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,20 +11,25 @@ from optax_ghm._core import arrays
 from optax_ghm.batch_normalization import _domain, _moments
 
 
+def init(mean: jax.Array) -> _moments.Moments:
+  """Returns moments of no elements, for running averages like ``mean``."""
+  return _moments.Moments.init(mean.shape, arrays.at_least_float32(mean.dtype))
+
+
 def moments_of_call(
   norm: Any, call: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
 ) -> _moments.Moments | None:
-  """The moments of what a module for batch norm is called with.
+  """Returns the moments of the input of a batch norm module.
 
   Args:
-    norm: of Flax, or of ours.
+    norm: a batch norm module of Flax or of this library.
     call: its ``__call__``, with the module itself as first argument.
-    args: of the call, but for the module.
-    kwargs: of the call.
+    args: positional arguments of the call, but for the module.
+    kwargs: keyword arguments of the call.
 
   Returns:
-    The moments, per domain if the module has any; None if the module
-    normalises by its running averages.
+    The moments, for every domain if the module has domains; None if the module
+    normalizes by its running averages.
   """
   given = inspect.signature(call).bind(norm, *args, **kwargs).arguments
   use_running_average = given.get('use_running_average')
@@ -33,52 +37,46 @@ def moments_of_call(
     use_running_average = norm.use_running_average
   if use_running_average:
     return None
-  options = {
+  mask = given.get('mask')
+  options: dict[str, Any] = {
     'axis': norm.axis,
-    'mask': given.get('mask'),
+    'mask': None if mask is None else jnp.asarray(mask, bool),
     'axis_name': norm.axis_name,
   }
   if 'domain' not in given:
-    return _moments.batch_moments(given['x'], **options)
+    return _moments.Moments.of(given['x'], **options)
   return _domain.domain_batch_norm(
     given['x'], given['domain'], num_domains=norm.num_domains, **options
   )[1]
 
 
-def hashable(apply: Callable[..., Any]) -> Callable[..., Any]:
-  """The function, wrapped if it could not be a static argument."""
-  try:
-    hash(apply)
-  except TypeError:
-    return functools.partial(apply)  # which goes by its identity
-  return apply
-
-
-def nothing_measured(mean: jax.Array) -> _moments.Moments:
-  """Moments of nothing, for averages of this shape."""
-  return _moments.Moments.init(mean.shape, arrays.at_least_float32(mean.dtype))
-
-
-def settle(
-  moments: _moments.Moments, averages: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-  """The averages ``mean``, ``var`` and, if there is one, ``weight``, replaced.
-
-  Where nothing counted, or what counted was not finite, they stay.
-  """
-  variance = moments.variance()
-  known = (
-    (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(variance)
-  )
-  new = {
-    'mean': moments.mean,
-    'var': variance,
-    'weight': jnp.ones_like(variance),
-  }
-  return {
-    name: jnp.where(
-      known, new[name].astype(averages[name].dtype), averages[name]
+def check_measured(found: Iterable[_moments.Moments]) -> None:
+  """Raises an error if nothing counted in any batch norm."""
+  if not any(float(jnp.sum(moments.count)) for moments in found):
+    raise ValueError(
+      'no batch norm normalized by its batch: batches must hold at least one'
+      ' batch, and apply must run the model in training mode'
+      ' (use_running_average=False).'
     )
-    for name in new
-    if name in averages
+
+
+def replace(
+  averages: Mapping[str, jax.Array], moments: _moments.Moments
+) -> dict[str, jax.Array]:
+  """Returns running averages with the moments in their place.
+
+  Args:
+    averages: ``mean``, ``var`` and other variables of a batch norm. A
+      ``weight`` becomes 1, others stay.
+    moments: of the data. Averages stay where nothing counted or where the
+      statistics are not finite.
+  """
+  var = moments.var
+  new = {'mean': moments.mean, 'var': var, 'weight': jnp.ones_like(var)}
+  known = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(var)
+  return {
+    name: jnp.where(known, new[name].astype(old.dtype), old)
+    if name in new
+    else old
+    for name, old in averages.items()
   }

@@ -1,4 +1,4 @@
-"""Batch renormalisation, and how its limits are opened."""
+"""Batch renormalization, and schedules for its limits."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def batch_renorm(
   axis_name: arrays.AxisName = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, _moments.Moments]:
-  r"""Batch renormalisation: what training sees is what evaluation will see.
+  r"""Normalizes a batch as evaluation will, within limits.
 
   .. math::
     y_i = \gamma (r\, \hat x_i + d) + \beta, \qquad
@@ -39,30 +39,32 @@ def batch_renorm(
     d = \operatorname{clip}_{[-d_{\max},\, d_{\max}]}
     \frac{\mu_B - \mu}{\sigma}
 
-  r and d are constants to the gradient. Within their limits y is that of the
-  running averages, so batches may be small or not independent; with r_max = 1
-  and d_max = 0 it is :func:`batch_norm`. Start so, and open the limits when the
-  averages have settled (:func:`renorm_schedules`).
+  r and d are constants to the gradient. Within their limits y is what
+  :func:`batch_norm_inference` returns for the running averages, so that batches
+  may be small or dependent. With r_max = 1 and d_max = 0 this is
+  :func:`batch_norm`. Begin with these limits, and widen them once the averages
+  have settled (:func:`renorm_schedules`).
 
   Args:
     x: real floating array.
-    running: averages so far, from before this batch.
-    scale: see :func:`batch_norm`, as are all that are not named here.
-    bias: the same.
+    running: μ and σ², the averages before this batch.
+    scale: γ, shaped like the features; None is 1.
+    bias: β, shaped like the features; None is 0.
     r_max: limit of r, at least 1.
     d_max: limit of d, at least 0.
-    axis: the same.
-    epsilon: the same.
-    mask: the same.
-    axis_name: the same.
-    dtype: the same.
+    axis: the feature axes; all others are normalized over.
+    epsilon: added to the variances.
+    mask: bool, broadcastable to ``x``: which elements count.
+    axis_name: mapped axes over which the batch is split.
+    dtype: of the result; None is that of ``x``.
 
   Returns:
-    y and the moments of the batch.
+    y, shaped like ``x``, and the moments of the batch, through which no
+    gradient flows.
 
   Raises:
-    ValueError: if ``running`` does not fit ``x``, and as :func:`batch_norm`
-      does.
+    TypeError: if ``x`` is not real and floating, or ``mask`` not bool.
+    ValueError: if an argument does not fit ``x``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -78,26 +80,13 @@ def batch_renorm(
     Batch-Normalized Models <https://arxiv.org/abs/1702.03275>`_, 2017
   """
   x = jnp.asarray(x)
-  pool = _pool.Pool.of(x, axis, axis_name)
-  running_mean, running_var = (
-    _normalize.fit_statistics(pool, x, u, n)
-    for u, n in ((running.mean, 'running.mean'), (running.var, 'running.var'))
+  pool = _pool.Pool.of(x, axis, axis_name=axis_name, mask=mask)
+  mean, var = _normalize.fit_running(pool, x, running)
+  limits = (jnp.asarray(u, mean.dtype) for u in (r_max, d_max))
+  renorm = _normalize.Renorm(mean, var, *limits)
+  return _normalize.by_batch(
+    pool, x, scale, bias, epsilon=epsilon, dtype=dtype, renorm=renorm
   )
-  y, moments = _normalize.normalize(
-    pool,
-    epsilon,
-    dtype or x.dtype,
-    x,
-    *_normalize.fit_parameters(pool, x, scale, bias),
-    _pool.fit_mask(x, mask),
-    None,
-    _normalize.Renorm(
-      running_mean,
-      running_var,
-      *(jnp.asarray(u, running_mean.dtype) for u in (r_max, d_max)),
-    ),
-  )
-  return y, pool.squeezed(moments)
 
 
 def renorm_schedules(
@@ -108,14 +97,15 @@ def renorm_schedules(
   r_end: int = 40_000,
   d_end: int = 25_000,
 ) -> tuple[optax.Schedule, optax.Schedule]:
-  """How Ioffe opens the limits of :func:`batch_renorm`, linearly.
+  """Schedules that widen the limits of :func:`batch_renorm` as Ioffe does.
 
   Args:
-    r_max: limit of r from step ``r_end`` on; it is 1 up to ``start``.
-    d_max: limit of d from step ``d_end`` on; it is 0 up to ``start``.
-    start: step until which this is plain batch normalisation.
-    r_end: step at which r is open.
-    d_end: step at which d is open.
+    r_max: limit of r from step ``r_end`` on.
+    d_max: limit of d from step ``d_end`` on.
+    start: the step up to which the limits are 1 and 0, as in plain batch
+      normalization; from then on they grow linearly.
+    r_end: the step at which the limit of r is ``r_max``.
+    d_end: the step at which the limit of d is ``d_max``.
 
   Returns:
     Schedules of ``r_max`` and ``d_max``.

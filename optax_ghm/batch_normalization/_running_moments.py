@@ -1,4 +1,4 @@
-"""Running averages of batch statistics, for normalising without a batch."""
+"""Running averages of batch statistics, to normalize without a batch."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,26 @@ from optax_ghm.batch_normalization import _moments
 
 
 class RunningMoments(NamedTuple):
-  """Averages of the means and variances of batches.
+  """Running averages of the means and variances of batches.
 
   Attributes:
-    mean: per feature (and domain), float32.
-    var: the same.
-    weight: how much of the averages are batches, and not their start: 1 makes
-      the start count like any batch, as in Flax; from 0 it grows to 1, and the
-      averages are of the batches alone.
+    mean: average of the means, for each feature (and domain); float32.
+    var: average of the variances, shaped like ``mean``; float32.
+    weight: the share of batches in the averages, shaped like ``mean``; the
+      remainder is the share of the initial values. With 1 from the start the
+      initial values count like any batch, as in Flax. From 0 the weight grows
+      to 1, and the averages are of batches alone.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> running = optax_ghm.RunningMoments.init((1,), debias=True)
+    >>> moments = optax_ghm.Moments.of(jnp.array([[1.0], [3.0]]))
+    >>> running = running.update(moments, momentum=0.9)
+    >>> running.mean, running.var
+    (Array([2.], dtype=float32), Array([1.], dtype=float32))
+    >>> running.weight
+    Array([0.1], dtype=float32)
   """
 
   mean: jax.Array
@@ -28,76 +40,62 @@ class RunningMoments(NamedTuple):
   def init(
     cls, shape: tuple[int, ...], debias: bool = False
   ) -> 'RunningMoments':
-    """Mean 0 and variance 1; those count for nothing if ``debias``."""
+    """Returns mean 0 and variance 1.
+
+    Args:
+      shape: of the features, behind the number of domains if there are domains.
+      debias: whether these initial values count for nothing.
+    """
     weight = jnp.zeros if debias else jnp.ones
     return cls(*(f(shape, jnp.float32) for f in (jnp.zeros, jnp.ones, weight)))
 
+  def update(
+    self,
+    moments: _moments.Moments,
+    *,
+    momentum: ArrayLike = 0.99,
+    unbiased: bool = False,
+  ) -> 'RunningMoments':
+    r"""Returns the averages after one more batch.
 
-def update_running_moments(
-  running: RunningMoments,
-  moments: _moments.Moments,
-  *,
-  decay: ArrayLike = 0.99,
-  unbiased: bool = False,
-) -> RunningMoments:
-  r"""Running averages after one more batch.
+    .. math::
+      w' = m\, w + 1 - m, \qquad
+      \mu' = \mu + \frac{1 - m}{w'} (\mu_B - \mu)
 
-  .. math::
-    w' = \delta w + 1 - \delta, \qquad
-    \mu' = \mu + \frac{1 - \delta}{w'} (\mu_B - \mu)
+    with the momentum m, and the variance accordingly. A feature stays as it is
+    if nothing counted in this batch or its statistics are not finite. No
+    gradient flows through the averages.
 
-  and so for the variance, with the decay δ: what PyTorch calls momentum is 1 -
-  δ, what Flax calls so is δ. Features of which nothing counted in this batch,
-  or whose statistics are not finite, stay as they are. No gradient flows
-  through.
+    Args:
+      moments: of the batch. Merge the moments of micro-batches first.
+      momentum: the share of the old average that is kept, as in Flax. PyTorch's
+        momentum is 1 minus this one.
+      unbiased: whether to average variances that are divided by count - 1, as
+        PyTorch does, and not by the count, as Flax does.
 
-  Args:
-    running: averages so far.
-    moments: of the batch; of all micro-batches, if these are merged first.
-    decay: how much of the averages is kept.
-    unbiased: whether to average variances that are divided by count - 1, as
-      PyTorch does, or by the count, as Flax does.
-
-  Returns:
-    The next averages.
-
-  Raises:
-    ValueError: if the shapes of both differ.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> running = optax_ghm.RunningMoments.init((1,), debias=True)
-    >>> moments = optax_ghm.batch_moments(jnp.array([[1.0], [3.0]]))
-    >>> running = optax_ghm.update_running_moments(running, moments, decay=0.9)
-    >>> running.mean, running.var
-    (Array([2.], dtype=float32), Array([1.], dtype=float32))
-    >>> running.weight
-    Array([0.1], dtype=float32)
-  """
-  if moments.mean.shape != running.mean.shape:
-    raise ValueError(
-      f'moments, of shape {moments.mean.shape}, must have that of the running'
-      f' averages, {running.mean.shape}.'
+    Raises:
+      ValueError: if the moments have another shape than the averages.
+    """
+    if moments.mean.shape != self.mean.shape:
+      raise ValueError(
+        f'moments, of shape {moments.mean.shape}, must have that of the running'
+        f' averages, {self.mean.shape}.'
+      )
+    moments = jax.tree.map(
+      lambda u: u.astype(self.mean.dtype), jax.lax.stop_gradient(moments)
     )
-  moments = jax.tree.map(
-    lambda u: u.astype(running.mean.dtype), jax.lax.stop_gradient(moments)
-  )
-  mean, var = moments.mean, moments.variance(unbiased)
-  seen = (moments.count > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
-  weight = decay * running.weight + (1 - decay)
-  rate = (1 - decay) / jnp.where(weight == 0, 1, weight)
+    mean, var = moments.mean, moments.variance(unbiased)
+    seen = (moments.count > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
+    weight = momentum * self.weight + (1 - momentum)
+    rate = (1 - momentum) / jnp.where(weight == 0, 1, weight)
 
-  def average(old, new):
-    # The shares of (1 - rate) * old + rate * new would not add up to 1.
-    moved = old + rate * (new - old)
-    return jnp.where(rate == 1, new, moved).astype(old.dtype)
+    def average(old, new):
+      # Weights (1 - rate) and rate would not add up to 1 in floating point.
+      moved = jnp.where(rate == 1, new, old + rate * (new - old))
+      return jnp.where(seen, moved, old).astype(old.dtype)
 
-  following = RunningMoments(
-    average(running.mean, mean),
-    average(running.var, var),
-    jnp.asarray(weight, running.weight.dtype),
-  )
-  return jax.tree.map(
-    lambda new, old: jnp.where(seen, new, old), following, running
-  )
+    return RunningMoments(
+      average(self.mean, mean),
+      average(self.var, var),
+      jnp.where(seen, weight, self.weight).astype(self.weight.dtype),
+    )

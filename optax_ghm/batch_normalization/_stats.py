@@ -1,4 +1,4 @@
-"""How healthy a batch normalisation is, in a few numbers per layer."""
+"""How healthy a batch normalization is, in a few numbers per layer."""
 
 from typing import NamedTuple
 
@@ -12,32 +12,32 @@ COLUMNS = ('mean_to_std', 'mean_drift', 'std_drift', 'clipped', 'constant')
 
 
 class BatchNormStats(NamedTuple):
-  """What :func:`batch_norm_stats` measures, as one array.
+  """The result of :func:`batch_norm_stats`, as one array.
 
   Attributes:
-    numbers: (..., 5), float32: what the properties of this class read.
+    numbers: (..., 5), float32; the properties of this class read its columns.
   """
 
   numbers: jax.Array
 
   @property
   def mean_to_std(self) -> jax.Array:
-    """The largest mean, in standard deviations."""
+    """The largest absolute mean of a feature, in its standard deviations."""
     return self._column('mean_to_std')
 
   @property
   def mean_drift(self) -> jax.Array:
-    """How far the batch means are off the running ones, in running stds."""
+    """How far batch means are from the running means, in running deviations."""
     return self._column('mean_drift')
 
   @property
   def std_drift(self) -> jax.Array:
-    """How far the logarithms of the deviations are off the running ones."""
+    """How far logarithms of batch deviations are from the running ones."""
     return self._column('std_drift')
 
   @property
   def clipped(self) -> jax.Array:
-    """The share of features at the limits of renormalisation; 0 without."""
+    """The share of features at a limit of renormalization; 0 without limits."""
     return self._column('clipped')
 
   @property
@@ -57,7 +57,7 @@ def batch_norm_stats(
   r_max: ArrayLike = jnp.inf,
   d_max: ArrayLike = jnp.inf,
 ) -> BatchNormStats:
-  r"""How far a batch is from the running averages, and what is odd about it.
+  r"""Measures how far a batch is from the running averages.
 
   .. math::
     \text{mean drift} = \sqrt{\operatorname{mean}_c
@@ -65,22 +65,22 @@ def batch_norm_stats(
     \text{std drift} = \sqrt{\operatorname{mean}_c
     \Big(\log \frac{\sigma_B}{\sigma}\Big)^2}
 
-  over the features c of which anything counted (0 if there is none). Of
-  batches of n independent examples these are about :math:`n^{-1/2}` and
-  :math:`(2n)^{-1/2}`; much more says that the running averages lag, or that
-  batches differ by more than chance. The modules ``BatchNorm`` and its kin
-  measure this themselves. Averages that have seen no batch yet have mean 0 and
-  variance 1.
+  over the features c in which anything counted; all numbers are 0 if there are
+  none. In batches of n independent examples the drifts are about
+  :math:`n^{-1/2}` and :math:`(2n)^{-1/2}`. Much larger drifts mean that the
+  running averages lag, or that batches differ by more than chance. The modules
+  ``BatchNorm``, ``BatchRenorm`` and ``DomainBatchNorm`` measure these numbers
+  themselves.
 
   Args:
     moments: of the batch.
-    running: averages before it.
+    running: the averages before the batch.
     epsilon: of the batch norm.
-    r_max: limit of renormalisation, if there is one.
-    d_max: the same.
+    r_max: limit of r in renormalization, if there is one.
+    d_max: limit of d in renormalization, if there is one.
 
   Returns:
-    The numbers. No gradient flows through.
+    The numbers, through which no gradient flows.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -88,22 +88,20 @@ def batch_norm_stats(
     >>> from optax_ghm import flow
     >>> x = jnp.array([[1.0, 5.0], [3.0, 5.0]])
     >>> stats = flow.batch_norm_stats(
-    ...   optax_ghm.batch_moments(x), optax_ghm.RunningMoments.init((2,))
+    ...   optax_ghm.Moments.of(x), optax_ghm.RunningMoments.init((2,))
     ... )
     >>> print(stats.mean_drift.round(2), stats.constant)
     3.81 0.5
 
   References:
-    Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017
+    Ioffe, `Batch Renormalization: Towards Reducing Minibatch Dependence in
+    Batch-Normalized Models <https://arxiv.org/abs/1702.03275>`_, 2017
   """
   moments, running = jax.lax.stop_gradient((moments, running))
   moments = jax.tree.map(lambda u: u.astype(running.mean.dtype), moments)
   counted = moments.count > 0
-  variance = moments.variance()
-  std, running_std = (
-    jnp.sqrt(variance + epsilon),
-    jnp.sqrt(running.var + epsilon),
-  )
+  std = jnp.sqrt(moments.var + epsilon)
+  running_std = jnp.sqrt(running.var + epsilon)
   d = (moments.mean - running.mean) / running_std
   log_r = jnp.log(std / running_std)
   clipped = (jnp.abs(d) > d_max) | (jnp.abs(log_r) > jnp.log(r_max))
@@ -112,14 +110,13 @@ def batch_norm_stats(
     total = jnp.sum(u, where=counted, dtype=jnp.float32)
     return total / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1)
 
+  mean_to_std = jnp.abs(moments.mean) / std
   columns = {
-    'mean_to_std': jnp.max(
-      jnp.abs(moments.mean) / std, initial=0, where=counted
-    ),
+    'mean_to_std': jnp.max(mean_to_std, initial=0, where=counted),
     'mean_drift': jnp.sqrt(mean(jnp.square(d))),
     'std_drift': jnp.sqrt(mean(jnp.square(log_r))),
     'clipped': mean(clipped),
-    'constant': mean(variance < epsilon),
+    'constant': mean(moments.var < epsilon),
   }
   return BatchNormStats(
     jnp.stack([columns[name] for name in COLUMNS]).astype(jnp.float32)

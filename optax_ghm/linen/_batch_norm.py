@@ -1,4 +1,4 @@
-"""Batch normalisation as Linen modules."""
+"""Batch normalization as Linen modules."""
 
 from typing import Any
 
@@ -9,25 +9,18 @@ from flax import linen as nn
 from flax.linen import dtypes, initializers, module
 
 from optax_ghm._core import arrays
-from optax_ghm.batch_normalization import (
-  _batch_norm,
-  _domain,
-  _ghost,
-  _renorm,
-  _running_moments,
-  _stats,
-)
+from optax_ghm.batch_normalization import _step
 
 STATS = 'batch_norm_stats'
-"""The collection that statistics for the record go to, if it is mutable."""
+"""The collection of statistics for the record, written if it is mutable."""
 
 
 class Normalization(nn.Module):
-  """What the modules here have in common; the first of them explains it."""
+  """The arguments and the call that all modules here have in common."""
 
   use_running_average: bool | None = None
   axis: int | tuple[int, ...] = -1
-  decay: float = 0.99
+  momentum: float = 0.99
   epsilon: float = 1e-5
   dtype: Any = None
   param_dtype: Any = jnp.float32
@@ -36,122 +29,130 @@ class Normalization(nn.Module):
   bias_init: initializers.Initializer = initializers.zeros
   scale_init: initializers.Initializer = initializers.ones
   axis_name: arrays.AxisName = None
+  axis_index_groups: None = None
+  use_fast_variance: bool = True
+  force_float32_reductions: bool = True
   unbiased: bool = False
   debias: bool = False
 
-  def _norm(self, x, use_running_average, mask, update, domain=None):
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: jax.Array | None = None,
+    update_running_average: bool = True,
+  ) -> jax.Array:
+    """Normalizes by the batch or by the running averages.
+
+    Args:
+      x: real floating array.
+      use_running_average: whether to normalize by the running averages; must be
+        given either here or to the module.
+      mask: bool, broadcastable to ``x``: which elements count.
+      update_running_average: whether a batch changes the running averages.
+        Without, the batch is normalized by its own statistics all the same, as
+        in adaptation at test time.
+
+    Returns:
+      The normalized input.
+    """
+    return self._normalize(x, use_running_average, mask, update_running_average)
+
+  def _normalize(self, x, use_running_average, mask, update, *args, **kind):
     use_running_average = module.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
-    running, write = self._running_average(x)
-    scale, bias = self._parameters(x)
-    given = [u for u in (x, scale, bias) if u is not None]
-    options: dict[str, Any] = {
-      'axis': self.axis,
-      'epsilon': self.epsilon,
-      'dtype': dtypes.canonicalize_dtype(*given, dtype=self.dtype),
-    }
-    update = update and not (use_running_average or self.is_initializing())
-    limits = self._limits(update)  # whose count of steps has to be there
-    if use_running_average:
-      return _batch_norm.batch_norm_inference(
-        x, running.mean, running.var, scale, bias, domain=domain, **options
-      )
-    # There need not be such an axis where parameters are initialized.
-    options['axis_name'] = None if self.is_initializing() else self.axis_name
-    options['mask'] = mask
-    y, moments = self._by_batch(
-      x, scale, bias, running=running, domain=domain, **limits, **options
+    _step.check_flax_options(
+      self.axis_index_groups,
+      force_float32_reductions=self.force_float32_reductions,
     )
-    if self.is_mutable_collection(STATS) and not self.is_initializing():
-      stats = _stats.batch_norm_stats(
-        moments, running, epsilon=self.epsilon, **limits
-      )
+    scale, bias, variables = self._variables(x)
+    initializing = self.is_initializing()
+    y, changed, stats = _step.step(
+      {name: variable.value for name, variable in variables.items()},
+      x,
+      scale,
+      bias,
+      *args,
+      use_running_average=use_running_average,
+      update=update and not initializing,
+      mask=mask,
+      axis=self.axis,
+      # The axis need not exist where parameters are initialized.
+      axis_name=None if initializing else self.axis_name,
+      momentum=self.momentum,
+      epsilon=self.epsilon,
+      dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+      unbiased=self.unbiased,
+      limits=self._limits(),
+      **kind,
+    )
+    for name, value in changed.items():
+      variables[name].value = value
+    if not initializing and stats and self.is_mutable_collection(STATS):
       self.put_variable(STATS, 'stats', stats)
-    if update:
-      write(
-        _running_moments.update_running_moments(
-          running, moments, decay=self.decay, unbiased=self.unbiased
-        )
-      )
     return y
 
-  def _limits(self, update):
-    """Of renormalisation, if there are any."""
-    del update
+  def _limits(self) -> dict[str, Any]:
     return {}
 
-  def _by_batch(self, x, scale, bias, *, running, domain, **options):
-    """Y and the moments of the batch."""
-    raise NotImplementedError
-
   def _rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What statistics have before the features, and so the parameters."""
+    """Axes before the features, of the averages and of the parameters."""
     return (), ()
 
-  def _features(self, x):
+  def _variables(self, x):
     axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-    return tuple(x.shape[a] for a in sorted(a % x.ndim for a in axes))
-
-  def _parameters(self, x):
-    shape = (*self._rows()[1], *self._features(x))
-    return (
-      self.param(name, init, shape, self.param_dtype) if use else None
+    features = tuple(x.shape[a] for a in sorted(a % x.ndim for a in axes))
+    rows, parameter_rows = self._rows()
+    scale, bias = (
+      self.param(name, init, (*parameter_rows, *features), self.param_dtype)
+      if use
+      else None
       for name, init, use in (
         ('scale', self.scale_init, self.use_scale),
         ('bias', self.bias_init, self.use_bias),
       )
     )
-
-  def _running_average(self, x):
-    """The running averages, and a function that replaces them."""
-    start = _running_moments.RunningMoments.init(
-      (*self._rows()[0], *self._features(x)), self.debias
-    )
-    kept = [
-      self.variable('batch_stats', name, lambda value=value: value)
-      for name, value in start._asdict().items()
-      if name != 'weight' or self.debias
-    ]
-    running = _running_moments.RunningMoments(
-      *(variable.value for variable in kept),
-      *(() if self.debias else (start.weight,)),
-    )
-
-    def write(following):
-      for variable, value in zip(kept, following, strict=False):
-        variable.value = value
-
-    return running, write
+    start = _step.init((*rows, *features), self.debias, self._limits())
+    variables = {
+      name: self.variable('batch_stats', name, lambda value=value: value)
+      for name, value in start.items()
+    }
+    return scale, bias, variables
 
 
 class BatchNorm(Normalization):
   """:func:`optax_ghm.batch_norm` as a module that keeps running averages.
 
-  Takes the place of ``flax.linen.BatchNorm``: names, collections and
-  checkpoints are the same, and so is what it computes, more exactly. What Flax
-  calls ``momentum`` is ``decay`` here, and x has to be real and floating. With
-  the collection ``batch_norm_stats`` mutable (and, in an ``nn.scan``, among its
-  ``variable_axes``), every training call leaves
+  Takes the place of ``flax.linen.BatchNorm``: arguments, variables and
+  checkpoints are the same, and so is the result, to rounding. With the
+  collection ``batch_norm_stats`` mutable (and, in an ``nn.scan``, among its
+  ``variable_axes``), every training call writes the statistics
   :func:`optax_ghm.flow.batch_norm_stats` there.
 
   Attributes:
-    use_running_average: whether to normalise by the running averages; here or
-      in the call.
+    use_running_average: whether to normalize by the running averages; must be
+      given either here or in the call.
     axis: the feature axes.
-    decay: how much of the running averages every batch leaves.
+    momentum: the share of the running averages that every batch leaves.
     epsilon: added to the variance.
-    dtype: of the result; None promotes those of x and the parameters.
+    dtype: of the result; None promotes the dtypes of x and the parameters.
     param_dtype: of the parameters.
     use_bias: whether there is a bias.
     use_scale: whether there is a scale.
     bias_init: initializer of the bias.
     scale_init: initializer of the scale.
     axis_name: mapped axes over which the batch is split.
+    axis_index_groups: must be None.
+    use_fast_variance: has no effect. The variance is always computed from the
+      deviations from the mean, never as a difference of squares.
+    force_float32_reductions: must be True.
     unbiased: whether running variances are divided by count - 1.
-    debias: whether the averages are of the batches alone from the start, and
-      not of mean 0 and variance 1 too; keeps their ``weight`` beside them.
-    ghost_size: examples that are normalised together, if not all of a batch.
+    debias: whether the initial mean 0 and variance 1 have no part in the
+      running averages; keeps their ``weight`` beside them.
+    ghost_size: how many examples are normalized together; None is all.
 
   Examples:
     >>> from flax import linen as nn
@@ -160,7 +161,7 @@ class BatchNorm(Normalization):
     >>> from optax_ghm.linen import BatchNorm
     >>> x = jnp.array([[1.0], [3.0], [100.0]])
     >>> mask = jnp.array([[True], [True], [False]])
-    >>> norm = BatchNorm(decay=0.9)
+    >>> norm = BatchNorm(momentum=0.9)
     >>> variables = norm.init(jax.random.key(0), x, use_running_average=True)
     >>> y, updated = norm.apply(
     ...   variables,
@@ -177,46 +178,19 @@ class BatchNorm(Normalization):
 
   ghost_size: int | None = None
 
-  @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    use_running_average: bool | None = None,
-    *,
-    mask: jax.Array | None = None,
-    update_running_average: bool = True,
-  ) -> jax.Array:
-    """Normalises by the batch or by the running averages.
-
-    Args:
-      x: the input.
-      use_running_average: whether by the running averages.
-      mask: broadcastable to ``x``: what counts.
-      update_running_average: False leaves these as they are while the batch is
-        normalised by itself, as in adaptation at test time.
-
-    Returns:
-      The input, normalised.
-    """
-    return self._norm(x, use_running_average, mask, update_running_average)
-
-  def _by_batch(self, x, scale, bias, *, running, domain, **options):
-    del running, domain
-    if self.ghost_size is None:
-      return _batch_norm.batch_norm(x, scale, bias, **options)
-    return _ghost.ghost_batch_norm(
-      x, scale, bias, ghost_size=self.ghost_size, **options
-    )
+  def _normalize(self, *args, **kwargs):
+    return super()._normalize(*args, ghost_size=self.ghost_size, **kwargs)
 
 
 class BatchRenorm(Normalization):
   """:func:`optax_ghm.batch_renorm` as a module.
 
+  Has the attributes of :class:`BatchNorm` up to ``debias``, and the limits.
+
   Attributes:
-    use_running_average: see :class:`BatchNorm`, as are those up to ``debias``.
-    r_max: limit of r, a number or a schedule over the training calls, which
-      are then counted beside the running averages.
-    d_max: limit of d, the same.
+    r_max: limit of r, a number or a schedule over the number of training calls,
+      which is then kept beside the running averages as ``steps``.
+    d_max: limit of d, a number or a schedule over the number of training calls.
 
   Examples:
     >>> import jax
@@ -235,55 +209,19 @@ class BatchRenorm(Normalization):
   r_max: optax.ScalarOrSchedule = 3.0
   d_max: optax.ScalarOrSchedule = 5.0
 
-  @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    use_running_average: bool | None = None,
-    *,
-    mask: jax.Array | None = None,
-    update_running_average: bool = True,
-  ) -> jax.Array:
-    """Normalises by the batch or by the running averages.
-
-    Args:
-      x: the input.
-      use_running_average: whether by the running averages.
-      mask: broadcastable to ``x``: what counts.
-      update_running_average: False leaves these as they are while the batch is
-        normalised by itself, as in adaptation at test time.
-
-    Returns:
-      The input, normalised.
-    """
-    return self._norm(x, use_running_average, mask, update_running_average)
-
-  def _by_batch(self, x, scale, bias, *, running, domain, **options):
-    del domain
-    return _renorm.batch_renorm(x, running, scale, bias, **options)
-
-  def _limits(self, update):
-    limits = {'r_max': self.r_max, 'd_max': self.d_max}
-    if any(map(callable, limits.values())):
-      steps = self.variable(
-        'batch_stats', 'steps', lambda: jnp.zeros([], jnp.int32)
-      )
-      limits = {
-        name: limit(steps.value) if callable(limit) else limit
-        for name, limit in limits.items()
-      }
-      if update:
-        steps.value = jnp.asarray(optax.safe_increment(steps.value))
-    return limits
+  def _limits(self):
+    return {'r_max': self.r_max, 'd_max': self.d_max}
 
 
 class DomainBatchNorm(Normalization):
-  """:func:`optax_ghm.domain_batch_norm` as a module: averages per domain.
+  """:func:`optax_ghm.domain_batch_norm` as a module: averages for each domain.
+
+  Has the attributes of :class:`BatchNorm` up to ``debias``, and those of the
+  domains.
 
   Attributes:
-    use_running_average: see :class:`BatchNorm`, as are those up to ``debias``.
     num_domains: how many domains there are.
-    shared_affine: whether scale and bias are the same in all of them.
+    shared_affine: whether all domains share one scale and one bias.
 
   Examples:
     >>> import jax
@@ -312,28 +250,22 @@ class DomainBatchNorm(Normalization):
     mask: jax.Array | None = None,
     update_running_average: bool = True,
   ) -> jax.Array:
-    """Normalises every domain by itself or by its running averages.
+    """Normalizes every domain by its examples or by its running averages.
 
     Args:
-      x: the input, examples along axis 0.
-      domain: integers, one per example, or one for all.
-      use_running_average: whether by the running averages.
-      mask: broadcastable to ``x``: what counts.
-      update_running_average: see :class:`BatchNorm`.
+      x: real floating array, examples along axis 0.
+      domain: integers or bool, one for each example, or one for all.
+      use_running_average: as for :class:`BatchNorm`.
+      mask: as for :class:`BatchNorm`.
+      update_running_average: as for :class:`BatchNorm`.
 
     Returns:
-      The input, normalised.
+      The normalized input.
     """
-    return self._norm(
+    return self._normalize(
       x, use_running_average, mask, update_running_average, domain
     )
 
-  def _by_batch(self, x, scale, bias, *, running, domain, **options):
-    del running
-    return _domain.domain_batch_norm(
-      x, domain, scale, bias, num_domains=self.num_domains, **options
-    )
-
-  def _rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  def _rows(self):
     rows = (self.num_domains,)
     return rows, () if self.shared_affine else rows

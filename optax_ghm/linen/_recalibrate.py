@@ -1,4 +1,4 @@
-"""Population statistics for the batch normalisation of Linen models."""
+"""Population statistics for the batch normalization of Linen models."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -6,10 +6,9 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from optax_ghm.batch_normalization import _moments, _recalibrate
+from optax_ghm.batch_normalization import _recalibrate
 from optax_ghm.linen import _batch_norm
 
 
@@ -24,29 +23,29 @@ def recalibrate(
     \mu = \frac{1}{N} \sum_b n_b\, \mu_b, \qquad
     \sigma^2 = \frac{1}{N} \sum_b \big(M_{2,b} + n_b (\mu_b - \mu)^2\big)
 
-  over the batches b, in one pass, at every batch norm of the model: Flax's and
-  ours, masked, of domains, in ``nn.scan``, ``nn.vmap`` and ``nn.remat`` that
-  carry the collection ``batch_stats``. Running averages lag behind the weights,
-  and know nothing of weights that were averaged; on the data of another domain
-  this is AdaBN. Layers are normalised by their batches while it runs, so let
-  these be as large as in training.
+  over the batches b, in one pass, in every batch norm of the model: Flax's and
+  this library's, with masks or domains, and under transformations (``nn.scan``,
+  ``nn.vmap``, ``nn.remat``) that carry the collection ``batch_stats``. Running
+  averages lag behind the weights, and do not fit weights that were averaged. On
+  data of another domain this method is AdaBN. While it runs, layers normalize
+  by their batches, so that the batches should be as large as in training.
 
   Args:
-    apply: called as ``apply(variables, batch)``, to run the model in training
-      mode, with the collection ``batch_stats`` mutable. It is jitted, once if
-      it is the same function at every call of ``recalibrate``; it may be a
-      ``jax.vmap`` over stacked models.
+    apply: called as ``apply(variables, batch)``. It runs the model in training
+      mode, with the collection ``batch_stats`` mutable, and returns what
+      ``model.apply`` does. It is compiled once if every call of ``recalibrate``
+      gets the same function. It may be a ``jax.vmap`` over stacked models.
     variables: of the model, with ``batch_stats``.
-    batches: what ``apply`` takes; arrays, or trees of them.
+    batches: what ``apply`` takes; arrays, or trees of arrays.
 
   Returns:
-    The variables, with means and variances of the batches. Features that never
-    counted, or had something that is not finite, and layers that normalised by
-    running averages, keep theirs.
+    The variables, with means and variances of the data. A feature keeps its
+    averages if it never counted or its statistics are not finite. A layer keeps
+    them if it normalized by its running averages.
 
   Raises:
     ValueError: if there is no batch, ``apply`` returns no ``batch_stats``, or
-      nothing was normalised by its batch.
+      no layer normalized by its batch.
 
   Examples:
     >>> from flax import linen as nn
@@ -71,21 +70,21 @@ def recalibrate(
   """
   if 'batch_stats' not in variables:
     raise ValueError("variables must have the collection 'batch_stats'.")
-  apply = _recalibrate.hashable(apply)
-  stats = _with_moments(flax.core.unfreeze(variables['batch_stats']))
-  empty = True
+  averages = flax.core.unfreeze(variables['batch_stats'])
+  stats = _map_norms(
+    lambda old: {**old, _MOMENTS: _recalibrate.init(old['mean'])}, averages
+  )
   for batch in batches:
-    empty = False
-    stats = _measured(dict(variables), stats, batch, apply=apply)
-  if empty:
-    raise ValueError('batches must hold at least one.')
-  counts = [m.count for m in _all_moments(stats)]
-  if not any(float(jnp.sum(count)) for count in counts):
-    raise ValueError(
-      'no batch norm normalised by its batch: apply must run the model in'
-      ' training mode (use_running_average=False).'
-    )
-  return {**variables, 'batch_stats': _settled(stats)}
+    stats = _measure_batch(dict(variables), stats, batch, apply=apply)
+  _recalibrate.check_measured(
+    u[_MOMENTS] for u in jax.tree.leaves(stats, is_leaf=_is_norm) if _is_norm(u)
+  )
+  averages = _map_norms(
+    lambda old, measured: _recalibrate.replace(old, measured[_MOMENTS]),
+    averages,
+    stats,
+  )
+  return {**variables, 'batch_stats': averages}
 
 
 _MOMENTS = '_moments'
@@ -94,13 +93,28 @@ _MOMENTS = '_moments'
 _HOMES = (nn.BatchNorm.__module__, _batch_norm.__name__)
 
 
-def _measure(next_fun, args, kwargs, context):
-  """An interceptor that merges the moments of what is normalised."""
+def _is_norm(u):
+  return isinstance(u, Mapping) and {'mean', 'var'} <= u.keys()
+
+
+def _map_norms(f, stats, *others):
+  """Applies ``f`` to the variables of every batch norm; others stay."""
+  return jax.tree.map(
+    lambda u, *others: f(u, *others) if _is_norm(u) else u,
+    stats,
+    *others,
+    is_leaf=_is_norm,
+  )
+
+
+def _merge_moments(call, args, kwargs, context):
+  """Calls a batch norm, and merges the moments of its input."""
   norm = context.module
   if (
     context.method_name == '__call__'
     and isinstance(norm, (nn.BatchNorm, _batch_norm.Normalization))
-    and context.orig_method.func.__module__ in _HOMES  # not of subclasses
+    # A subclass may change the input before it calls the method measured here.
+    and context.orig_method.func.__module__ in _HOMES
     and norm.has_variable('batch_stats', _MOMENTS)
   ):
     moments = _recalibrate.moments_of_call(
@@ -108,71 +122,27 @@ def _measure(next_fun, args, kwargs, context):
     )
     if moments is not None:
       before = norm.get_variable('batch_stats', _MOMENTS)
-      norm.put_variable(
-        'batch_stats', _MOMENTS, _moments.merge_moments(before, moments)
-      )
-  return next_fun(*args, **kwargs)
+      norm.put_variable('batch_stats', _MOMENTS, before.merge(moments))
+  return call(*args, **kwargs)
 
 
 @functools.partial(jax.jit, static_argnames='apply')
-def _measured(variables, stats, batch, *, apply):
-  """The statistics with the moments of one more batch."""
+def _measure_batch(variables, stats, batch, *, apply):
+  """Returns the statistics with the moments of one more batch."""
   wrong = (
     "apply must return (output, updated variables): let 'batch_stats' be"
     " mutable, as in model.apply(variables, x, mutable=['batch_stats'])."
   )
   try:
-    with nn.intercept_methods(_measure):
+    with nn.intercept_methods(_merge_moments):
       result = apply({**variables, 'batch_stats': stats}, batch)
   except flax.errors.ModifyScopeVariableError as error:
     raise ValueError(wrong) from error
   updated = result[1] if isinstance(result, tuple) and len(result) > 1 else {}
   if not isinstance(updated, Mapping) or 'batch_stats' not in updated:
     raise ValueError(wrong)
-  return _with_moments(
-    flax.core.unfreeze(variables['batch_stats']),
+  return _map_norms(
+    lambda before, after: {**before, _MOMENTS: after[_MOMENTS]},
+    stats,
     flax.core.unfreeze(updated['batch_stats']),
   )
-
-
-def _is_norm(stats):
-  return {'mean', 'var'} <= set(stats)
-
-
-def _with_moments(stats, measured=None):
-  """The statistics with moments beside them: those measured, or of nothing."""
-  result = {
-    key: _with_moments(value, None if measured is None else measured[key])
-    if isinstance(value, Mapping)
-    else value
-    for key, value in stats.items()
-  }
-  if _is_norm(stats):
-    result[_MOMENTS] = (
-      _recalibrate.nothing_measured(stats['mean'])
-      if measured is None
-      else measured[_MOMENTS]
-    )
-  return result
-
-
-def _all_moments(stats):
-  return [
-    leaf
-    for leaf in jax.tree.leaves(
-      stats, is_leaf=lambda u: isinstance(u, _moments.Moments)
-    )
-    if isinstance(leaf, _moments.Moments)
-  ]
-
-
-def _settled(stats):
-  """Statistics with the moments in the place of the running averages."""
-  result: dict[str, Any] = {
-    key: _settled(value) if isinstance(value, Mapping) else value
-    for key, value in stats.items()
-    if key != _MOMENTS
-  }
-  if _is_norm(stats):
-    result.update(_recalibrate.settle(stats[_MOMENTS], result))
-  return result

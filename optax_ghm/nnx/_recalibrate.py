@@ -1,14 +1,13 @@
-"""Population statistics for the batch normalisation of NNX models."""
+"""Population statistics for the batch normalization of NNX models."""
 
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from optax_ghm.batch_normalization import _moments, _recalibrate
+from optax_ghm.batch_normalization import _recalibrate
 from optax_ghm.nnx import _batch_norm, _subclass
 
 
@@ -19,20 +18,21 @@ def recalibrate(
 ) -> None:
   """Replaces running averages by the statistics of a whole data set, in place.
 
-  See :func:`optax_ghm.linen.recalibrate` for what this computes and is good
-  for. Works for ``flax.nnx.BatchNorm`` and ours, in ``nnx.scan``, ``nnx.vmap``
-  and ``nnx.remat`` that carry ``nnx.BatchStat``.
+  Computes what :func:`optax_ghm.linen.recalibrate` does. Works for
+  ``flax.nnx.BatchNorm`` and the modules of this library, and under
+  transformations (``nnx.scan``, ``nnx.vmap``, ``nnx.remat``) that carry
+  ``nnx.BatchStat``.
 
   Args:
-    apply: called as ``apply(model, batch)`` with a copy of the model, to run it
-      in training mode. It is jitted, once if it is the same function, on the
-      same model, at every call of ``recalibrate``.
-    model: the model; its ``nnx.BatchStat`` change, nothing else.
-    batches: what ``apply`` takes; arrays, or trees of them.
+    apply: called as ``apply(model, batch)`` with a copy of the model, which it
+      runs in training mode. It is compiled once if every call of
+      ``recalibrate`` gets the same function and model.
+    model: the model, of which only ``nnx.BatchStat`` change.
+    batches: what ``apply`` takes; arrays, or trees of arrays.
 
   Raises:
-    ValueError: if there is no batch, nothing was normalised by its batch, or a
-      module that is a batch norm by inheritance has its own ``__call__``.
+    ValueError: if there is no batch, no layer normalized by its batch, or a
+      subclass of a batch norm has a ``__call__`` of its own.
 
   Examples:
     >>> from flax import nnx
@@ -44,55 +44,51 @@ def recalibrate(
     >>> model.mean.get_value()
     Array([3.], dtype=float32)
   """
-  copy, apply = nnx.clone(model), _recalibrate.hashable(apply)
+  copy = nnx.clone(model)
   for _, norm in _norms(copy):
     if type(norm).__call__ not in _CALLS:
       raise ValueError(
-        f'{type(norm).__name__} has a __call__ of its own: what it normalises'
-        ' cannot be seen. Hold a batch norm instead of being one.'
+        f'{type(norm).__name__} has a __call__ of its own, whose batch norm'
+        ' cannot be measured. Hold a batch norm instead of inheriting from it.'
       )
-    kind = _subclass.subclass(type(norm), _measure)
+    kind = _subclass.subclass(type(norm), _merge_moments)
     object.__setattr__(norm, '__class__', kind)
-    mean = norm.mean.get_value()
-    start = _recalibrate.nothing_measured(mean)
-    setattr(norm, _HELD, _Moments(start))
-  carried = nnx.Any(_Moments, nnx.RngState)  # so that dropout goes on
-  graph, measured, rest = nnx.split(copy, carried, ...)
-  empty = True
+    setattr(norm, _MOMENTS, _Moments(_recalibrate.init(norm.mean.get_value())))
+  graph, measured, others = nnx.split(copy, _CHANGED, ...)
   for batch in batches:
-    empty = False
-    measured = _measured(measured, rest, batch, apply=apply, graph=graph)
-  if empty:
-    raise ValueError('batches must hold at least one.')
+    measured = _measure_batch(measured, others, batch, apply=apply, graph=graph)
   nnx.update(copy, measured)
   found = {
-    path: getattr(norm, _HELD).get_value() for path, norm in _norms(copy)
+    path: getattr(norm, _MOMENTS).get_value() for path, norm in _norms(copy)
   }
-  if not any(float(jnp.sum(moments.count)) for moments in found.values()):
-    raise ValueError(
-      'no batch norm normalised by its batch: apply must run the model in'
-      ' training mode (use_running_average=False).'
-    )
+  _recalibrate.check_measured(found.values())
   for path, norm in _norms(model):
-    for name, value in _recalibrate.settle(
-      found[path], {n: v.get_value() for n, v in _averages(norm).items()}
-    ).items():
-      getattr(norm, name).set_value(value)
+    variables = {
+      name: variable
+      for name, variable in vars(norm).items()
+      if isinstance(variable, nnx.BatchStat)
+    }
+    averages = {name: u.get_value() for name, u in variables.items()}
+    for name, value in _recalibrate.replace(averages, found[path]).items():
+      variables[name].set_value(value)
 
 
-_HELD = '_moments'
+_MOMENTS = '_moments'
 
 
 class _Moments(nnx.BatchStat):
-  """Moments that go where running averages go."""
+  """Moments, which transformations carry like running averages."""
+
+
+_CHANGED = nnx.Any(_Moments, nnx.RngState)
+"""Random states change too, so that every batch has a dropout of its own."""
 
 
 _CALLS = {
   kind.__call__
   for kind in (
     nnx.BatchNorm,
-    _batch_norm.BatchNorm,
-    _batch_norm.BatchRenorm,
+    _batch_norm.Normalization,
     _batch_norm.DomainBatchNorm,
   )
 }
@@ -103,23 +99,18 @@ def _norms(model):
   return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, kinds)]
 
 
-def _averages(norm):
-  names = ('mean', 'var', 'weight')
-  return {n: getattr(norm, n) for n in names if getattr(norm, n, None)}
-
-
 @functools.partial(jax.jit, static_argnames=('apply', 'graph'))
-def _measured(measured, rest, batch, *, apply, graph):
-  """The moments after one more batch."""
-  model = nnx.merge(graph, measured, rest)
+def _measure_batch(measured, others, batch, *, apply, graph):
+  """Returns the moments after one more batch."""
+  model = nnx.merge(graph, measured, others)
   apply(model, batch)
-  return nnx.state(model, nnx.Any(_Moments, nnx.RngState))
+  return nnx.state(model, _CHANGED)
 
 
-def _measure(call, norm, args, kwargs):
-  """The call of a batch norm that merges the moments of what it normalises."""
+def _merge_moments(call, norm, args, kwargs):
+  """Calls a batch norm, and merges the moments of its input."""
   moments = _recalibrate.moments_of_call(norm, call, args, kwargs)
   if moments is not None:
-    held = getattr(norm, _HELD)
-    held.set_value(_moments.merge_moments(held.get_value(), moments))
+    held = getattr(norm, _MOMENTS)
+    held.set_value(held.get_value().merge(moments))
   return call(norm, *args, **kwargs)

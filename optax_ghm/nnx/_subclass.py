@@ -1,4 +1,4 @@
-"""Modules that do more when they are called, and are still what they were."""
+"""Classes whose calls do something around the calls of another class."""
 
 import functools
 from collections.abc import Callable
@@ -11,11 +11,12 @@ from flax import nnx
 def subclass(
   kind: type[nnx.Module], around: Callable[..., Any]
 ) -> type[nnx.Module]:
-  """A class whose calls are ``around(kind.__call__, self, args, kwargs)``.
+  """Returns a class that calls ``around(kind.__call__, self, args, kwargs)``.
 
-  Set it by ``object.__setattr__(module, '__class__', ...)``: that of NNX would
-  take the class for a part of the model. Being another type, it makes what has
-  been compiled for the first one be traced anew.
+  A module gets the class by ``object.__setattr__(module, '__class__', ...)``;
+  the assignment of NNX would take the class for a part of the model. What was
+  compiled for the original class is traced again for this one, because the
+  types differ.
   """
 
   @functools.wraps(kind.__call__)

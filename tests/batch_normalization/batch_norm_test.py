@@ -20,7 +20,7 @@ EPSILON = 1e-3
 def definition(x, scale, bias, counts, axis=-1, constants=None):
   """Batch norm as in the paper, and its moments, in NumPy's float64.
 
-  ``counts`` is the mask, as numbers; ``constants`` is renormalisation's r and
+  ``counts`` is the mask, as numbers; ``constants`` is renormalization's r and
   d. Arrays may have any axes in front of those of the batch.
   """
   ndim = counts.ndim
@@ -425,14 +425,9 @@ def test_forward_mode_raises_and_inference_is_the_same_there():
     jax.jvp(lambda x: optax_ghm.batch_norm(x)[0], (case.x,), (tangent,))
 
   def norm(x):
-    moments = optax_ghm.batch_moments(x, mask=case.mask)
+    moments = optax_ghm.Moments.of(x, mask=case.mask)
     return optax_ghm.batch_norm_inference(
-      x,
-      moments.mean,
-      moments.variance(),
-      case.scale,
-      case.bias,
-      epsilon=EPSILON,
+      x, moments, case.scale, case.bias, epsilon=EPSILON
     )
 
   @jax.jit
@@ -766,13 +761,17 @@ def full_size_writes(text, shape):
 # Inference and folding.
 
 
+def running(mean, var):
+  return optax_ghm.RunningMoments(mean, var, jnp.ones_like(mean))
+
+
 def test_inference_is_the_formula(rng):
   x = rng.normal(size=(4, 5, 3)).astype(np.float32)
   mean, var, scale, bias = (
     rng.uniform(1, 2, size=(4, 3)).astype(np.float32) for _ in range(4)
   )
   y = optax_ghm.batch_norm_inference(
-    x, mean, var, scale, bias, axis=(0, 2), epsilon=EPSILON
+    x, running(mean, var), scale, bias, axis=(0, 2), epsilon=EPSILON
   )
   wide = (u.astype(np.float64)[:, None] for u in (mean, var, scale, bias))
   mean, var, scale, bias = wide
@@ -790,13 +789,14 @@ def test_inference_by_domain(rng):
   mean, var, scale = rng.uniform(1, 2, size=(3, 4, 3)).astype(np.float32)
   domain = np.array([0, 3, 1, 4, -1, 3])
   bias = np.float32([1, 2, 3])  # of all domains
-  y = inference(x, mean, var, scale, bias, domain=domain, epsilon=EPSILON)
+  averages = running(mean, var)
+  y = inference(x, averages, scale, bias, domain=domain, epsilon=EPSILON)
   for i, d in enumerate(domain):
     expected = np.zeros((2, 3))
     if 0 <= d < 4:
       expected = (x[i] - mean[d]) / np.sqrt(var[d] + EPSILON) * scale[d] + bias
     assert_close(y[i], expected, 1e-6)
-  one = inference(x, mean, var, domain=np.array(3), epsilon=EPSILON)
+  one = inference(x, averages, domain=np.array(3), epsilon=EPSILON)
   assert_close(one, (x - mean[3]) / np.sqrt(var[3] + EPSILON), 1e-6)
 
 
@@ -806,14 +806,14 @@ def test_inference_is_in_float32_and_then_rounded(rng):
   wide = np.asarray(x, np.float64)
   expected = (wide - mean) / np.sqrt(var + 1e-5) * scale
   for dtype in (jnp.float32, jnp.bfloat16):
-    y = inference(x, mean, var, scale, dtype=dtype)
+    y = inference(x, running(mean, var), scale, dtype=dtype)
     assert y.dtype == dtype
     assert_close(y, expected, 1e-6, rounding=float(jnp.finfo(dtype).eps) / 2)
 
 
 def test_inference_keeps_1e4_standard_deviations(rng):
   x = (1e4 + rng.normal(size=(9, 2))).astype(np.float32)
-  y = optax_ghm.batch_norm_inference(x, jnp.full(2, 1e4), jnp.ones(2))
+  y = optax_ghm.batch_norm_inference(x, running(jnp.full(2, 1e4), jnp.ones(2)))
   np.testing.assert_allclose(
     y, (x.astype(np.float64) - 1e4) / np.sqrt(1 + 1e-5), rtol=1e-6
   )
@@ -828,7 +828,11 @@ def test_inference_is_differentiable_in_everything(rng):
     mean, var, scale, bias = (u[..., None, :] for u in (mean, var, scale, bias))
     return (x - mean) / np.sqrt(var + EPSILON) * scale + bias
 
-  f = functools.partial(optax_ghm.batch_norm_inference, epsilon=EPSILON)
+  def f(x, mean, var, scale, bias):
+    return optax_ghm.batch_norm_inference(
+      x, running(mean, var), scale, bias, epsilon=EPSILON
+    )
+
   found = jax.jit(lambda *args: jax.vjp(f, *args)[1](dy))(*args)
   wide = [u.astype(np.float64) for u in args]
   expected, _ = derivatives(formula, wide, dy.astype(np.float64))
@@ -845,8 +849,9 @@ def test_folding_a_convolution_or_a_dense_layer(with_bias, affine, rng):
 
   kernel, x = normal(3, 3, 2, 5), normal(2, 6, 6, 2)
   mean, var = normal(5), jnp.exp(normal(5))
-  bias = normal(5) if with_bias else None
-  scale, offset = (normal(5), normal(5)) if affine else (None, None)
+  kernel_bias = normal(5) if with_bias else None
+  scale, bias = (normal(5), normal(5)) if affine else (None, None)
+  averages = running(mean, var)
 
   def conv(x, kernel, bias):
     y = jax.lax.conv_general_dilated(
@@ -860,14 +865,14 @@ def test_folding_a_convolution_or_a_dense_layer(with_bias, affine, rng):
 
   for layer, weights in ((conv, kernel), (dense, kernel[:1, :1])):
     expected = optax_ghm.batch_norm_inference(
-      layer(x, weights, bias), mean, var, scale, offset, epsilon=0.1
+      layer(x, weights, kernel_bias), averages, scale, bias, epsilon=0.1
     )
     folded = optax_ghm.fold_batch_norm(
-      weights, bias, mean, var, scale, offset, epsilon=0.1
+      weights, kernel_bias, averages, scale, bias, epsilon=0.1
     )
     assert folded[0].shape == weights.shape
     assert_close(layer(x, *folded), expected, 1e-5)
-  folded = optax_ghm.fold_batch_norm(kernel, bias, mean, var)
+  folded = optax_ghm.fold_batch_norm(kernel, kernel_bias, averages)
   assert_close(
     folded[0], np.asarray(kernel) / np.sqrt(np.asarray(var) + 1e-5), 1e-6
   )
@@ -883,7 +888,9 @@ def test_x_must_be_real_and_floating(dtype):
   x = jnp.ones((4, 3), dtype)
   for f in (
     optax_ghm.batch_norm,
-    lambda x: optax_ghm.batch_norm_inference(x, jnp.ones(3), jnp.ones(3)),
+    lambda x: optax_ghm.batch_norm_inference(
+      x, running(jnp.ones(3), jnp.ones(3))
+    ),
   ):
     with pytest.raises(TypeError, match=f'x must be .*{np.dtype(dtype)}'):
       f(x)
@@ -894,9 +901,9 @@ def test_x_must_be_real_and_floating(dtype):
   [
     ({'axis': 2}, r'axis must .*\(4, 3\), got 2'),
     ({'axis': (0, -3)}, r'axis must .*\(0, -3\)'),
-    ({'mask': np.ones((3, 1), bool)}, r'mask, of shape \(3, 1\)'),
-    ({'mask': np.ones((1, 4, 3), bool)}, r'mask, of shape \(1, 4, 3\)'),
-    ({'mask': np.ones(4, bool)}, r'mask, of shape \(4,\)'),
+    ({'mask': np.ones((3, 1), bool)}, r'mask of shape \(3, 1\)'),
+    ({'mask': np.ones((1, 4, 3), bool)}, r'mask of shape \(1, 4, 3\)'),
+    ({'mask': np.ones(4, bool)}, r'mask of shape \(4,\)'),
     ({'scale': np.ones(4, np.float32)}, r'scale must .*\(3,\), got \(4,\)'),
     ({'scale': np.float32(1)}, r'scale must .*got \(\)'),
     ({'bias': np.ones((1, 3), np.float32)}, r'bias must .*got \(1, 3\)'),
@@ -932,13 +939,16 @@ def test_arguments_that_do_not_fit(kwargs, match):
 )
 def test_arguments_of_inference_that_do_not_fit(kwargs, error, match):
   kwargs = {'mean': np.ones(3), 'var': np.ones(3), **kwargs}
+  averages = running(kwargs.pop('mean'), kwargs.pop('var'))
   with pytest.raises(error, match=match):
-    optax_ghm.batch_norm_inference(X, **kwargs)
+    optax_ghm.batch_norm_inference(X, averages, **kwargs)
 
 
 def test_a_kernel_that_does_not_fit():
   with pytest.raises(ValueError, match=r'kernel, of shape \(3, 4\)'):
-    optax_ghm.fold_batch_norm(jnp.ones((3, 4)), None, jnp.ones(3), jnp.ones(3))
+    optax_ghm.fold_batch_norm(
+      jnp.ones((3, 4)), None, running(jnp.ones(3), jnp.ones(3))
+    )
 
 
 # Anything.
@@ -949,7 +959,7 @@ KINDS = [
   ((3, 2), jnp.float16),
   ((2, 2, 3), jnp.bfloat16),
 ]
-FINITE = [0.0, -0.0, 1.0, -3.5, 1e-30, -1e-40, 1e-45, 1e15, -1e15, 7e4]
+FINITE = [0.0, -0.0, 1.0, -3.5, 1e-30, 1e15, -1e15, 7e4]
 NUMBERS = [*FINITE, 1e30, -1e30, np.nan, np.inf, -np.inf]
 
 
@@ -982,7 +992,7 @@ def test_never_raises_and_is_finite_where_it_can_be(data):
 
 @pytest.mark.parametrize('shape', [(7, 256), (13, 5, 64), (100, 128)])
 def test_far_from_zero_compiled_loops_agree_on_the_mean(shape):
-  """A compiler that divides anew in each loop must not see several means."""
+  """A compiler that repeats the division in each loop must not see several means."""
   x = np.random.default_rng(0).normal(1e4, 1, shape).astype(np.float32)
   axes = tuple(range(len(shape) - 1))
   wide = x.astype(np.float64)
@@ -997,17 +1007,19 @@ def test_far_from_zero_compiled_loops_agree_on_the_mean(shape):
 
 def test_inference_keeps_the_dtype():
   x = jnp.ones((2, 2), jnp.bfloat16)
-  y = optax_ghm.batch_norm_inference(x, jnp.zeros(2), jnp.ones(2))
+  y = optax_ghm.batch_norm_inference(x, running(jnp.zeros(2), jnp.ones(2)))
   assert y.dtype == jnp.bfloat16
 
 
 def test_statistics_of_another_precision():
   x = jnp.ones((2, 2))
   half = jnp.ones(2, jnp.bfloat16)
-  y = optax_ghm.batch_norm_inference(x, half, half, half, half)
+  y = optax_ghm.batch_norm_inference(x, running(half, half), half, half)
   np.testing.assert_allclose(y, 1)
   kernel, bias = optax_ghm.fold_batch_norm(
-    jnp.ones((3, 2), jnp.bfloat16), None, jnp.zeros(2), jnp.ones(2)
+    jnp.ones((3, 2), jnp.bfloat16),
+    None,
+    running(jnp.zeros(2), jnp.ones(2)),
   )
   assert kernel.dtype == bias.dtype == jnp.bfloat16
 
@@ -1019,7 +1031,7 @@ def test_numpy_numbers_name_axes(axis):
 
 
 def test_a_single_number_has_no_batch():
-  with pytest.raises(ValueError, match='x must have at least one axis'):
+  with pytest.raises(ValueError, match=r'axis must .*\(\), got \(\)'):
     optax_ghm.batch_norm(jnp.ones(()), axis=())
 
 
@@ -1028,7 +1040,7 @@ def test_nan_in_masked_places_stays_out_of_all_derivatives():
   mask = jnp.array([[True], [True], [False]])
 
   def variance(x):
-    return optax_ghm.batch_moments(x, mask=mask).variance().sum()
+    return optax_ghm.Moments.of(x, mask=mask).variance().sum()
 
   np.testing.assert_allclose(
     jax.grad(variance)(x), [[-1, -1.5], [1, 1.5], [0, 0]]

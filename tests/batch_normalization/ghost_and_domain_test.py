@@ -378,7 +378,7 @@ X = np.ones((4, 3), np.float32)
     ({'axis': 0}, ValueError, 'axis 0 of x holds the examples, got axis=0'),
     ({'axis': (-2, 1)}, ValueError, 'axis 0 of x'),
     ({'axis': 3}, ValueError, 'axis must'),
-    ({'mask': np.ones((2, 1), bool)}, ValueError, r'mask, of shape \(2, 1\)'),
+    ({'mask': np.ones((2, 1), bool)}, ValueError, r'mask of shape \(2, 1\)'),
     ({'scale': np.ones((2, 2))}, ValueError, 'scale must'),
     ({'bias': np.ones(4)}, ValueError, 'bias must'),
     ({'x': np.ones((4, 3), int)}, TypeError, 'x must be a real'),
@@ -394,13 +394,16 @@ def test_arguments_of_ghosts_that_do_not_fit(kwargs, error, match):
 @pytest.mark.parametrize(
   ('kwargs', 'error', 'match'),
   [
-    ({'domain': np.zeros(4)}, TypeError, 'domain must be integers, got float'),
-    ({'domain': np.zeros(4, bool)}, TypeError, 'domain must be integers'),
+    (
+      {'domain': np.zeros(4)},
+      TypeError,
+      'domain must be integers or bool, got float',
+    ),
     ({'domain': np.zeros(3, int)}, ValueError, r'domain must .*\(3,\)'),
     ({'domain': np.zeros((4, 1), int)}, ValueError, 'domain must'),
     ({'axis': 0}, ValueError, 'axis 0 of x holds the examples'),
     ({'axis': -3}, ValueError, 'axis must'),
-    ({'mask': np.ones((2, 1), bool)}, ValueError, 'mask, of shape'),
+    ({'mask': np.ones((2, 1), bool)}, ValueError, 'mask of shape'),
     ({'scale': np.ones((3, 3))}, ValueError, r'scale must .*\(2, 3\)'),
     ({'bias': np.ones((2, 1))}, ValueError, 'bias must'),
     ({'x': np.ones((4, 3), np.complex64)}, TypeError, 'x must be a real'),
@@ -413,8 +416,8 @@ def test_arguments_of_domains_that_do_not_fit(kwargs, error, match):
     optax_ghm.domain_batch_norm(**kwargs)
 
 
-@pytest.mark.parametrize('dtype', [jnp.uint8, jnp.int8, jnp.int32])
-def test_small_integers_name_domains_as_large_ones_do(dtype):
+@pytest.mark.parametrize('dtype', [bool, jnp.uint8, jnp.int8, jnp.int32])
+def test_small_integers_and_bool_name_domains(dtype):
   x = jnp.array([[1.0], [3.0], [5.0], [70.0]])
   y, _ = optax_ghm.domain_batch_norm(
     x, jnp.array([0, 0, 1, 1], dtype), num_domains=257, epsilon=0.0
@@ -435,7 +438,7 @@ def test_what_is_of_no_domain_is_0_whatever_it_is():
   assert not gradient[2].any()
   assert jnp.isfinite(gradient).all()
   y = optax_ghm.batch_norm_inference(
-    x, jnp.zeros((2, 2)), jnp.ones((2, 2)), domain=domain
+    x, optax_ghm.RunningMoments.init((2, 2)), domain=domain
   )
   assert not y[2].any()
 

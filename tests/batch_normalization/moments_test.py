@@ -7,14 +7,11 @@ import pytest
 from hypothesis import given, strategies as st
 from jax.sharding import AxisType, PartitionSpec as P
 
-import optax_ghm
 from optax_ghm import Moments
 
-measured = jax.jit(
-  optax_ghm.batch_moments, static_argnames=('axis', 'axis_name')
-)
-merged = jax.jit(optax_ghm.merge_moments)
-pooled = jax.jit(optax_ghm.pool_moments, static_argnames=('axis', 'axis_name'))
+measured = jax.jit(Moments.of, static_argnames=('axis', 'axis_name'))
+merged = jax.jit(Moments.merge)
+pooled = jax.jit(Moments.pool, static_argnames=('axis', 'axis_name'))
 
 
 def defined(x, axis=-1, mask=True):
@@ -57,7 +54,7 @@ def assert_moments(actual, expected, rtol=1e-6):
   ],
   ids=str,
 )
-def test_batch_moments_are_those_of_float64(shape, axis, mask, rng):
+def test_moments_are_those_of_float64(shape, axis, mask, rng):
   x = (3 + rng.normal(size=shape)).astype(np.float32)
   if mask is not None:
     mask = np.arange(np.prod(mask)).reshape(mask) % 3 != 1
@@ -100,21 +97,18 @@ def test_the_mean_s_own_rounding_is_made_up_for(where):
     moments = measured(x)
   else:
     moments = jax.vmap(
-      functools.partial(optax_ghm.batch_moments, axis_name='d'),
+      functools.partial(Moments.of, axis_name='d'),
       axis_name='d',
     )(x[:, None])
     moments = jax.tree.map(lambda u: u[0], moments)
   np.testing.assert_allclose(moments.m2, defined(x).m2, rtol=1e-5)
 
 
-def test_only_what_is_not_zero_counts(rng):
+def test_what_is_masked_out_does_not_count(rng):
   x = rng.normal(size=(4, 3)).astype(np.float32)
   mask = np.array([[True], [False], [True], [True]])
   expected = measured(x, mask=mask)
   assert_moments(expected, defined(x, mask=mask))
-  for numbers in (np.float32([[0.5], [0], [-2], [1]]), np.int32(mask) * 7):
-    for a, b in zip(measured(x, mask=numbers), expected, strict=True):
-      np.testing.assert_array_equal(a, b)
   x[1] = [np.nan, np.inf, -np.inf]
   for a, b in zip(measured(x, mask=mask), expected, strict=True):
     np.testing.assert_array_equal(a, b)
@@ -153,6 +147,7 @@ def test_variance():
     *map(jnp.float32, ([0, 1, 2, 5], [0, 1, 1, 1], [0, 0, 4, 20]))
   )
   np.testing.assert_array_equal(moments.variance(), [0, 0, 2, 4])
+  np.testing.assert_array_equal(moments.var, moments.variance())
   np.testing.assert_array_equal(moments.variance(unbiased=True), [0, 0, 4, 5])
 
 
@@ -164,7 +159,7 @@ def test_differentiable_both_ways(offset, rng):
   tangent, dy = rng.normal(size=(2, 6, 2)).astype(np.float32)
 
   def f(x):
-    moments = optax_ghm.batch_moments(x, mask=mask)
+    moments = Moments.of(x, mask=mask)
     return moments.mean * dy[0] + moments.variance() * dy[1]
 
   _, forward = jax.jit(lambda x: jax.jvp(f, (x,), (tangent,)))(x)
@@ -255,10 +250,9 @@ def test_pooling_devices(rng):
   expected = defined(x.reshape(-1, 3), mask=mask.reshape(-1, 1))
 
   def of_each(x, mask):
-    moments = jax.vmap(lambda x, m: optax_ghm.batch_moments(x, mask=m))(x, mask)
-    both = optax_ghm.pool_moments(moments, axis=0, axis_name='d')
-    first = optax_ghm.pool_moments(moments, axis=0)
-    return both, optax_ghm.pool_moments(first, axis_name='d')
+    moments = jax.vmap(lambda x, m: Moments.of(x, mask=m))(x, mask)
+    both = moments.pool(axis=0, axis_name='d')
+    return both, moments.pool(axis=0).pool(axis_name='d')
 
   sharded = jax.shard_map(
     of_each,
@@ -285,7 +279,7 @@ def test_devices_whose_parts_differ_are_one_batch(rng):
   mask[1, 1] = False
 
   def measure(x, mask):
-    return optax_ghm.batch_moments(x, mask=mask, axis_name=('a', 'b'))
+    return Moments.of(x, mask=mask, axis_name=('a', 'b'))
 
   expected = defined(x.reshape(-1, 3), mask=mask.reshape(-1, 1))
   named = jax.vmap(
@@ -309,7 +303,7 @@ def test_devices_whose_parts_differ_are_one_batch(rng):
 @pytest.mark.parametrize('dtype', [np.int32, np.complex64, bool])
 def test_x_must_be_real_and_floating(dtype):
   with pytest.raises(TypeError, match='x must be a real floating array'):
-    optax_ghm.batch_moments(jnp.ones((4, 3), dtype))
+    Moments.of(jnp.ones((4, 3), dtype))
 
 
 @pytest.mark.parametrize(
@@ -318,16 +312,16 @@ def test_x_must_be_real_and_floating(dtype):
     ({'axis': 2}, r'axis must .*\(4, 3\), got 2'),
     ({'axis': -3}, 'axis must'),
     ({'axis': (0, 5)}, 'axis must'),
-    ({'mask': np.ones((4, 2), bool)}, r'mask, of shape \(4, 2\), must'),
-    ({'mask': np.ones((1, 4, 3), bool)}, 'mask, of shape'),
+    ({'mask': np.ones((4, 2), bool)}, r'mask of shape \(4, 2\)'),
+    ({'mask': np.ones((1, 4, 3), bool)}, 'mask of shape'),
   ],
   ids=str,
 )
 def test_arguments_that_do_not_fit(kwargs, match):
   with pytest.raises(ValueError, match=match):
-    optax_ghm.batch_moments(jnp.ones((4, 3)), **kwargs)
+    Moments.of(jnp.ones((4, 3)), **kwargs)
 
 
 def test_a_mask_does_not_make_x_larger():
-  with pytest.raises(ValueError, match=r'mask, of shape \(4, 3\)'):
-    optax_ghm.batch_moments(jnp.ones((4, 1)), mask=np.ones((4, 3), bool))
+  with pytest.raises(ValueError, match=r'mask of shape \(4, 3\)'):
+    Moments.of(jnp.ones((4, 1)), mask=np.ones((4, 3), bool))

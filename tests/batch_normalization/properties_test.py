@@ -73,7 +73,7 @@ def differentiated(norm, x, scale, bias, mask, domain, dy, axis):
 
 
 def parts_of(norm, x, domain):
-  """The examples that are normalised together, and whether they are known."""
+  """The examples that are normalized together, and whether they are known."""
   n = len(x)
   if norm is ghosts:
     return [np.arange(n) // 2 == i for i in range(n // 2)]
@@ -105,11 +105,11 @@ def defined(norm, x, scale, bias, counts, domain, dy, over, largest):
       x_hat = (u - mean) * rstd
       y[part] = scale * (r * x_hat + shift) + bias
       gain = scale * r * rstd
-      felt = np.where(w, x_hat, 0)
+      counted = np.where(w, x_hat, 0)
       means = [
         v.sum(over, keepdims=True) / np.maximum(n, 1) for v in (d, d * x_hat)
       ]
-      dx[part] = gain * (d - w * means[0] - felt * means[1])
+      dx[part] = gain * (d - w * means[0] - counted * means[1])
     moments.append((n, mean, m2))
   return y, dx, moments
 
@@ -231,9 +231,10 @@ def test_numpy_arrays_of_64_bits_are_taken_as_jax_takes_them(norm, rng):
     jnp.asarray(x), *map(jnp.asarray, (scale, bias)), None, domain, -1, None
   )
   jax.tree.map(np.testing.assert_array_equal, (y, moments), (expected, same))
-  optax_ghm.batch_moments(x)
-  optax_ghm.batch_norm_inference(x, bias, scale)
-  optax_ghm.fold_batch_norm(x, None, bias, scale)
+  running = optax_ghm.RunningMoments(bias, scale, scale)
+  optax_ghm.Moments.of(x)
+  optax_ghm.batch_norm_inference(x, running)
+  optax_ghm.fold_batch_norm(x, None, running)
 
 
 @jax.jit(static_argnames='norm')
@@ -276,7 +277,7 @@ def moments_of(x, dtype=np.float32):
 
 merge, pool = map(
   jax.jit,
-  (optax_ghm.merge_moments, functools.partial(optax_ghm.pool_moments, axis=0)),
+  (optax_ghm.Moments.merge, functools.partial(optax_ghm.Moments.pool, axis=0)),
 )
 
 
@@ -321,38 +322,36 @@ def test_inference_is_its_formula_and_folds_into_the_layer_before(
     return data.draw(arrays_of.arrays(np.float32, shape, ordinary))
 
   x, kernel = arrays_of.laid_out(draw(*shape), layout), draw(2, 3)
-  bias, mean, offset, scale = (draw(3) for _ in range(4))
+  kernel_bias, mean, bias, scale = (draw(3) for _ in range(4))
   var = np.square(draw(3))
+  running = optax_ghm.RunningMoments(mean, var, np.ones_like(mean))
   y = optax_ghm.batch_norm_inference(
-    jnp.dot(x, kernel) + np.broadcast_to(bias, (*shape[:-1], 3)),
-    mean,
-    var,
+    jnp.dot(x, kernel) + np.broadcast_to(kernel_bias, (*shape[:-1], 3)),
+    running,
     scale,
-    offset,
+    bias,
     epsilon=EPSILON,
   )
-  wide = np.asarray(x, float) @ kernel + bias
-  expected = (wide - mean) / np.sqrt(var + EPSILON) * scale + offset
+  wide = np.asarray(x, float) @ kernel + kernel_bias
+  expected = (wide - mean) / np.sqrt(var + EPSILON) * scale + bias
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
   folded, shift = optax_ghm.fold_batch_norm(
-    kernel, bias, mean, var, scale, offset, epsilon=EPSILON
+    kernel, kernel_bias, running, scale, bias, epsilon=EPSILON
   )
   found = np.asarray(x, float) @ np.asarray(folded, float) + np.asarray(shift)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
-update = jax.jit(
-  optax_ghm.update_running_moments, static_argnames=('unbiased',)
-)
+update = jax.jit(optax_ghm.RunningMoments.update, static_argnames=('unbiased',))
 
 
 @given(
-  decay=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+  momentum=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
   unbiased=st.booleans(),
   debias=st.booleans(),
   data=st.data(),
 )
-def test_running_moments_are_their_formula(decay, unbiased, debias, data):
+def test_running_moments_are_their_formula(momentum, unbiased, debias, data):
   running = optax_ghm.RunningMoments.init((3,), debias)
   mean, var, weight = (np.asarray(u, float) for u in running)
   for _ in range(3):
@@ -365,11 +364,11 @@ def test_running_moments_are_their_formula(decay, unbiased, debias, data):
       )
     )
     found = optax_ghm.Moments(*map(np.float32, (count, batch_mean, m2)))
-    running = update(running, found, decay=decay, unbiased=unbiased)
+    running = update(running, found, momentum=momentum, unbiased=unbiased)
     seen = (count > 0) & np.isfinite(batch_mean) & np.isfinite(m2)
     batch_var = m2 / np.maximum(count - unbiased, 1)
-    after = decay * weight + 1 - decay
-    rate = (1 - decay) / np.where(after == 0, 1, after)
+    after = momentum * weight + 1 - momentum
+    rate = (1 - momentum) / np.where(after == 0, 1, after)
     with np.errstate(invalid='ignore'):
       mean = np.where(seen, mean + rate * (batch_mean - mean), mean)
       var = np.where(seen, var + rate * (batch_var - var), var)
@@ -473,7 +472,7 @@ def by_all_three(x, mask, domain, kind, debias):
   y, moments = function(
     x, *more, jnp.ones(2), jnp.zeros(2), mask=mask, **options
   )
-  running = optax_ghm.update_running_moments(running, moments)._asdict()
+  running = running.update(moments)._asdict()
   if not debias:
     running.pop('weight')
   return of_linen, of_nnx, (y, running)

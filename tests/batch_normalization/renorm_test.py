@@ -269,7 +269,7 @@ def test_schedules_drive_a_compiled_step():
     ({'scale': np.ones(2, np.float32)}, ValueError, 'scale must'),
     ({'bias': np.ones(2, np.float32)}, ValueError, 'bias must'),
     ({'axis': 4}, ValueError, 'axis must'),
-    ({'mask': np.ones((2, 1), bool)}, ValueError, 'mask, of shape'),
+    ({'mask': np.ones((2, 1), bool)}, ValueError, 'mask of shape'),
     ({'x': np.ones((7, 3), np.int32)}, TypeError, 'x must be a real'),
   ],
   ids=str,

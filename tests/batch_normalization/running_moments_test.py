@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-import optax_ghm
 from optax_ghm import Moments, RunningMoments
 
-measured = jax.jit(optax_ghm.batch_moments, static_argnames='axis')
-update = jax.jit(optax_ghm.update_running_moments, static_argnames='unbiased')
+measured = jax.jit(Moments.of, static_argnames='axis')
+update = jax.jit(RunningMoments.update, static_argnames='unbiased')
 
 
 def batches(n, rng, shape=(5, 3)):
@@ -34,7 +33,7 @@ def test_flax_s_average_counts_the_start(unbiased, rng):
   running = RunningMoments.init((3,))
   mean, var = np.zeros(3), np.ones(3)
   for moments in batches(5, rng):
-    running = update(running, moments, decay=0.8, unbiased=unbiased)
+    running = update(running, moments, momentum=0.8, unbiased=unbiased)
     mean = 0.8 * mean + 0.2 * moments.mean
     var = 0.8 * var + 0.2 * moments.m2 / (4 if unbiased else 5)
     np.testing.assert_allclose(running.mean, mean, rtol=1e-5)
@@ -44,11 +43,11 @@ def test_flax_s_average_counts_the_start(unbiased, rng):
 
 @pytest.mark.parametrize('unbiased', [False, True])
 def test_debiased_averages_are_of_the_batches_alone(unbiased, rng):
-  """That of k batches is the average over 1 - decay ** k, as in Adam."""
+  """That of k batches is the average over 1 - momentum ** k, as in Adam."""
   running = RunningMoments.init((3,), debias=True)
   mean, var = np.zeros(3), np.zeros(3)
   for k, moments in enumerate(batches(6, rng), 1):
-    running = update(running, moments, decay=0.9, unbiased=unbiased)
+    running = update(running, moments, momentum=0.9, unbiased=unbiased)
     mean = 0.9 * mean + 0.1 * moments.mean
     var = 0.9 * var + 0.1 * moments.m2 / (4 if unbiased else 5)
     weight = 1 - 0.9**k
@@ -57,7 +56,7 @@ def test_debiased_averages_are_of_the_batches_alone(unbiased, rng):
     np.testing.assert_allclose(running.weight, np.full(3, weight), rtol=1e-5)
 
 
-def test_pytorch_s_momentum_is_1_minus_decay(rng):
+def test_pytorch_s_momentum_is_1_minus_ours(rng):
   """Its formulas: running = (1 - momentum) * running + momentum * new."""
   running = RunningMoments.init((3,))
   running_mean, running_var = np.zeros(3), np.ones(3)
@@ -65,7 +64,7 @@ def test_pytorch_s_momentum_is_1_minus_decay(rng):
   for _ in range(4):
     x = 2 + rng.normal(size=(8, 3, 2, 2)).astype(np.float32)
     moments = measured(x, axis=1)
-    running = update(running, moments, decay=1 - momentum, unbiased=True)
+    running = update(running, moments, momentum=1 - momentum, unbiased=True)
     flat = x.astype(np.float64).swapaxes(0, 1).reshape(3, -1)
     running_mean = (1 - momentum) * running_mean + momentum * flat.mean(1)
     running_var = (1 - momentum) * running_var + momentum * flat.var(1, ddof=1)
@@ -120,9 +119,7 @@ def test_no_gradient_flows_through(rng):
   x = rng.normal(size=(4, 3)).astype(np.float32)
 
   def loss(x):
-    moments = optax_ghm.batch_moments(x)
-    running_ = optax_ghm.update_running_moments(running, moments)
-    return sum(jnp.sum(u) for u in running_)
+    return sum(jnp.sum(u) for u in running.update(Moments.of(x)))
 
   assert not jax.jit(jax.grad(loss))(x).any()
 
@@ -130,7 +127,7 @@ def test_no_gradient_flows_through(rng):
 def test_micro_batches_merged_first_are_one_batch(rng):
   x = (3 + rng.normal(size=(12, 3))).astype(np.float32)
   merged = functools.reduce(
-    optax_ghm.merge_moments,
+    Moments.merge,
     [measured(x[i : i + 4]) for i in (0, 4, 8)],
   )
   running = RunningMoments.init((3,))
@@ -139,14 +136,14 @@ def test_micro_batches_merged_first_are_one_batch(rng):
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_decay_may_be_traced_and_at_its_limits(rng):
+def test_momentum_may_be_traced_and_at_its_limits(rng):
   (moments,) = batches(1, rng)
   for debias in (False, True):
     running = RunningMoments.init((3,), debias=debias)
-    kept = update(running, moments, decay=1.0)
+    kept = update(running, moments, momentum=1.0)
     for a, b in zip(kept, running, strict=True):
       np.testing.assert_array_equal(a, b)
-    new = update(running, moments, decay=0.0)
+    new = update(running, moments, momentum=0.0)
     np.testing.assert_allclose(new.mean, moments.mean, rtol=1e-6)
     np.testing.assert_allclose(new.var, moments.variance(), rtol=1e-6)
     np.testing.assert_array_equal(new.weight, np.ones(3))
@@ -164,11 +161,11 @@ NUMBERS = st.floats(width=32)
   st.sampled_from([0.5, 0.9, 0.99]),
   st.booleans(),
 )
-def test_stays_finite_whatever_comes(stream, decay, debias):
+def test_stays_finite_whatever_comes(stream, momentum, debias):
   running = RunningMoments.init((1,), debias=debias)
   for numbers in stream[:8]:
     moments = Moments(*(np.array([u], np.float32) for u in numbers))
-    running = update(running, moments, decay=decay)
+    running = update(running, moments, momentum=momentum)
     assert running.mean.dtype == running.weight.dtype == np.float32
     for u in running:
       assert np.isfinite(u).all()
@@ -176,7 +173,7 @@ def test_stays_finite_whatever_comes(stream, decay, debias):
 
 
 def test_other_shapes_are_refused():
-  running = optax_ghm.RunningMoments.init((1,))
-  moments = optax_ghm.batch_moments(jnp.ones((3, 2)))
+  running = RunningMoments.init((1,))
+  moments = Moments.of(jnp.ones((3, 2)))
   with pytest.raises(ValueError, match=r'moments, of shape \(2,\)'):
-    optax_ghm.update_running_moments(running, moments)
+    running.update(moments)

@@ -147,9 +147,7 @@ def test_no_gradient_flows_through(rng):
 
   def total(moments, running, x, r_max):
     stats = flow.batch_norm_stats(moments, running, epsilon=EPSILON)
-    of_x = flow.batch_norm_stats(
-      optax_ghm.batch_moments(x), running, r_max=r_max
-    )
+    of_x = flow.batch_norm_stats(optax_ghm.Moments.of(x), running, r_max=r_max)
     return stats.numbers.sum() + of_x.numbers.sum()
 
   x = jnp.asarray(rng.normal(size=(4, 9)), jnp.float32)

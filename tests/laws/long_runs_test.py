@@ -165,7 +165,7 @@ def test_running_moments_are_those_of_float64(debias, decay):
   def step(running, t):
     mean = norm_at(t)[None]
     moments = optax_ghm.Moments(jnp.ones(1), mean, jnp.square(mean))
-    return optax_ghm.update_running_moments(running, moments, decay=decay)
+    return running.update(moments, momentum=decay)
 
   running = loop(step, RunningMoments.init((1,), debias), 0, STEPS)
   mean, var = average(norms_of(), decay), average(norms_of() ** 2, decay)
@@ -273,7 +273,7 @@ def test_renormalization_settles_on_what_evaluation_sees():
 
   def step(running, t):
     _, moments = normalize(running, t)
-    return optax_ghm.update_running_moments(running, moments, unbiased=True)
+    return running.update(moments, unbiased=True)
 
   running = loop(step, RunningMoments.init((1,)), 0, STEPS)
   np.testing.assert_allclose(running.mean, [1.0], rtol=0.05)
@@ -281,7 +281,7 @@ def test_renormalization_settles_on_what_evaluation_sees():
   y, _ = normalize(running, STEPS)
   np.testing.assert_allclose(
     y,
-    optax_ghm.batch_norm_inference(x_at(STEPS), running.mean, running.var),
+    optax_ghm.batch_norm_inference(x_at(STEPS), running),
     rtol=1e-4,
     atol=1e-5,
   )
@@ -338,7 +338,7 @@ def test_a_riding_counter_stops_at_the_largest_integer():
 def test_units_stay_dead_where_float32_counts_no_further():
   tx = flow.watch(optax.sgd(0.1))
   step = steps_of(tx, lambda t: of_norm(jnp.maximum(t, 3.0) - 3))
-  state = tx.init(PARAMS)._replace(quiet=jnp.full(3, 2.0**24))
+  state = tx.init(PARAMS)._replace(zero_steps=jnp.full(3, 2.0**24))
   state = loop(step, state, 0, 3)
   np.testing.assert_array_equal(state.dead_units, state.units)
   state = loop(step, state, 4, 5)
