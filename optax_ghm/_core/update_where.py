@@ -43,15 +43,7 @@ def update_where(
   def traced():
     nonlocal template
     result = update(updates, state, params, **extra_args)
-    shapes = [
-      (jax.tree.structure(s), list(map(jnp.shape, jax.tree.leaves(s))))
-      for s in (result[1], state)
-    ]
-    if shapes[0] != shapes[1]:
-      raise ValueError(
-        'update must return a state of the structure and shapes that it took,'
-        f' got {shapes[0]} for {shapes[1]}.'
-      )
+    jax.tree.map(_check_shape, result[1], state)
     # A float0 leaf has no type that a trace could return: it stays outside.
     template = jax.tree.map(lambda u: u if _is_float0(u) else 0, result)
     return [u for u in jax.tree.leaves(result) if not _is_float0(u)]
@@ -81,12 +73,9 @@ def update_where(
       eqns=[equation],
     )
     results = jax.core.eval_jaxpr(alone, [], *map(read, inputs))
-    for var, result in zip(equation.outvars, results, strict=True):
-      values[var] = (
-        jnp.where(condition, result, selected[var])
-        if var in selected
-        else result
-      )
+    for var, new in zip(equation.outvars, results, strict=True):
+      leaf = selected.get(var)
+      values[var] = new if leaf is None else jnp.where(condition, new, leaf)
 
   outputs = [
     jnp.where(condition, u, jnp.zeros_like(u))
@@ -100,6 +89,14 @@ def update_where(
   return jax.tree.map(
     lambda u: u if _is_float0(u) else next(remaining), template
   )
+
+
+def _check_shape(new, old):
+  if jnp.shape(new) != jnp.shape(old):
+    raise ValueError(
+      'update must return a state of the shapes that it took, got'
+      f' {jnp.shape(new)} for {jnp.shape(old)}.'
+    )
 
 
 def _is_literal(atom):

@@ -174,11 +174,8 @@ def noise_scale_aggregate(
 
   def init_fn(params):
     del params
-    zero = jnp.zeros([], jnp.float32)
-    count = jnp.zeros([], jnp.int32)
-    return NoiseScaleState(
-      GradientNoise(zero, jnp.copy(zero)), count, jnp.copy(count)
-    )
+    noise = GradientNoise(*jnp.zeros([2], jnp.float32))
+    return NoiseScaleState(noise, *jnp.zeros([2], jnp.int32))
 
   def update_fn(
     updates, state, params=None, *, mask=None, weights=None, **extra_args
@@ -187,13 +184,11 @@ def noise_scale_aggregate(
     if not any(map(arrays.is_inexact, jax.tree.leaves(updates))):
       return updates, state
     norms = per_example.norms(updates, params)
-    counted = jnp.isfinite(norms)
-    if mask is not None:
-      counted &= masks.broadcast_mask(mask, norms.shape)
-    sizes = masks.broadcast_weights(
-      1.0 if weights is None else weights, norms.shape
-    )
-    counted &= sizes > 0
+    mask = masks.broadcast_mask(mask, norms.shape)
+    weights = masks.broadcast_weights(weights, norms.shape)
+    sizes = jnp.ones_like(norms) if weights is None else weights
+    counted = jnp.isfinite(norms) & (sizes > 0)
+    counted = counted if mask is None else counted & mask
     sizes = jnp.where(counted, sizes, 0)
     count, size = arrays.psum(
       (jnp.sum(counted, dtype=jnp.float32), jnp.sum(sizes)), axis_name
@@ -207,20 +202,15 @@ def noise_scale_aggregate(
       count,
       jnp.asarray(batch_size, jnp.float32) * size,
     )
-    good = (
-      (count > 1) & jnp.isfinite(noise.signal) & jnp.isfinite(noise.variance)
-    )
-    recorded = state.recorded.astype(jnp.float32)
-    new_share = jnp.maximum(
-      1 / (recorded + 1), 1 - jnp.asarray(decay, jnp.float32)
-    )
-    average = jax.tree.map(
-      lambda old, new: jnp.where(good, old + new_share * (new - old), old),
-      state.noise,
-      noise,
-    )
+    good = (count > 1) & jnp.isfinite(noise.signal + noise.variance)
+    plain = 1 / (state.recorded.astype(jnp.float32) + 1)
+    share = jnp.maximum(plain, 1 - jnp.asarray(decay, jnp.float32))
     return mean, NoiseScaleState(
-      average,
+      jax.tree.map(
+        lambda old, new: jnp.where(good, old + share * (new - old), old),
+        state.noise,
+        noise,
+      ),
       counters.count_if(good, state.recorded),
       counters.count_if(~good, state.skipped),
     )

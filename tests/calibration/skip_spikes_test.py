@@ -140,9 +140,7 @@ def test_steps_are_left_out_as_the_rule_says(seed, with_value):
   for actual, expected in zip(
     (states.norm_threshold, states.value_threshold), limits, strict=True
   ):
-    np.testing.assert_allclose(
-      actual, expected, rtol=1e-4
-    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
   # What the stream is made for does happen in it.
   assert not taken[[20, 40, 60, 61]].any() and taken[70]
   assert taken[30] == (not with_value)
