@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
+from optax_ghm._core import arrays
+
 
 def identity(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
   r"""An identity whose backward pass is ``rule``.
@@ -18,9 +20,10 @@ def identity(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
   A rule that is linear in the cotangent is a ``jax.custom_jvp`` instead, which
   has every mode of differentiation. This identity has reverse mode only.
 
-  A leaf of :math:`\bar y` is None where the loss does not use that leaf of y.
-  The rule returns None there, so that JAX goes on without a gradient: a zero
-  array would become NaN upstream, where it meets an infinite derivative.
+  A leaf of :math:`\bar y` is None where the leaf of x is not floating or
+  complex, and where the loss does not use the leaf of y. The rule returns None
+  there, so that JAX goes on without a gradient: a zero array would become NaN
+  upstream, where it meets an infinite derivative.
 
   Args:
     rule: from the static argument, the cotangent and the residuals to the
@@ -29,7 +32,7 @@ def identity(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
 
   Returns:
     A function of ``(static, x, *residuals)`` that returns ``x``: a hashable
-    argument, then pytrees of arrays.
+    argument, then pytrees.
   """
 
   @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -56,4 +59,18 @@ def identity(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
     return rule(static, used, *residuals)
 
   primitive.defvjp(forward, backward, symbolic_zeros=True)
-  return primitive
+
+  def call(static, x, *residuals):
+    outputs = iter(
+      jax.tree.leaves(primitive(static, inexact_part(x), *residuals))
+    )
+    return jax.tree.map(
+      lambda leaf: next(outputs) if arrays.is_inexact(leaf) else leaf, x
+    )
+
+  return call
+
+
+def inexact_part(x: Any) -> Any:
+  """``x`` with None in the place of leaves that have no gradient."""
+  return jax.tree.map(lambda leaf: leaf if arrays.is_inexact(leaf) else None, x)

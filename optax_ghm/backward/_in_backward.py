@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import arrays
-from optax_ghm._core.identity import identity
+from optax_ghm._core.identity import identity, inexact_part
 from optax_ghm.backward import _float_state, _overwrite
 
 
@@ -52,7 +51,7 @@ class InBackward:
     Args:
       x: the activations, or arrays of their shapes and dtypes.
     """
-    state = jax.tree.map(_float_state.to_floats, self.tx.init(_inexact_part(x)))
+    state = jax.tree.map(_float_state.to_floats, self.tx.init(inexact_part(x)))
     return InBackwardState(floats=state, calls=jnp.zeros([], jnp.float32))
 
   def keeps_state(self, x: Any) -> bool:
@@ -70,7 +69,7 @@ class InBackward:
     Returns:
       The state of ``tx``; the mean, if several backward passes were added up.
     """
-    like = jax.eval_shape(self.tx.init, _inexact_part(x))
+    like = jax.eval_shape(self.tx.init, inexact_part(x))
     calls = jnp.where(state.calls > 0, state.calls, 1)
     return jax.tree.map(
       lambda shape, leaf: _float_state.from_floats(leaf, shape, calls),
@@ -100,21 +99,15 @@ class InBackward:
     """
     if not enabled:
       return x
-    leaves, structure = jax.tree.flatten(x)
-    floats = _inexact_part(x)
-    expected = jax.eval_shape(self.init, floats)
-    if state is None:
-      if self.keeps_state(floats):
-        raise ValueError(
-          'tx keeps a state: give in_backward(tx)(x, state) one from'
-          ' in_backward(tx).init(x), and take its gradient as the next one.'
-        )
+    floats = inexact_part(x)
+    expected = _types(jax.eval_shape(self.init, floats))
+    if state is None and not self.keeps_state(floats):
       state = self.init(floats)
-    elif _types(state) != _types(expected):
+    if _types(state) != expected:
       raise ValueError(
         'state must be one from in_backward(tx).init(x), of the structure,'
-        f' shapes and dtypes {_types(expected)}, got {_types(state)}. For x of'
-        ' another size in evaluation, pass enabled=False.'
+        f' shapes and dtypes {expected}, got {_types(state)}. For x of another'
+        ' size in evaluation, pass enabled=False.'
       )
 
     def update(cotangent, state, floats):
@@ -132,12 +125,7 @@ class InBackward:
       )
 
     update, values = _with_closed_over_values(update, floats, state, floats)
-    outputs = iter(
-      jax.tree.leaves(_in_backward(update, floats, floats, state, values))
-    )
-    return structure.unflatten(
-      next(outputs) if arrays.is_inexact(leaf) else leaf for leaf in leaves
-    )
+    return _in_backward(update, x, floats, state, values)
 
 
 def in_backward(tx: optax.GradientTransformation) -> InBackward:
@@ -226,11 +214,6 @@ def _in_backward(update, cotangent, x, state, values):
     lambda u, c: None if c is None else u, updates, cotangent
   )
   return updates, None, next_state, None
-
-
-def _inexact_part(x):
-  """``x`` with None in the place of leaves that have no gradient."""
-  return jax.tree.map(lambda leaf: leaf if arrays.is_inexact(leaf) else None, x)
 
 
 def _types(tree):

@@ -111,13 +111,9 @@ def apply_gradients(
   updates, opt_state = optax.with_extra_args_support(tx).update(
     gradients['params'], opt_state, variables['params'], **extra_args
   )
-  next_variables = {
-    name: overwrite_with_gradient(tree, gradients[name])
-    for name, tree in variables.items()
-    if name != 'params'
-  }
-  next_variables['params'] = optax.apply_updates(variables['params'], updates)
-  return next_variables, opt_state
+  params = optax.apply_updates(variables['params'], updates)
+  states = overwrite_with_gradient(variables, gradients)
+  return {**states, 'params': params}, opt_state
 
 
 def tie_to_cotangent(next_state: Any, cotangent: Any) -> Any:

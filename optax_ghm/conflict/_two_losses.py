@@ -152,31 +152,22 @@ def fork(
   _check_rule(rule)
   if not enabled:
     return x, x
-  leaves, structure = jax.tree.flatten(x)
-  floats = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
-  branches = _fork((rule, harmonic_range, axis_name), (floats, floats))
-
-  def merge(branch):
-    outputs = iter(branch)
-    return structure.unflatten(
-      next(outputs) if arrays.is_inexact(leaf) else leaf for leaf in leaves
-    )
-
-  first, second = map(merge, branches)
-  return first, second
+  return _fork((rule, harmonic_range, axis_name), (x, x))
 
 
 @identity
 def _fork(static, cotangents):
   rule, harmonic_range, axis_name = static
 
-  def fill(leaf, other):  # with zeros, where one branch is not used
+  def fill(leaf, other):  # with zeros, where only the other branch is used
     is_zero = leaf is None and other is not None
     return jnp.zeros_like(other) if is_zero else leaf
 
-  first, second = (
-    list(map(fill, *pair)) for pair in (cotangents, cotangents[::-1])
-  )
+  def is_none(leaf):
+    return leaf is None
+
+  pairs = cotangents, cotangents[::-1]
+  first, second = (jax.tree.map(fill, *p, is_leaf=is_none) for p in pairs)
   one, two = conflict_weights(
     first,
     second,

@@ -21,7 +21,7 @@ class InBackward(nnx.Module):
   Args:
     tx: any Optax transformation.
     x: an example of the activations, or ``jax.ShapeDtypeStruct`` of them. None
-      if ``tx`` keeps no state.
+      if ``tx`` keeps no state in the shape of its updates.
 
   Examples:
     >>> from flax import nnx
@@ -39,7 +39,6 @@ class InBackward(nnx.Module):
 
   def __init__(self, tx: optax.GradientTransformation, x: Any = None):
     self.identity = _in_backward.in_backward(tx)
-    self.has_state = x is not None
     x = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
     self.state = _overwrite.OverwriteWithGradient(self.identity.init(x))
 
@@ -54,10 +53,7 @@ class InBackward(nnx.Module):
       ``x``.
 
     Raises:
-      ValueError: if ``tx`` keeps a state and the constructor was given no x.
+      ValueError: if ``tx`` keeps a state in the shape of its updates, and the
+        constructor was given no such ``x``.
     """
-    if enabled and not self.has_state and self.identity.keeps_state(x):
-      raise ValueError(
-        'tx keeps a state: give InBackward(tx, x) an example of x.'
-      )
     return self.identity(x, self.state.get_value(), enabled=enabled)

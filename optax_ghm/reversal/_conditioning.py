@@ -130,19 +130,17 @@ def randomized_multilinear_map(
   """
   _check_leading(features, predictions)
   feature_matrix, class_matrix = projections
-  if (
-    feature_matrix.shape[0] != features.shape[-1]
-    or class_matrix.shape[0] != predictions.shape[-1]
-    or feature_matrix.shape[1:] != class_matrix.shape[1:]
-  ):
+  outputs = feature_matrix.shape[-1]
+  shapes = feature_matrix.shape, class_matrix.shape
+  expected = (features.shape[-1], outputs), (predictions.shape[-1], outputs)
+  if shapes != expected:
     raise ValueError(
-      'projections must be of shapes (F, d) and (C, d), got'
-      f' {feature_matrix.shape} and {class_matrix.shape} for features'
-      f' {features.shape} and predictions {predictions.shape}.'
+      f'projections must be of shapes (F, d) and (C, d), here {expected}, got'
+      f' {shapes}.'
     )
   left = features @ feature_matrix.astype(features.dtype)
   right = predictions @ class_matrix.astype(predictions.dtype)
-  return left * right / math.sqrt(feature_matrix.shape[1])
+  return left * right / math.sqrt(outputs)
 
 
 def _check_leading(features, predictions):
@@ -168,8 +166,8 @@ def entropy_weights(logits: jax.Array) -> jax.Array:
 
   Returns:
     (...), from 1 to 2, in the dtype of ``logits``; 0 where a logit is NaN or
-    none is finite. :func:`domain_loss` takes them as ``weights`` and divides
-    by their sum in each domain, as the authors' code does.
+    the largest is infinite. :func:`domain_loss` takes them as ``weights`` and
+    divides by their sum in each domain, as the authors' code does.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -186,9 +184,8 @@ def entropy_weights(logits: jax.Array) -> jax.Array:
   """
   dtype = arrays.at_least_float32(logits.dtype)
   log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits).astype(dtype))
-  # A class that is ruled out has p = 0 and log p = -inf: it adds nothing.
   p = jnp.exp(log_p)
-  terms = jnp.where(p > 0, p * jnp.where(p > 0, log_p, 0), 0)
+  # A class that is ruled out has p = 0 and log p = -inf: it adds nothing.
+  terms = jnp.where(p == 0, 0, p * log_p)
   weights = 1 + jnp.exp(jnp.sum(terms, axis=-1))
-  sound = ~jnp.any(jnp.isnan(p), axis=-1)
-  return jnp.where(sound, weights, 0).astype(logits.dtype)
+  return jnp.nan_to_num(weights).astype(logits.dtype)

@@ -32,13 +32,14 @@ def domain_loss(
       against domain 0.
     domains: (N,), integers from 0 to D - 1, or bool for two domains. An example
       with another integer has loss 0.
-    domain_weights: :math:`\omega`, (D,). None is 1 / D for each domain, which
-      for two domains is half the domain term of the paper. A domain without an
-      example contributes 0.
+    domain_weights: :math:`\omega`, float, (D,) or one number. None is 1 / D,
+      which for two domains is half the domain term of the paper. A domain
+      without an example contributes 0.
     mask: bool, (N,), which examples count. The loss of the others is 0, and N
       includes them, so that the mean over the batch stays as above.
     weights: w, float, (N,), such as :func:`entropy_weights`. Negative numbers
-      count as 0. None is 1 for each example. No gradient flows back to them.
+      and NaN count as 0. None is 1 for each example. No gradient flows back to
+      them.
     axis_name: mapped axis, or axes, over which the batch is split. N and the
       sums are then taken over the whole batch.
 
@@ -81,16 +82,14 @@ def domain_loss(
       f' (N,), got {logits.shape} and {domains.shape}.'
     )
   count = 2 if logits.ndim == 1 else logits.shape[1]
-  if domain_weights is None:
-    domain_weights = jnp.full((count,), 1 / count, jnp.float32)
-  elif jnp.shape(domain_weights) != (count,):
-    raise ValueError(
-      f'domain_weights must be of shape ({count},), one per domain, got'
-      f' {jnp.shape(domain_weights)}.'
-    )
-  if weights is None:
-    weights = jnp.ones([], jnp.float32)
-  weights = masks.broadcast_weights(weights, domains.shape)
+  domain_weights = masks.broadcast_weights(
+    1 / count if domain_weights is None else domain_weights,
+    (count,),
+    'domain_weights',
+  )
+  weights = masks.broadcast_weights(
+    1.0 if weights is None else weights, domains.shape
+  )
   dtype = arrays.at_least_float32(logits.dtype)
   domains = domains.astype(jnp.int32)
   known = (domains >= 0) & (domains < count)
@@ -114,9 +113,7 @@ def domain_loss(
   total, size = arrays.psum(
     (jnp.sum(amount, axis=0), jnp.asarray(domains.size, dtype)), axis_name
   )
-  # A domain of no weight contributes 0; one with a NaN weight is NaN.
-  share = jnp.asarray(domain_weights).astype(dtype) / jnp.where(
-    total == 0, 1, total
-  )
+  # A domain without any weight contributes 0.
+  share = domain_weights.astype(dtype) / jnp.where(total == 0, 1, total)
   factor = jnp.sum(jnp.where(member, amount * share[None], 0), axis=1)
-  return jnp.where(known, size * factor * losses, 0).astype(logits.dtype)
+  return (size * factor * losses).astype(logits.dtype)

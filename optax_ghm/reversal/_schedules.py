@@ -55,8 +55,7 @@ def dann_reversal_schedule(
   def schedule(count):
     # 2 / (1 + exp(-z)) - 1 = tanh(z / 2), without the cancellation near 0.
     rise = jnp.tanh(gamma * progress(count) / 2)
-    first = jnp.asarray(init_value, jnp.float32)
-    return first + (jnp.asarray(peak_value, jnp.float32) - first) * rise
+    return init_value + (peak_value - init_value) * rise
 
   return schedule
 
@@ -101,8 +100,7 @@ def dann_learning_rate_schedule(
   progress = _progress(transition_steps)
 
   def schedule(count):
-    first = jnp.asarray(init_value, jnp.float32)
-    return first * (1 + alpha * progress(count)) ** -beta
+    return init_value * (1 + alpha * progress(count)) ** -beta
 
   return schedule
 
@@ -116,9 +114,8 @@ def _progress(steps: int, begin: int = 0) -> Callable[[ArrayLike], jax.Array]:
     # Subtracted as int32: float32 cannot tell step 2**24 + 1 from 2**24, and
     # unsigned or short integers would wrap.
     count = jnp.asarray(count)
-    if count.dtype.kind in 'biu' and count.dtype != jnp.int64:
+    if jnp.issubdtype(count.dtype, jnp.integer):
       count = count.astype(jnp.int32)
-    done = count - begin
-    return jnp.clip(done.astype(jnp.float32) / steps, 0.0, 1.0)
+    return jnp.clip((count - begin).astype(jnp.float32) / steps, 0.0, 1.0)
 
   return progress
