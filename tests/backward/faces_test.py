@@ -12,10 +12,11 @@ from flax.training.train_state import TrainState
 import optax_ghm
 import optax_ghm.linen
 import optax_ghm.nnx
+from optax_ghm import harmonization
 from optax_ghm.backward import OVERWRITE_WITH_GRADIENT
 
 DENSITY = optax_ghm.WindowedDensity(width=0.2, cells=64, momentum=0.9)
-SCALE = 16 / 2**0.5
+REDUCTION = 16 / 2**0.5
 TX = optax.sgd(0.5, momentum=0.9)
 
 
@@ -33,7 +34,9 @@ def cross_entropy(logits, labels):
 def plain_step(params, opt_state, harmony, x, y):
   def loss(params, harmony):
     logits = x @ params['kernel'] + params['bias'][None]
-    logits = optax_ghm.harmonize(logits, harmony, density=DENSITY, scale=SCALE)
+    logits = optax_ghm.harmonize(
+      logits, harmony, density=DENSITY, reduction=REDUCTION
+    )
     return cross_entropy(logits, y)
 
   grads, harmony = jax.grad(loss, argnums=(0, 1))(params, harmony)
@@ -50,7 +53,10 @@ def plain_training(params, x, y, steps=3):
 
 def linen_model():
   return nn.Sequential(
-    [nn.Dense(3), optax_ghm.linen.Harmonize(density=DENSITY, scale=SCALE)]
+    [
+      nn.Dense(3),
+      optax_ghm.linen.Harmonize(density=DENSITY, reduction=REDUCTION),
+    ]
   )
 
 
@@ -76,7 +82,7 @@ def test_linen_train_state(data):
   )
   (learned,) = jax.tree.leaves(
     state.params[OVERWRITE_WITH_GRADIENT],
-    is_leaf=lambda s: isinstance(s, optax_ghm.DensityState),
+    is_leaf=lambda s: isinstance(s, harmonization.DensityState),
   )
   chex.assert_trees_all_close(learned, harmony, rtol=1e-5, atol=1e-5)
 
@@ -118,7 +124,7 @@ def test_linen_scanned_and_rematted_layers_keep_a_state_each(data):
   )
   (state,) = jax.tree.leaves(
     grads[OVERWRITE_WITH_GRADIENT],
-    is_leaf=lambda s: isinstance(s, optax_ghm.DensityState),
+    is_leaf=lambda s: isinstance(s, harmonization.DensityState),
   )
   np.testing.assert_array_equal(state.calls, [1, 1, 1])
   np.testing.assert_allclose(
@@ -130,7 +136,9 @@ def nnx_model():
   class Model(nnx.Module):
     def __init__(self):
       self.dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-      self.harmonize = optax_ghm.nnx.Harmonize(density=DENSITY, scale=SCALE)
+      self.harmonize = optax_ghm.nnx.Harmonize(
+        density=DENSITY, reduction=REDUCTION
+      )
 
     def __call__(self, x):
       return self.harmonize(self.dense(x))
@@ -213,57 +221,15 @@ def test_evaluation_changes_no_state(data):
   chex.assert_trees_all_equal(nnx_twin.harmonize.state.get_value(), before)
 
 
-# Reversal, and any Optax transformation, as modules.
+# Any Optax transformation, as a module.
 
 
-def test_linen_reversal(data):
-  x, y = data
-
-  class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x, scale):
-      h = nn.Dense(3)(x)
-      return optax_ghm.linen.GradientReversal()(h, scale)
-
-  model = Model()
-  variables = model.init(jax.random.key(0), x, 1.0)
-  grad = jax.jit(jax.grad(lambda v, s: cross_entropy(model.apply(v, x, s), y)))
-  plain = grad(variables, jnp.float32(-1.0))
-  chex.assert_trees_all_close(
-    grad(variables, jnp.float32(0.5)),
-    jax.tree.map(lambda g: -0.5 * g, plain),
-    rtol=1e-6,
-  )
-  assert set(variables) == {'params'}
-
-
-def test_nnx_reversal(data):
-  x, y = data
-
-  class Model(nnx.Module):
-    def __init__(self):
-      self.dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-      self.reverse = optax_ghm.nnx.GradientReversal()
-
-    def __call__(self, x, scale):
-      return self.reverse(self.dense(x), scale)
-
-  grad = nnx.jit(nnx.grad(lambda m, s: cross_entropy(m(x, s), y)))
-  model = Model()
-  plain = nnx.as_pure(grad(model, jnp.float32(-1.0)))
-  chex.assert_trees_all_close(
-    nnx.as_pure(grad(model, jnp.float32(0.5))),
-    jax.tree.map(lambda g: -0.5 * g, plain),
-    rtol=1e-6,
-  )
-
-
-MOUNTED = optax.chain(optax.scale(0.5), optax.trace(0.9))
+TX_BACKWARD = optax.chain(optax.scale(0.5), optax.trace(0.9))
 
 
 def plain_momentum(params, x, y, steps=3):
   """Training with momentum in the backward pass, at the logits."""
-  mounted = optax_ghm.in_backward(MOUNTED)
+  mounted = optax_ghm.in_backward(TX_BACKWARD)
   opt_state, state = TX.init(params), mounted.init(jnp.zeros((16, 3)))
 
   @jax.jit
@@ -283,7 +249,7 @@ def plain_momentum(params, x, y, steps=3):
 
 def test_linen_in_backward_trains_with_a_train_state(data):
   x, y = data
-  model = nn.Sequential([nn.Dense(3), optax_ghm.linen.InBackward(MOUNTED)])
+  model = nn.Sequential([nn.Dense(3), optax_ghm.linen.InBackward(TX_BACKWARD)])
   state = TrainState.create(
     apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=TX
   )
@@ -306,7 +272,9 @@ def test_nnx_in_backward_trains_with_an_optimizer(data):
   x, y = data
   model = nnx.Sequential(
     nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
-    optax_ghm.nnx.InBackward(MOUNTED, jax.ShapeDtypeStruct((16, 3), x.dtype)),
+    optax_ghm.nnx.InBackward(
+      TX_BACKWARD, jax.ShapeDtypeStruct((16, 3), x.dtype)
+    ),
   )
   dense = model.layers[0]
   start = {'kernel': dense.kernel[...], 'bias': dense.bias[...]}
