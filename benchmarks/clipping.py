@@ -1,9 +1,9 @@
 """What a clip in front of AdamW costs, against the one people chain today.
 
-One donated training step of AdamW on given gradients: the tree of a transformer
-(50M parameters, 196 leaves), that of ResNet-50 (25M, 161), and 2M parameters in
-more and more leaves. The limit is the
-optimizer alone; beside it stands what takes the norm and does nothing with it.
+Each case is one donated training step of AdamW on given gradients: of a
+transformer (50M parameters, 196 leaves), of ResNet-50 (25M, 161 leaves), and of
+2M parameters in more and more leaves. The limit is the optimizer alone; beside
+it stands a transformation that takes the norm and does nothing with it.
 """
 
 import functools
@@ -84,8 +84,8 @@ def initial(optimizers, name, data):
   return params, optimizers[name].init(params)
 
 
-def train_step(optimizer, carried, grads):
-  params, state = carried
+def train_step(optimizer, carry, grads):
+  params, state = carry
   updates, state = optimizer.update(grads, state, params)
   return optax.apply_updates(params, updates), state
 
@@ -143,7 +143,7 @@ def of_updates():
 
 
 def normalized():
-  """Normalisation in front of momentum."""
+  """Normalization in front of momentum."""
   before = {
     'optax.normalize_by_update_norm': optax.normalize_by_update_norm(),
     LIMIT: optax.identity(),
@@ -198,7 +198,7 @@ CASES = {
   }.items()
 } | {
   'behind the moments, ResNet-50': case(resnet_50(), of_updates()),
-  'normalisation, ResNet-50': case(resnet_50(), normalized()),
+  'normalization, ResNet-50': case(resnet_50(), normalized()),
   'leaves of 2M parameters': harness.Growth(
     'leaves',
     {

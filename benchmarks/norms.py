@@ -1,7 +1,7 @@
-"""What the norm of many small leaves takes to run, to trace and to compile.
+"""How long the norm of many small leaves takes to run, trace and compile.
 
-On trees as optimizers see them, with leaves of seven shapes, and on the worst
-of them, where every leaf has another shape.
+The leaves have seven shapes, as in the trees that optimizers see. In the worst
+case, every leaf has another shape.
 """
 
 import functools

@@ -60,7 +60,7 @@ for name, value in public_names():
   if inspect.isclass(value) and value.__module__.startswith('optax_ghm'):
     value.__module__ = name.rpartition('.')[0]
 
-PROTOCOLS = optax_ghm.DensityEstimator, optax_ghm.PercentileEstimator
+PROTOCOLS = optax_ghm.DensityEstimator, optax_ghm.calibration.PercentileEstimator
 ALIASES = {
   stringify_annotation(value, 'smart'): name
   for name, value in (

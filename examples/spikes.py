@@ -95,7 +95,7 @@ def cross_entropy(params, windows):
 
 
 def measured():
-  """Lets gradients through, and keeps their norm in a state."""
+  """Leaves gradients unchanged, and keeps their norm in its state."""
   return ghm.clip_by_norm(jnp.inf)
 
 
@@ -146,9 +146,6 @@ def methods(learning_rate):
     'clip_by_norm_ema': lambda _: ghm.calibrated(adamw, ghm.clip_by_norm_ema()),
     'clip_by_parameter_norm': lambda _: ghm.calibrated(
       adamw, ghm.clip_by_parameter_norm()
-    ),
-    'clip_by_second_moment': lambda _: optax.chain(
-      ghm.clip_by_second_moment(), adamw
     ),
     'skip_spikes': lambda _: ghm.skip_spikes(adamw),
   }

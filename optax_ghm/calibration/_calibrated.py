@@ -11,7 +11,7 @@ from optax_ghm.calibration import _clip, _zscore
 
 
 class CalibratedState(NamedTuple):
-  """State of :func:`calibrated`.
+  """State of :func:`~optax_ghm.calibrated`.
 
   Attributes:
     clip: a :class:`ClipState`, with the measurements.

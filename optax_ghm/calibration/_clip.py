@@ -51,19 +51,21 @@ class ClipState(NamedTuple):
 
 
 class Step(NamedTuple):
-  """What a rule sees of one step; all norms are float32.
+  """What a rule sees of one step.
 
   Attributes:
-    norm: norms of the gradients, 1 in place of a norm that is 0 or not finite.
-    total: scalar, the norm of all finite gradients together.
-    sizes: returns how many numbers each norm is of.
-    parameter_norms: returns the norms of the parameters.
+    norm: float32, the norms, with 1 for a norm that is 0 or not finite.
+    total: float32, a scalar: the norm of all finite gradients together.
+    scoped: the scope on the tree of the gradients.
+    updates: the gradients.
+    params: the parameters, if they are given.
   """
 
   norm: jax.Array
   total: jax.Array
-  sizes: Callable[[], jax.Array]
-  parameter_norms: Callable[[], jax.Array]
+  scoped: scopes.Scoped
+  updates: Any
+  params: Any
 
 
 class Limit(NamedTuple):
@@ -114,23 +116,12 @@ def clip_by_rule(
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args
     scoped = scopes.scoped(scope, updates)
-
-    def parameter_norms():
-      if params is None and updates is not None:
-        raise ValueError('params must be given to update(), and were None.')
-      return scoped.norms(params, axis_name)
-
     norm = scoped.norms(updates, axis_name)
     finite = jnp.isfinite(norm)
     # The rule does not compute with a bad number, lest debug_nans report it.
     seen = jnp.where(finite & (norm > 0), norm, 1)
     total = norms.norm(jnp.where(finite, norm, 0))
-    limit = rule(
-      Step(
-        seen, total, lambda: scoped.sizes(updates, axis_name), parameter_norms
-      ),
-      state.statistics,
-    )
+    limit = rule(Step(seen, total, scoped, updates, params), state.statistics)
     threshold = jnp.broadcast_to(
       jnp.asarray(limit.threshold, jnp.float32), norm.shape
     )

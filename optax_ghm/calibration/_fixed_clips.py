@@ -111,7 +111,10 @@ def clip_by_parameter_norm(
   """
 
   def rule(step, statistics):
-    norm = jnp.maximum(step.parameter_norms(), jnp.asarray(eps, jnp.float32))
+    if step.params is None and step.updates is not None:
+      raise ValueError('params must be given to update(), and were None.')
+    norm = step.scoped.norms(step.params, axis_name)
+    norm = jnp.maximum(norm, jnp.asarray(eps, jnp.float32))
     return _clip.Limit(jnp.asarray(ratio, jnp.float32) * norm, statistics)
 
   return _clip.clip_by_rule(rule, scope=scope, axis_name=axis_name)
@@ -175,7 +178,7 @@ def clip_by_rms(
   """
 
   def rule(step, statistics):
-    root = jnp.sqrt(step.sizes())
+    root = jnp.sqrt(step.scoped.sizes(step.updates, axis_name))
     return _clip.Limit(jnp.asarray(max_rms, jnp.float32) * root, statistics)
 
   return _clip.clip_by_rule(rule, scope=scope, axis_name=axis_name)

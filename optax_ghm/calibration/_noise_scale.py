@@ -49,7 +49,7 @@ def gradient_noise(
   little by being averaged, and a batch far larger gains little.
 
   One step says little. Average signal and variance over many steps, each by
-  itself, as :func:`noise_scale_aggregate` does.
+  itself, as :func:`~optax_ghm.noise_scale_aggregate` does.
 
   Args:
     norms: norms of the gradients of k > 1 micro-batches, shape (k,): one per
@@ -102,7 +102,7 @@ def _from_squares(mean_of_squares, square_of_mean, count, examples):
 
 
 class NoiseScaleState(NamedTuple):
-  """State of :func:`noise_scale_aggregate`.
+  """State of :func:`~optax_ghm.noise_scale_aggregate`.
 
   Attributes:
     noise: a :class:`GradientNoise`, averaged over the steps.

@@ -12,7 +12,7 @@ from optax_ghm.calibration import _clip
 
 
 class NormAverage(NamedTuple):
-  """Statistics of :func:`clip_by_norm_ema`.
+  """Statistics of :func:`~optax_ghm.clip_by_norm_ema`.
 
   Attributes:
     average: γ, the average of the clipped norms; inf before the first good

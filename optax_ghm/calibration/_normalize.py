@@ -10,7 +10,7 @@ from optax_ghm._core import arrays, counters, scopes, trees
 
 
 class NormalizeState(NamedTuple):
-  """State of :func:`normalize_by_norm` and :func:`standardize`.
+  """State of ``normalize_by_norm`` and ``standardize``.
 
   Both fields are scalars, or vectors with one entry per group, leaf or unit.
 

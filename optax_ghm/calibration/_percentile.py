@@ -13,7 +13,7 @@ from optax_ghm.calibration import _clip
 
 
 class PercentileEstimator(Protocol):
-  """How :func:`clip_by_percentile` estimates a percentile of the norms."""
+  """How ``clip_by_percentile`` estimates a percentile of the norms."""
 
   def init(self, shape: tuple[int, ...]) -> Any:
     """Returns the first statistics: arrays whose first axes are ``shape``."""
@@ -35,7 +35,7 @@ class PercentileEstimator(Protocol):
 
 
 class PastNorms(NamedTuple):
-  """Statistics of :class:`WindowPercentile`.
+  """Statistics of :class:`~optax_ghm.WindowPercentile`.
 
   Attributes:
     past: norms of the last good steps, the newest in the place of the oldest;
@@ -74,12 +74,12 @@ class WindowPercentile:
       raise ValueError(f'length must be at least 1, got {self.length}.')
 
   def init(self, shape):
-    """Returns an empty window; see :class:`PercentileEstimator`."""
+    """Returns an empty window; see ``PercentileEstimator``."""
     empty = jnp.full((*shape, self.length), jnp.inf, jnp.float32)
     return PastNorms(empty, jnp.copy(empty), jnp.zeros(shape, jnp.int32))
 
   def update(self, norm, percentile, statistics):
-    """Returns the percentile; see :class:`PercentileEstimator`."""
+    """Returns the percentile; see ``PercentileEstimator``."""
     new = _slide(statistics, norm)
     last = jnp.minimum(new.recorded, self.length).astype(jnp.float32) - 1
     rank = jnp.asarray(percentile, jnp.float32) / 100 * last
@@ -125,7 +125,7 @@ def _at(ranked, index):
 
 
 class QuantileEstimate(NamedTuple):
-  """Statistics of :class:`GeometricQuantile`.
+  """Statistics of :class:`~optax_ghm.GeometricQuantile`.
 
   Attributes:
     estimate: estimate of the percentile; inf before the first good step.
@@ -162,11 +162,11 @@ class GeometricQuantile:
   learning_rate: float = 0.2
 
   def init(self, shape):
-    """Returns no estimate yet; see :class:`PercentileEstimator`."""
+    """Returns no estimate yet; see ``PercentileEstimator``."""
     return QuantileEstimate(jnp.full(shape, jnp.inf, jnp.float32))
 
   def update(self, norm, percentile, statistics):
-    """Returns the estimate; see :class:`PercentileEstimator`."""
+    """Returns the estimate; see ``PercentileEstimator``."""
     estimate = statistics.estimate
     threshold = jnp.where(jnp.isinf(estimate), norm, estimate)
     below = (norm <= threshold).astype(jnp.float32)

@@ -14,7 +14,7 @@ from optax_ghm._core import norms
 
 @dataclasses.dataclass(frozen=True)
 class RangeTest:
-  """The result of :func:`learning_rate_range_test`.
+  """The result of :func:`~optax_ghm.learning_rate_range_test`.
 
   Attributes:
     learning_rates: float64 (steps,), the learning rate of every step.

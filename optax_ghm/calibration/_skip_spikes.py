@@ -56,7 +56,7 @@ class RecentSteps(NamedTuple):
 
 
 class SkipState(NamedTuple):
-  """State of :func:`skip_spikes`.
+  """State of :func:`~optax_ghm.skip_spikes`.
 
   Attributes:
     norm: norm of the last finite gradient, even if its step was left out.

@@ -12,7 +12,7 @@ from optax_ghm.calibration import _clip
 
 
 class NormMoments(NamedTuple):
-  """Statistics of :func:`clip_by_zscore`.
+  """Statistics of :func:`~optax_ghm.clip_by_zscore`.
 
   Attributes:
     mean: μ, the mean of the norms; 0 before the first good step.

@@ -344,7 +344,7 @@ OTHERS = [None, jnp.arange(3), jnp.ones((0, 2)), optax.MaskedNode()]
 def test_units_of_every_kind(leaves_and_axes, random):
   """Norms, sizes and factors of any axes, with leaves between that have none.
 
-  The axes stand in for a layout; float64 NumPy for the rest.
+  The axes stand in for a layout, and the numbers are those of float64 NumPy.
   """
   queue = [axes for _, axes in leaves_and_axes]
   tree = [leaf for leaf, _ in leaves_and_axes]

@@ -409,7 +409,7 @@ def test_whatever_an_update_gives_back(update, condition):
   for select in (
     update_where,
     jax.jit(update_where, static_argnums=1),
-    lambda c, update, *rest: jax.jit(lambda c: update_where(c, update, *rest))(
+    lambda c, update, *args: jax.jit(lambda c: update_where(c, update, *args))(
       c
     ),
   ):

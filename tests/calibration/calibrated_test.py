@@ -1,4 +1,4 @@
-"""The safe default: nothing is lost, and nothing bad comes through."""
+"""The safe default: the optimizer, without its bad steps."""
 
 import chex
 import jax

@@ -139,7 +139,7 @@ BAD = {'nan': np.nan, 'inf': np.inf, '1e30': 1e30, '3e38': 3e38, 'zero': 0.0}
     (name, bad)
     for name in CLIPS
     for bad in BAD
-    # a constant clip has no statistics, and so no usual norm
+    # a constant clip has no statistics, and so no reference norm
     if name != 'norm' or bad not in ('1e30', '3e38')
   ],
 )
@@ -189,7 +189,7 @@ def test_the_quantile_comes_to_rest_at_the_percentile():
 
 @pytest.mark.parametrize('name', [name for name in CLIPS if name != 'norm'])
 def test_a_tiny_first_step_is_forgotten(name):
-  """After twenty that were absurd beside it, it was the usual that was not."""
+  """After twenty outliers in a row, the statistics are reset."""
   norms = np.concatenate([[1e-7], np.ones(79)])
   updates, states = run(name, norms)
   np.testing.assert_allclose(updates[-10:], 1, rtol=0.1)

@@ -21,7 +21,7 @@ def micro_gradients(seed, count, batch_size):
 
 
 def by_hand(grads, batch_size):
-  """Through the two batch sizes of the paper's appendix A, in float64."""
+  """From the two batch sizes of the paper's appendix A, in float64."""
   grads = np.float64(grads)
   small, big = batch_size, batch_size * len(grads)
   of_small = np.square(grads).sum(1).mean()

@@ -241,8 +241,8 @@ REASONABLE = st.floats(-1000, 1000, width=32)
 )
 def test_neither_scale_nor_offset_matters(x, offset, scale, flipped):
   """Whatever the line, its standardized numbers are the same."""
-  spread = np.std(x, dtype=np.float64)
-  assume(spread > max(1e-2 * (np.abs(x).max() + abs(offset)), 1e-6))
+  deviation = np.std(x, dtype=np.float64)
+  assume(deviation > max(1e-2 * (np.abs(x).max() + abs(offset)), 1e-6))
   sign = -1 if flipped else 1
   moved = (np.float32(sign * scale) * (x + np.float32(offset))).astype('f')
   update, state = jitted(STANDARDIZE)(x)

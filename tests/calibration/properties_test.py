@@ -212,16 +212,16 @@ def standardized():
 def test_standardize(tree):
   updates, state = standardized()(tree)
   for i, (u, x) in enumerate(zip(wide(updates), wide(tree), strict=True)):
-    spread, largest = np.std(x), np.abs(x).max()
+    deviation, largest = np.std(x), np.abs(x).max()
     if x.ndim < 2:
       np.testing.assert_array_equal(u, x)
       assert state.divisor[i] == 1
-    elif spread > 1e-4 * largest:
-      expected = (x - np.mean(x)) / spread
+    elif deviation > 1e-4 * largest:
+      expected = (x - np.mean(x)) / deviation
       atol = 4 * float(jnp.finfo(counted_with_path(tree)[i][1].dtype).eps)
       np.testing.assert_allclose(u, expected, rtol=0, atol=max(3 * atol, 1e-5))
-      np.testing.assert_allclose(state.divisor[i], spread, rtol=1e-5)
-    elif spread < 1e-8 * largest or largest == 0:
+      np.testing.assert_allclose(state.divisor[i], deviation, rtol=1e-5)
+    elif deviation < 1e-8 * largest or largest == 0:
       assert not u.any()
 
 
@@ -275,7 +275,7 @@ STREAMS = st.tuples(
   st.lists(NORMS, min_size=12, max_size=12),
   st.sampled_from([0, 0, 60, -60, 110, -110]),
 ).map(lambda drawn: np.ldexp(np.float32(drawn[0]), drawn[1]))
-"""Within a factor of 256, at any scale: nothing in them is absurd."""
+"""Within a factor of 256, at any scale: no norm in them is an outlier."""
 
 
 @functools.cache

@@ -79,16 +79,16 @@ def by_hand(norms, values=None, length=LENGTH, row=ROW):
     x = (norm,) if values is None else (norm, values[t])
     limits = [limit(w) if known(w) else np.inf for w in windows]
     finite = np.isfinite(x).all()
-    absurd = windows[0] and norm > 1e4 * np.mean(windows[0][-length:])
-    spike = absurd or any(
+    outlier = windows[0] and norm > 1e4 * np.mean(windows[0][-length:])
+    spike = outlier or any(
       number > own for number, own in zip(x, limits, strict=False)
     )
-    anew = finite and spike and in_a_row >= row
-    taken = finite and (not spike or anew)
+    reset = finite and spike and in_a_row >= row
+    taken = finite and (not spike or reset)
     if taken:
       in_a_row = 0
       for number, window in zip(x, windows, strict=False):
-        if anew:
+        if reset:
           window.clear()
         if window is windows[1] or number > 0:
           window.append(number)
@@ -283,7 +283,7 @@ def test_a_lasting_level_is_learned():
   assert moved[:100].all() and not moved[100 : 100 + ROW].any()
   assert moved[100 + ROW :].all()
   assert states.skipped[-1] == ROW
-  # Both windows start anew with the step that is taken.
+  # Both windows are reset by the step that is taken.
   np.testing.assert_array_equal(
     states.recent_norms.recorded[99 + ROW : 102 + ROW], [100, 1, 2]
   )
@@ -300,7 +300,7 @@ def test_a_lasting_level_is_learned():
   assert states.skipped[-1] == ROW + 1
 
 
-def test_both_windows_start_anew_also_with_a_step_of_zeros():
+def test_both_windows_are_reset_also_by_a_step_of_zeros():
   """A lasting level of the loss, taken in a step whose norm is no norm."""
   norms, values = calm()
   values[50:] += 30
@@ -464,7 +464,7 @@ def test_windows_are_equal_by_value_and_named():
 
 
 def test_the_smallest_window():
-  """Two steps, and the third is judged by them."""
+  """Two steps, and the third is compared with them."""
   norms = [1.0, 1.5, 1.25 + 7 / 8**0.5, 1.2]
   taken, *_ = by_hand(norms, length=2)
   _, states = run('sgd', norms, length=2)
