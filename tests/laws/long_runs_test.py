@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_ghm
-from optax_ghm import RunningMoments, flow
+from optax_ghm import RunningMoments, flow, harmonization
 from tests.support.registry import ENTRIES
 
 STEPS, RECENT = 1_000_000, 20_000
@@ -176,7 +176,7 @@ def test_running_moments_are_those_of_float64(debias, decay):
 
 @pytest.mark.parametrize('kind', ['BinnedDensity', 'MMDetectionDensity'])
 def test_a_running_histogram_is_that_of_float64(kind):
-  density = getattr(optax_ghm, kind)(bins=4, momentum=0.999)
+  density = getattr(harmonization, kind)(bins=4, momentum=0.999)
 
   def step(state, t):
     g = jnp.where(t % 1000 == 500, jnp.nan, uniform(3 * t + jnp.arange(3)))

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import inspect
 import io
 import pathlib
 import tempfile
 import types
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,15 +22,8 @@ from flax import nnx
 import optax_ghm as ghm
 import optax_ghm.linen as ghm_linen
 import optax_ghm.nnx as ghm_nnx
-from optax_ghm import (
-  backward,
-  batch_normalization,
-  calibration,
-  conflict,
-  flow,
-  harmonization,
-  reversal,
-)
+from optax_ghm import backward, calibration, conflict, flow, harmonization
+from tests.support.public import public_names
 
 
 class Given(NamedTuple):
@@ -161,14 +154,14 @@ def _densities(given):
   for density in (
     ghm.BinnedDensity(bins=4, momentum=0.5),
     ghm.BinnedDensity(bins=4, low=1e-8, high=1e8, log=True),
-    ghm.MMDetectionDensity(momentum=0.5),
+    harmonization.MMDetectionDensity(momentum=0.5),
     ghm.WindowedDensity(cells=16, width=0.2),
-    ghm.ExactDensity(),
+    harmonization.ExactDensity(),
   ):
     norms = jnp.abs(given.x) if getattr(density, 'log', False) else g
     weights, state = ghm.harmony_weights(norms, density=density)
-    crowd, _ = density.observe(norms, state, train=False)
-    results += [weights, state, crowd, crowd.at_examples(crowd.density)]
+    regions, _ = density.update(norms, state, train=False)
+    results += [weights, state, regions, regions.at_examples(regions.density)]
   return results
 
 
@@ -176,12 +169,30 @@ def _losses(given):
   density = ghm.WindowedDensity(cells=16, width=0.2)
   x, labels, options = given.x, given.labels, {'density': density}
   losses = [
-    ghm.sigmoid_ghm_loss(x, x > 0, mask=given.mask[:, None], **options)[0],
-    ghm.sigmoid_ghm_loss_with_integer_labels(x, labels, **options)[0],
-    ghm.softmax_ghm_loss_with_integer_labels(x, labels, **options)[0][:, None],
-    ghm.smooth_l1_ghm_loss(x, jnp.zeros_like(x), **options)[0],
+    ghm.sigmoid_ghm_loss(x, x > 0, mask=given.mask[:, None], **options),
+    ghm.sigmoid_ghm_loss_with_integer_labels(x, labels, **options),
+    ghm.softmax_ghm_loss_with_integer_labels(x, labels, **options)[:, None],
+    ghm.smooth_l1_ghm_loss(x, jnp.zeros_like(x), **options),
   ]
   return sum(jnp.sum(loss) for loss in losses), losses
+
+
+def _losses_with_state(given):
+  density = ghm.WindowedDensity(cells=16, width=0.2, momentum=0.5)
+  x, labels, state = given.x, given.labels, density.init()
+  results = [
+    ghm.sigmoid_ghm_loss_with_state(x, x > 0, state, density=density),
+    ghm.sigmoid_ghm_loss_with_integer_labels_with_state(
+      x, labels, state, density=density
+    ),
+    ghm.softmax_ghm_loss_with_integer_labels_with_state(
+      x, labels, state, density=density
+    ),
+    ghm.smooth_l1_ghm_loss_with_state(
+      x, jnp.zeros_like(x), state, density=density
+    ),
+  ]
+  return sum(jnp.sum(losses) for losses, _ in results), results
 
 
 def _conflict(given):
@@ -389,13 +400,19 @@ CASES = [
   ),
   Case(
     'harmony_weights BinnedDensity MMDetectionDensity WindowedDensity'
-    ' ExactDensity Crowd DensityState',
+    ' ExactDensity RegionDensity DensityState',
     _densities,
   ),
   Case(
     'sigmoid_ghm_loss sigmoid_ghm_loss_with_integer_labels'
     ' softmax_ghm_loss_with_integer_labels smooth_l1_ghm_loss',
     differentiated(_losses),
+  ),
+  Case(
+    'sigmoid_ghm_loss_with_state smooth_l1_ghm_loss_with_state'
+    ' sigmoid_ghm_loss_with_integer_labels_with_state'
+    ' softmax_ghm_loss_with_integer_labels_with_state',
+    differentiated(_losses_with_state),
   ),
   Case('fork conflict_weights', differentiated(_conflict)),
   Case('gradient_noise GradientNoise', _noise),
@@ -549,25 +566,14 @@ each_case = pytest.mark.parametrize(
 
 
 def test_every_public_name_has_a_case():
-  public = {
-    prefix + name
-    for prefix, module in (
-      ('', ghm),
-      ('', backward),
-      ('', batch_normalization),
-      ('', calibration),
-      ('', conflict),
-      ('', harmonization),
-      ('', reversal),
-      ('flow.', flow),
-      ('linen.', ghm_linen),
-      ('nnx.', ghm_nnx),
-    )
-    for name in module.__all__
-    if inspect.isroutine(getattr(module, name))
-    or inspect.isclass(getattr(module, name))
-    or isinstance(getattr(module, name), type(jax.jit(abs)))
-  }
+  public = set()
+  for path, value in public_names().items():
+    _, *package, name = path.split('.')
+    if not callable(value) or typing.get_origin(value):
+      continue
+    if package and package[0] in ('flow', 'linen', 'nnx'):
+      name = f'{package[0]}.{name}'
+    public.add(name)
   covered = {name for case in CASES for name in case.names.split()}
   assert not covered & ELSEWHERE
   assert covered | ELSEWHERE == public
@@ -624,8 +630,8 @@ IN_FLOAT64 = {
   'domain_loss': lambda given: ghm.domain_loss(given.x, given.labels),
   'entropy_weights': lambda given: ghm.entropy_weights(given.x),
   'smooth_l1_ghm_loss': lambda given: ghm.smooth_l1_ghm_loss(
-    given.x, jnp.zeros_like(given.x), train=False
-  )[0],
+    given.x, jnp.zeros_like(given.x)
+  ),
 }
 
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
-from optax_ghm import flow
+from optax_ghm import flow, harmonization
 from tests.support.registry import ENTRIES
 from tests.support.strategies_trees import (
   BEYOND,
@@ -258,7 +258,7 @@ def test_noise_scale_aggregate(tree, mask):
 
 @functools.cache
 def weighed():
-  density = optax_ghm.PARAMETER_DENSITY
+  density = harmonization.PARAMETER_DENSITY
   return jax.jit(
     lambda norms, mask: optax_ghm.harmony_weights(
       norms, density.init(), density=density, mask=mask

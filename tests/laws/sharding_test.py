@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
+from optax_ghm import harmonization
 
 N, CLASSES = 64, 6
 BINNED = optax_ghm.BinnedDensity(bins=30, momentum=0.9)
@@ -28,7 +29,7 @@ MESHES = {
 
 def sigmoid_step(logits, labels, mask, state, density, axis_name=None):
   def loss(x, state):
-    losses, state = optax_ghm.sigmoid_ghm_loss(
+    losses, state = optax_ghm.sigmoid_ghm_loss_with_state(
       x, labels, state, density=density, mask=mask, axis_name=axis_name
     )
     return losses.sum() / N, state
@@ -39,7 +40,7 @@ def sigmoid_step(logits, labels, mask, state, density, axis_name=None):
 
 def softmax_step(logits, labels, mask, state, density, axis_name=None):
   def loss(x, state):
-    losses, state = optax_ghm.softmax_ghm_loss_with_integer_labels(
+    losses, state = optax_ghm.softmax_ghm_loss_with_integer_labels_with_state(
       x,
       labels[:, 0].astype(jnp.int32),
       state,
@@ -61,7 +62,7 @@ def harmonize_step(logits, labels, mask, state, density, axis_name=None):
       density=density,
       axis=(),
       mask=mask,
-      scale=float(N),
+      reduction=float(N),
       axis_name=axis_name,
     )
     losses = optax.sigmoid_binary_cross_entropy(x, labels)
@@ -72,7 +73,7 @@ def harmonize_step(logits, labels, mask, state, density, axis_name=None):
 
 def aggregate_step(logits, labels, mask, state, density, axis_name=None):
   tx = optax_ghm.harmonized_aggregate(density, axis_name=axis_name)
-  state = optax_ghm.HarmonizedAggregateState(state)
+  state = harmonization.HarmonizedAggregateState(state)
   update, state = tx.update(logits * (1 + labels), state, mask=mask[:, 0])
   return update, state.density
 
@@ -179,7 +180,7 @@ def test_sixteen_small_batches_differ_but_sixteen_shards_do_not(batch):
     def loss(x):
       return optax_ghm.sigmoid_ghm_loss(
         x, y, density=optax_ghm.BinnedDensity(bins=10), axis_name=axis_name
-      )[0].sum()
+      ).sum()
 
     return jax.grad(loss)(x)
 
@@ -194,13 +195,13 @@ def test_sixteen_small_batches_differ_but_sixteen_shards_do_not(batch):
   assert off > 0.5
 
 
-def test_shards_that_mean_their_own_examples_say_so_by_the_scale(batch):
+def test_shards_that_mean_their_own_examples_say_so_by_the_reduction(batch):
   logits, labels, _ = batch
 
-  def grad(x, y, scale=None, axis_name=None):
+  def grad(x, y, reduction='mean', axis_name=None):
     def loss(x):
       x = optax_ghm.harmonize(
-        x, density=BINNED, axis=(), scale=scale, axis_name=axis_name
+        x, density=BINNED, axis=(), reduction=reduction, axis_name=axis_name
       )
       return optax.sigmoid_binary_cross_entropy(x, y).mean()
 
@@ -209,7 +210,7 @@ def test_shards_that_mean_their_own_examples_say_so_by_the_scale(batch):
   whole = grad(logits, labels)
   size = logits.size // 8
   parts = jax.vmap(
-    functools.partial(grad, scale=float(size), axis_name='i'), axis_name='i'
+    functools.partial(grad, reduction=float(size), axis_name='i'), axis_name='i'
   )(logits.reshape(8, -1), labels.reshape(8, -1))
   np.testing.assert_allclose(
     parts.reshape(whole.shape) / 8, whole, rtol=1e-4, atol=1e-8
@@ -224,7 +225,9 @@ def test_a_varying_state_inside_shard_map_sums_to_the_mean(batch):
   def local(x, y, state):
     def loss(x, state):
       state = jax.lax.pcast(state, 'batch', to='varying')
-      x = optax_ghm.harmonize(x, state, density=BINNED, axis=(), scale=float(N))
+      x = optax_ghm.harmonize(
+        x, state, density=BINNED, axis=(), reduction=float(N)
+      )
       losses = optax.sigmoid_binary_cross_entropy(x, y)
       return jax.lax.psum(losses.sum(), 'batch') / N
 

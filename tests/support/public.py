@@ -4,15 +4,15 @@ import importlib
 
 MODULES = (
   'optax_ghm',
+  'optax_ghm.flow',
+  'optax_ghm.linen',
+  'optax_ghm.nnx',
   'optax_ghm.backward',
   'optax_ghm.batch_normalization',
   'optax_ghm.calibration',
   'optax_ghm.conflict',
   'optax_ghm.harmonization',
   'optax_ghm.reversal',
-  'optax_ghm.flow',
-  'optax_ghm.linen',
-  'optax_ghm.nnx',
 )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_ghm
-from optax_ghm import flow
+from optax_ghm import flow, harmonization
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ ENTRIES = (
     'harmonized_aggregate_exact',
     functools.partial(
       optax_ghm.harmonized_aggregate,
-      density=optax_ghm.ExactDensity(width=1.0, high=10.0),
+      density=harmonization.ExactDensity(width=1.0, high=10.0),
     ),
     per_example=True,
   ),
