@@ -1,4 +1,4 @@
-"""Per-example gradients: their norms, and averages of them."""
+"""Per-example gradients: their norms, and weighted sums of them."""
 
 from typing import Any
 
@@ -10,55 +10,56 @@ from optax_ghm._core.norms import norm
 
 
 def norms(updates: Any, params: Any = None) -> jax.Array:
-  """The global norm of every example's gradients, float32 of shape (batch,).
+  """The global norm of every example's gradient.
 
   Args:
-    updates: pytree whose floating and complex leaves, of which there is one at
-      least, have the examples along their first axis.
-    params: if given, what the gradients are of.
+    updates: pytree whose floating and complex leaves have the examples along
+      their first axis. At least one leaf is floating or complex.
+    params: the parameters, if known, to check the shapes of the gradients.
+
+  Returns:
+    The norms, float32 of shape (batch,).
 
   Raises:
-    ValueError: if the leaves differ in their first axis or have none, or do not
-      have the shape of ``params`` behind it.
+    ValueError: if the leaves differ in their first axis or have none, or if a
+      leaf does not have the shape of its parameter behind that axis.
   """
-  examples = [u for u in jax.tree.leaves(updates) if arrays.is_inexact(u)]
-  sizes = {u.shape[0] if u.ndim else None for u in examples}
-  if len(sizes) > 1 or None in sizes:
+  leaves, of_params = jax.tree.leaves(updates), jax.tree.leaves(params)
+  examples = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
+  sizes = {leaf.shape[:1] for leaf in examples}
+  if len(sizes) > 1 or () in sizes:
     raise ValueError(
       'updates must be per-example gradients with one leading batch axis,'
-      f' got shapes {[u.shape for u in examples]}.'
+      f' got shapes {[leaf.shape for leaf in examples]}.'
     )
-  _check_per_example(updates, params)
+  if len(leaves) == len(of_params):  # gradients may be averaged already
+    for leaf, param in zip(leaves, of_params, strict=True):
+      if arrays.is_inexact(leaf) and leaf.shape[1:] != jnp.shape(param):
+        raise ValueError(
+          'updates must be per-example gradients, a batch axis before the shape'
+          f' of the parameter: got {leaf.shape} for {jnp.shape(param)}. Make'
+          ' them with jax.vmap(jax.grad(...)).'
+        )
   per_leaf = [
-    norm(u, tuple(range(1, u.ndim))).astype(jnp.float32) for u in examples
+    norm(leaf, tuple(range(1, leaf.ndim))).astype(jnp.float32)
+    for leaf in examples
   ]
   return norm(jnp.stack(per_leaf, -1), axis=-1)
-
-
-def _check_per_example(updates, params):
-  """Catches gradients that were averaged before, where params can tell."""
-  updates, params = jax.tree.leaves(updates), jax.tree.leaves(params)
-  if len(updates) != len(params):
-    return
-  for update, param in zip(updates, params, strict=True):
-    if arrays.is_inexact(update) and update.shape[1:] != jnp.shape(param):
-      raise ValueError(
-        'updates must be per-example gradients, a batch axis before the shape'
-        f' of the parameter: got {update.shape} for {jnp.shape(param)}. Make'
-        ' them with jax.vmap(jax.grad(...)).'
-      )
 
 
 def weighted_sum(
   updates: Any, weights: jax.Array, axis_name: arrays.AxisName = None
 ) -> Any:
-  """The sum of the examples' gradients; what has weight 0 may be NaN or inf.
+  """The weighted sum of the examples' gradients.
 
   Args:
-    updates: as for :func:`norms`; leaves that are neither floating nor complex
-      pass unchanged.
-    weights: of shape (batch,).
+    updates: pytree with the examples along the first axis of every floating or
+      complex leaf; other leaves pass unchanged.
+    weights: floats of shape (batch,). A gradient of weight 0 may be NaN.
     axis_name: mapped axis, or axes, over which the batch is split.
+
+  Returns:
+    A pytree of the same structure, without the first axis.
   """
 
   def over_examples(update):

@@ -7,38 +7,49 @@ from optax_ghm.harmonization._aggregate import (
 )
 from optax_ghm.harmonization._binned import BinnedDensity
 from optax_ghm.harmonization._density import (
-  Crowd,
   DensityEstimator,
   DensityState,
+  RegionDensity,
 )
 from optax_ghm.harmonization._exact import ExactDensity
 from optax_ghm.harmonization._harmonize import harmonize
-from optax_ghm.harmonization._losses import (
+from optax_ghm.harmonization._mmdetection import MMDetectionDensity
+from optax_ghm.harmonization._sigmoid_loss import (
   sigmoid_ghm_loss,
   sigmoid_ghm_loss_with_integer_labels,
-  smooth_l1_ghm_loss,
-  softmax_ghm_loss_with_integer_labels,
+  sigmoid_ghm_loss_with_integer_labels_with_state,
+  sigmoid_ghm_loss_with_state,
 )
-from optax_ghm.harmonization._mmdetection import MMDetectionDensity
-from optax_ghm.harmonization._weights import DEFAULT_DENSITY, harmony_weights
+from optax_ghm.harmonization._smooth_l1_loss import (
+  smooth_l1_ghm_loss,
+  smooth_l1_ghm_loss_with_state,
+)
+from optax_ghm.harmonization._softmax_loss import (
+  softmax_ghm_loss_with_integer_labels,
+  softmax_ghm_loss_with_integer_labels_with_state,
+)
+from optax_ghm.harmonization._weights import harmony_weights
 from optax_ghm.harmonization._windowed import WindowedDensity
 
 __all__ = [
-  'DEFAULT_DENSITY',
   'PARAMETER_DENSITY',
   'BinnedDensity',
-  'Crowd',
   'DensityEstimator',
   'DensityState',
   'ExactDensity',
   'HarmonizedAggregateState',
   'MMDetectionDensity',
+  'RegionDensity',
   'WindowedDensity',
   'harmonize',
   'harmonized_aggregate',
   'harmony_weights',
   'sigmoid_ghm_loss',
   'sigmoid_ghm_loss_with_integer_labels',
+  'sigmoid_ghm_loss_with_integer_labels_with_state',
+  'sigmoid_ghm_loss_with_state',
   'smooth_l1_ghm_loss',
+  'smooth_l1_ghm_loss_with_state',
   'softmax_ghm_loss_with_integer_labels',
+  'softmax_ghm_loss_with_integer_labels_with_state',
 ]

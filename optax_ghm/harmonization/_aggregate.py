@@ -6,17 +6,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import arrays, per_example
+from optax_ghm._core import arrays, masks, per_example
 from optax_ghm.harmonization import _density, _weights, _windowed
 
 PARAMETER_DENSITY = _windowed.WindowedDensity(
   low=1e-8, high=1e8, log=True, width=0.5
 )
-"""Windows of half a decade over sixteen decades: norms of unknown scale."""
+"""Windows of half a decade over sixteen decades, for norms of unknown scale."""
 
 
 class HarmonizedAggregateState(NamedTuple):
-  """State of :func:`harmonized_aggregate`: that of its density estimator."""
+  """State of :func:`harmonized_aggregate`.
+
+  Attributes:
+    density: the state of the density estimator.
+  """
 
   density: _density.DensityState
 
@@ -29,29 +33,33 @@ def harmonized_aggregate(
   r"""Averages per-example gradients by the harmony of their global norms.
 
   .. math::
-    \bar g = \frac{\sum_i m_i \beta_i g_i}{\sum_i m_i}, \qquad
+    \bar g = \frac{\sum_i w_i \beta_i g_i}{\sum_i w_i}, \qquad
     \beta_i = \frac{N}{GD(\lVert g_i \rVert_2)}
 
-  The first link of a chain, before any moments. It takes updates with the
-  examples along the leading axis of every leaf, as ``jax.vmap(jax.grad(...))``
-  makes them and ``optax.contrib.differentially_private_aggregate`` takes them,
-  and gives updates shaped as the parameters. Put ``optax.MultiSteps`` behind
-  it, not around it.
+  The transformation is the first link of a chain, before any moments. It takes
+  updates with the examples along the leading axis of every leaf, as
+  ``jax.vmap(jax.grad(...))`` makes them and
+  ``optax.contrib.differentially_private_aggregate`` takes them, and gives
+  updates shaped as the parameters. Put ``optax.MultiSteps`` behind it, not
+  around it.
 
   Args:
-    density: estimator of the density of the global norms; the default has
-      logarithmic windows, for norms of any scale.
+    density: estimator of the density of the global norms. The default,
+      :data:`optax_ghm.harmonization.PARAMETER_DENSITY`, has logarithmic
+      windows, for norms of any scale.
     axis_name: mapped axis, or axes, over which the batch is split; the result
       is then the average over all of it.
 
   Returns:
-    A ``GradientTransformationExtraArgs``. Its ``update`` takes the extra
-    argument ``mask``, shape (batch,): which examples count (bool), or with what
-    weight (float). An example whose gradient holds NaN or inf is left out and
-    counted in ``state.density.non_finite``; if none is left, the update is 0.
-    Leaves that are not floating or complex pass unchanged.
+    A ``GradientTransformationExtraArgs`` whose ``update`` takes two extra
+    arguments of shape (batch,): ``mask``, bool, says which examples count, and
+    ``weights``, real numbers w, as how many examples each counts, in the
+    density and in the average. An example whose gradient holds NaN or inf is
+    left out and counted in ``state.density.non_finite``. If no example is left,
+    the update is 0. Leaves that are not floating or complex pass unchanged.
 
   Raises:
+    TypeError: on update, if ``mask`` is not bool or ``weights`` are not real.
     ValueError: on update, if leaves differ in their leading axis or have none,
       or do not have the shape of ``params`` behind it.
 
@@ -75,24 +83,24 @@ def harmonized_aggregate(
 
   def init_fn(params):
     del params
-    return HarmonizedAggregateState(density=density.init())
+    return HarmonizedAggregateState(density.init())
 
-  def update_fn(updates, state, params=None, *, mask=None, **extra_args):
+  def update_fn(
+    updates, state, params=None, *, mask=None, weights=None, **extra_args
+  ):
     del extra_args
     if not any(map(arrays.is_inexact, jax.tree.leaves(updates))):
       return updates, state
     norms = per_example.norms(updates, params)
-    weights, density_state = _weights.harmony_weights(
-      norms, state.density, density=density, mask=mask, axis_name=axis_name
+    amounts = masks.amounts(mask, weights, norms.shape)
+    harmony, density_state = _weights.weigh(
+      norms, amounts, state.density, density, axis_name, True
     )
-    amount = jnp.ones_like(norms, bool) if mask is None else mask
-    amount = jnp.where(
-      weights > 0, jnp.asarray(amount).astype(jnp.float32), 0.0
+    amount = jnp.asarray(1 if amounts is None else amounts, jnp.float32)
+    total = arrays.psum(jnp.sum(jnp.where(harmony > 0, amount, 0)), axis_name)
+    averaged = per_example.weighted_sum(
+      updates, harmony / _density.nonzero(total), axis_name
     )
-    total = arrays.psum(jnp.sum(amount), axis_name)
-    share = weights * amount / jnp.where(total > 0, total, 1.0)
-
-    averaged = per_example.weighted_sum(updates, share, axis_name)
     return averaged, HarmonizedAggregateState(density_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

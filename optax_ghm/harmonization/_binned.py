@@ -17,7 +17,7 @@ class BinnedDensity(_density.Histogram):
     \bar R_j = \frac{\sum_s m^{t-s} R_j^{(s)}}{\sum_s m^{t-s}}
 
   with :math:`R_j` the number of examples in bin j, ε the width of a bin and m
-  the momentum of the moving average over batches. It is the approximation of
+  the momentum of the moving average over batches. This is the approximation of
   the paper, with a moving average that is unbiased from the first batch on and
   decays in every bin. One example that crosses the edge into an empty bin
   changes the weight of all others at once; :class:`WindowedDensity` has no
@@ -27,8 +27,9 @@ class BinnedDensity(_density.Histogram):
     low: smallest norm of the range.
     high: largest norm of the range; norms outside count in the outermost bin.
     log: whether bins have equal width in log10(norm), for norms without a known
-      bound; the density is then per decade.
-    momentum: of the moving average over batches, in [0, 1); 0 forgets.
+      bound. The density is then per decade.
+    momentum: share of the past in the moving average over batches, in [0, 1);
+      with 0 every batch stands alone.
     normalize: whether harmony weights are scaled to average 1 over the batch;
       False gives the paper's raw weights.
     bins: number of bins M, at least 1.
@@ -37,10 +38,10 @@ class BinnedDensity(_density.Histogram):
     >>> import jax.numpy as jnp
     >>> import optax_ghm
     >>> density = optax_ghm.BinnedDensity(bins=10)
-    >>> gd, state = density.update(
+    >>> regions, state = density.update(
     ...   jnp.array([0.01, 0.02, 0.93]), density.init()
     ... )
-    >>> gd
+    >>> regions.at_examples(regions.density)
     Array([20., 20., 10.], dtype=float32)
 
   References:
@@ -55,21 +56,21 @@ class BinnedDensity(_density.Histogram):
     _density.check_positive_int('bins', self.bins)
 
   @property
-  def _cells(self) -> int:
+  def _regions(self):
     return self.bins
 
-  def _density_of(self, histogram):
-    return histogram * (self.bins / self._length)
+  def _density(self, count):
+    return count * (self.bins / self._length)
 
-  def _cell(self, norms, mask):
-    cell = super()._cell(norms, mask)
+  def _cell(self, norms):
+    cell = super()._cell(norms)
     if self.log:
       return cell
-    # floor(g * M) and g >= i / M disagree for some g; the edges decide.
+    # floor(g * M) and g >= i / M disagree for some g. The edges decide.
     edges = np.arange(self.bins + 1, dtype=np.float32) / np.float32(self.bins)
     edges = np.float32(self.low) + np.float32(self._length) * edges
     edges[0], edges[-1] = -np.inf, np.inf
-    inside = jnp.minimum(cell, self.bins - 1)
+    inside = jnp.clip(cell, 0, self.bins - 1)
     below = norms < _density.lookup(jnp.asarray(edges), inside)
     above = norms >= _density.lookup(jnp.asarray(edges), inside + 1)
     corrected = inside + above.astype(jnp.int32) - below.astype(jnp.int32)

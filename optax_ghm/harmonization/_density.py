@@ -1,4 +1,4 @@
-r"""Gradient density: how crowded a gradient norm is, and what that weighs.
+r"""The gradient density, and what the estimators of it have in common.
 
 The gradient density at a norm g is the number of examples per unit of norm,
 
@@ -6,9 +6,7 @@ The gradient density at a norm g is the number of examples per unit of norm,
   GD(g) = \frac{1}{l_\epsilon(g)} \sum_{k=1}^N \delta_\epsilon(g_k, g),
 
 where δ counts the examples in a region of width ε around g and l is the length
-of the part of that region that is a valid norm. The harmony weight of an
-example is :math:`\beta = N / GD(g)`: the crowd of easy examples and the crowd
-of outliers each come to weigh what a sparse region weighs.
+of the part of that region that is a valid norm.
 
 References:
   Li, Liu and Wang, `Gradient Harmonized Single-stage Detector
@@ -21,69 +19,64 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_ghm._core import arrays, masks
+from optax_ghm._core import arrays
 
 
 class DensityState(NamedTuple):
   """What a density estimator remembers between batches; all leaves float32.
 
-  The state may ride the backward pass, where cotangents of one state that is
-  used several times in a step (a shared module, micro-batches, devices) add up,
-  and are scaled by whatever scales gradients. ``calls`` counts them, and the
-  next read divides by it.
+  Where one state serves several calls in a step (a shared module,
+  micro-batches, devices), JAX adds up the next states, and loss scaling scales
+  them. The next update divides by ``calls``, which takes part in both.
 
   Attributes:
-    histogram: shape (cells,), the decayed sum of the batches' histograms.
+    histogram: shape (regions,), the decayed sum of the batches' histograms.
     evidence: shape (), the decayed sum of 1 per batch. The running histogram is
-      ``histogram / evidence``: its start at zero leaves no bias.
+      ``histogram / evidence``, which has no bias towards its start at zero.
     calls: shape (), how many updates this state is the sum of.
-    non_finite: shape (), how many NaN and infinite norms were left out so far
-      (their mean over the calls where there were several).
+    non_finite: shape (), how many examples were left out so far because their
+      norm was NaN or infinite. An example counts as its weight here.
+    above_range: shape (), how many examples so far had a norm above the range
+      of the estimator by more than a region. They count in the last region. A
+      number that grows with every step says that the range does not fit the
+      norms, or that ``reduction`` does not fit the loss.
   """
 
   histogram: jax.Array
   evidence: jax.Array
   calls: jax.Array
   non_finite: jax.Array
+  above_range: jax.Array
 
 
-class Crowd(NamedTuple):
-  """The density of one batch, region by region.
+class RegionDensity(NamedTuple):
+  """The gradient density of a batch, region by region.
 
   Attributes:
-    cell: int32, the shape of the norms: the region of each example; two more
-      regions than there are hold the non-finite and the masked-out examples.
-      None where every example is its own region.
-    mass: float32 (cells,), the examples in each region over which the harmony
-      weights average to 1.
-    density: float32 (cells,), examples per unit of norm; 0 in a region where no
-      example can be.
-    total: float32 (), the number of examples N that ``density`` counts.
+    region: int32, the shape of the norms: the region of each example, -1 for
+      an example that is left out.
+    count: float32 of shape (regions,), the examples in each region. Their sum
+      is N, and the harmony weights average to 1 over them.
+    density: float32 of shape (regions,), GD: examples per unit of norm.
   """
 
-  cell: jax.Array | None
-  mass: jax.Array
+  region: jax.Array
+  count: jax.Array
   density: jax.Array
-  total: jax.Array
 
-  def at_examples(self, table: jax.Array) -> jax.Array:
-    """Brings a value per region to the examples; 0 for those left out."""
-    if self.cell is None:
-      return table
-    last = table.shape[0] - 1
-    # Looked up in bounds, then chosen: twice as fast as a padded table.
-    value = lookup(table, jnp.minimum(self.cell, last))
-    return jnp.where(self.cell <= last, value, 0.0)
+  def at_examples(self, values: jax.Array) -> jax.Array:
+    """The value of each example's region; 0 for examples left out."""
+    value = lookup(values, jnp.maximum(self.region, 0))
+    return jnp.where(self.region >= 0, value, 0.0)
 
 
 class DensityEstimator(Protocol):
-  """What an estimator of the gradient density offers.
+  """An estimator of the gradient density.
 
-  Estimators are frozen dataclasses: hashable, closed over by jitted functions,
-  and none of their numbers is traced.
+  Estimators are frozen dataclasses: jitted functions close over them, and none
+  of their numbers is traced.
   """
 
   @property
@@ -95,31 +88,34 @@ class DensityEstimator(Protocol):
     """The state before the first batch."""
     ...
 
-  def observe(
-    self,
-    norms: jax.Array,
-    state: DensityState,
-    mask: jax.Array | None = None,
-    axis_name: arrays.AxisName = None,
-    train: bool = True,
-  ) -> tuple[Crowd, DensityState]:
-    """The batch's regions and their densities, and the next state."""
-    ...
-
   def update(
     self,
     norms: jax.Array,
     state: DensityState,
-    mask: jax.Array | None = None,
+    amounts: jax.Array | None = None,
     axis_name: arrays.AxisName = None,
-  ) -> tuple[jax.Array, DensityState]:
-    """The density at every norm, and the next state."""
+    train: bool = True,
+  ) -> tuple[RegionDensity, DensityState]:
+    """The gradient density of a batch, and the next state.
+
+    Args:
+      norms: gradient norms, float32 of any shape.
+      state: from :meth:`init` or the last update.
+      amounts: as how many examples each example counts, bool or float32 of the
+        shape of ``norms``; None is 1 for each. False and 0 leave it out.
+      axis_name: mapped axis, or axes, over which the batch is split.
+      train: False gives the density of the batches before, and leaves the
+        state as it is.
+
+    Returns:
+      The density and the next state.
+    """
     ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Histogram:
-  """A density read off a histogram: one scatter-add, one all-reduce of it."""
+  """A density from a histogram: one scatter-add, and one all-reduce of it."""
 
   low: float = 0.0
   high: float = 1.0
@@ -128,192 +124,151 @@ class Histogram:
   normalize: bool = True
 
   def __post_init__(self):
-    check_range(self.low, self.high, self.log)
+    check_bounds(self.low, self.high)
+    if self.log and self.low <= 0:
+      raise ValueError(f'low must be above 0 if log, got {self.low}.')
     if not 0 <= self.momentum < 1:
       raise ValueError(f'momentum must be in [0, 1), got {self.momentum}.')
 
   @property
-  def _cells(self) -> int:
-    """Number of regions; each family has its own."""
+  def _regions(self) -> int:
+    """The number of regions."""
     raise NotImplementedError
 
-  def _density_of(self, histogram: jax.Array) -> jax.Array:
+  def _density(self, count):
     """Examples per unit of norm (per decade if ``log``) in every region."""
     raise NotImplementedError
 
   @property
   def _length(self) -> float:
-    """Length of the whole range, in norm or in decades."""
-    low, high = _coordinate_range(self.low, self.high, self.log)
-    return high - low
+    """The length of the range, in norm or in decades."""
+    if self.log:
+      return math.log10(self.high) - math.log10(self.low)
+    return self.high - self.low
 
   def init(self) -> DensityState:
     """The state before the first batch: an empty histogram."""
-    return empty_state(self._cells)
+    return initial_state(self._regions)
 
   def update(
     self,
     norms: jax.Array,
     state: DensityState,
-    mask: jax.Array | None = None,
-    axis_name: arrays.AxisName = None,
-  ) -> tuple[jax.Array, DensityState]:
-    """The density at every norm, and the next state.
-
-    Args:
-      norms: non-negative gradient norms, any shape and floating dtype. Norms
-        outside of ``[low, high]`` count in the outermost region.
-      state: from :meth:`init` or the last update.
-      mask: broadcastable to ``norms``: which examples count (bool), or how much
-        (float; 0 and below leaves an example out).
-      axis_name: mapped axis, or axes, over which the batch is split.
-
-    Returns:
-      The density, float32 with the shape of ``norms``, 0 for examples left out,
-      and the next state.
-    """
-    crowd, state = self.observe(norms, state, mask, axis_name)
-    return crowd.at_examples(crowd.density), state
-
-  def observe(
-    self,
-    norms: jax.Array,
-    state: DensityState,
-    mask: jax.Array | None = None,
+    amounts: jax.Array | None = None,
     axis_name: arrays.AxisName = None,
     train: bool = True,
-  ) -> tuple[Crowd, DensityState]:
-    """The batch's regions and their densities, and the next state.
+  ) -> tuple[RegionDensity, DensityState]:
+    """The gradient density of a batch, and the next state.
 
-    With ``train=False`` the densities are those of the running histogram, and
-    the state comes back as it was; where no example was ever seen, a region
-    counts as crowded as the least crowded one that was.
+    Args:
+      norms: gradient norms, float32 of any shape. Norms outside of
+        ``[low, high]`` count in the first or the last region.
+      state: from :meth:`init` or the last update.
+      amounts: as how many examples each example counts, bool or float32 of the
+        shape of ``norms``; None is 1 for each. False and 0 leave it out.
+      axis_name: mapped axis, or axes, over which the batch is split.
+      train: False gives the density of the batches before, and leaves the
+        state as it is. A region without examples then counts as crowded as the
+        sparsest of the others.
+
+    Returns:
+      The density and the next state.
     """
-    norms, mask = check_batch(norms, mask)
-    check_state(state, self._cells)
-    cell = self._cell(norms, mask)
-    state = settled(state)
+    last = self._regions - 1
+    state = mean_of_calls(state)
+    # Behind the regions are four more cells: norms at the end of the range,
+    # norms above it, norms that are not finite, and examples left out.
+    cell = jnp.clip(self._cell(norms), 0, last + 2)
+    cell = jnp.where(jnp.isfinite(norms), cell, last + 3)
+    if amounts is not None:
+      cell = jnp.where(amounts.astype(bool), cell, last + 4)
+    region = jnp.where(cell < last + 3, jnp.minimum(cell, last), -1)
     if not train:
-      return self._remembered(cell, state), state
-    histogram = arrays.psum(_count(cell, mask, self._cells + 2), axis_name)
-    histogram = histogram.astype(jnp.float32)
-    mass, non_finite = histogram[:-2], histogram[-2]
-    state = state._replace(non_finite=state.non_finite + non_finite)
-    return self._learn(cell, mass, state)
-
-  def _learn(self, cell, mass, state):
-    """The running density that this batch is part of; empty batches pass."""
-    keep = jnp.where(jnp.sum(mass) > 0, self.momentum, 1.0)
+      return RegionDensity(region, *self._remembered(state)), state
+    cells = arrays.psum(_count(cell, amounts, last + 5), axis_name)
+    cells = cells.astype(jnp.float32)
+    count = jnp.append(cells[:last], jnp.sum(cells[last : last + 3]))
     state = state._replace(
-      histogram=keep * state.histogram + (1 - keep) * mass,
+      above_range=state.above_range + cells[last + 2],
+      non_finite=state.non_finite + cells[last + 3],
+    )
+    density, state = self._learn(count, state)
+    return RegionDensity(region, count, density), state
+
+  def _cell(self, norms):
+    """The region of each norm, an integer; any integer outside of the range."""
+    position = jnp.log10(norms) if self.log else norms
+    low = math.log10(self.low) if self.log else self.low
+    scale = self._regions / self._length
+    return ((position - low) * scale).astype(jnp.int32)
+
+  def _learn(self, count, state):
+    """The density with this batch in it, and the state; empty batches pass."""
+    total = jnp.sum(count)
+    keep = jnp.where(total > 0, self.momentum, 1.0)
+    state = state._replace(
+      histogram=keep * state.histogram + (1 - keep) * count,
       evidence=keep * state.evidence + (1 - keep),
     )
     running = state.histogram / nonzero(state.evidence)
-    density = self._density_of(running)
-    return Crowd(cell, mass, density, jnp.sum(running)), state
+    # The density of a batch as large as this one.
+    scale = total / nonzero(jnp.sum(running))
+    return scale * self._density(running), state
 
-  def _remembered(self, cell, state):
-    mass = state.histogram / nonzero(state.evidence)
-    density = self._density_of(mass)
-    least = jnp.min(jnp.where(density > 0, density, jnp.inf))
-    # Nothing seen yet: everywhere equally crowded.
-    least = jnp.where(jnp.isfinite(least), least, 1.0)
-    total = jnp.where(state.evidence > 0, jnp.sum(mass), 1.0)
-    return Crowd(cell, mass, jnp.maximum(density, least), total)
-
-  def _cell(self, norms, mask):
-    low, _ = _coordinate_range(self.low, self.high, self.log)
-    position = (_coordinate(norms, self.log) - low) * (
-      self._cells / self._length
-    )
-    cell = jnp.clip(position.astype(jnp.int32), 0, self._cells - 1)
-    cell = jnp.where(jnp.isfinite(norms), cell, self._cells)
-    if mask is None:
-      return cell
-    return jnp.where(masks.counts(mask), cell, self._cells + 1)
+  def _remembered(self, state):
+    """Counts and density of the batches before; equal if there were none."""
+    running = state.histogram / nonzero(state.evidence)
+    count = jnp.where(state.evidence > 0, running, 1.0)
+    density = self._density(count)
+    seen = density > 0
+    least = jnp.min(jnp.where(seen, density, jnp.inf))
+    return count, jnp.where(seen, density, least)
 
 
-def _count(cell, mask, cells):
-  """Histogram by scatter-add; integers where examples count as wholes."""
-  if mask is None or mask.dtype == bool:
-    zeros, amount = jnp.zeros((cells,), jnp.int32), 1
+def _count(cell, amounts, cells):
+  """Histogram by scatter-add; of integers where every example counts as 1."""
+  if amounts is None or amounts.dtype == bool:
+    zeros, amounts = jnp.zeros((cells,), jnp.int32), 1
   else:
     zeros = jnp.zeros((cells,), jnp.float32)
-    # The non-finite, in the last cell but one, are counted by heads.
-    amount = jnp.where(cell < cells - 2, mask, 1.0)
   replicated = NamedSharding(jax.typeof(cell).sharding.mesh, PartitionSpec())
   return zeros.at[cell].add(
-    amount, mode='promise_in_bounds', out_sharding=replicated
+    amounts, mode='promise_in_bounds', out_sharding=replicated
   )
 
 
-def lookup(table, cell):
-  """``table[cell]``, laid out over devices as ``cell`` is."""
-  return table.at[cell].get(
-    mode='promise_in_bounds', out_sharding=jax.typeof(cell).sharding
+def lookup(table, index):
+  """``table[index]``, laid out over devices as ``index`` is."""
+  return table.at[index].get(
+    mode='promise_in_bounds', out_sharding=jax.typeof(index).sharding
   )
 
 
-def settled(state):
-  """The mean of the updates that were added up in this state."""
-  return state._replace(
-    **{
-      name: getattr(state, name) / nonzero(state.calls)
-      for name in ('histogram', 'evidence', 'non_finite')
-    },
-    calls=jnp.ones_like(state.calls),
-  )
-
-
-def empty_state(cells):
-  # Buffers of their own, so that a state can be donated.
+def initial_state(regions):
+  # Every leaf has a buffer of its own, so that the state can be donated.
   return DensityState(
-    histogram=jnp.zeros((cells,), jnp.float32),
+    jnp.zeros((regions,), jnp.float32),
     evidence=jnp.zeros((), jnp.float32),
     calls=jnp.ones((), jnp.float32),
     non_finite=jnp.zeros((), jnp.float32),
+    above_range=jnp.zeros((), jnp.float32),
   )
+
+
+def mean_of_calls(state):
+  """The mean of the updates that were added up in this state."""
+  return DensityState(
+    *(leaf / nonzero(state.calls) for leaf in state)
+  )._replace(calls=jnp.ones_like(state.calls))
 
 
 def nonzero(x):
   return jnp.where(x == 0, 1.0, x)
 
 
-def _coordinate(norms, log):
-  return jnp.log10(norms) if log else norms
-
-
-def _coordinate_range(low, high, log):
-  return (math.log10(low), math.log10(high)) if log else (low, high)
-
-
-def check_batch(norms, mask):
-  norms = jnp.asarray(norms)
-  if not jnp.issubdtype(norms.dtype, jnp.floating):
-    raise TypeError(f'norms must be real floats, got dtype {norms.dtype}.')
-  if jnp.finfo(norms.dtype).bits > 32:  # the largest are not infinite, either
-    largest = float(jnp.finfo(jnp.float32).max)
-    inside = jnp.clip(norms, -largest, largest)
-    norms = jnp.where(jnp.isfinite(norms), inside, norms)
-  norms = norms.astype(jnp.float32)
-  return norms, None if mask is None else masks.broadcast_mask(
-    mask, norms.shape
-  )
-
-
-def check_state(state, cells):
-  if not isinstance(state, DensityState) or state.histogram.shape != (cells,):
-    raise ValueError(
-      f'state must come from init() of the same estimator, with {cells}'
-      f' cells; got {jax.tree.map(jnp.shape, state)}.'
-    )
-
-
-def check_range(low, high, log):
-  if not (np.isfinite(low) and np.isfinite(high) and low < high):
+def check_bounds(low, high):
+  if not (math.isfinite(low) and math.isfinite(high) and low < high):
     raise ValueError(f'low must be below high, got {low} and {high}.')
-  if log and low <= 0:
-    raise ValueError(f'low must be above 0 if log, got {low}.')
 
 
 def check_width(width, length):

@@ -5,34 +5,40 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optax_ghm._core import arrays, masks
+from optax_ghm._core import arrays
 from optax_ghm.harmonization import _density
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactDensity:
-  r"""The definition without approximation, by sort and search, on one device.
+  r"""The paper's definition without approximation, by sort and search.
 
-  The window of :class:`WindowedDensity` with every norm at its own place:
-  O(N log N). It is the oracle for tests, and fit for batches small enough that
-  a sort does not matter. It remembers nothing: evaluation, too, weighs the
-  batch by itself.
+  Every norm has a window of width ε around it, as in
+  :class:`optax_ghm.WindowedDensity`, and counts at its own place. The cost is
+  O(N log N), on one device. The estimator is the oracle for tests, and fit for
+  batches so small that a sort does not matter. It remembers nothing: in
+  evaluation, too, a batch stands alone.
 
   Attributes:
     width: ε, at most ``high - low``.
     low: smallest norm of the range; norms below count as ``low``.
     high: largest norm of the range; norms above count as ``high``.
-    normalize: whether harmony weights are scaled to average 1 over the batch.
+    normalize: whether harmony weights are scaled to average 1 over the batch;
+      False gives the paper's raw weights.
 
   Examples:
     >>> import jax.numpy as jnp
-    >>> import optax_ghm
-    >>> density = optax_ghm.ExactDensity(width=0.1)
-    >>> gd, state = density.update(
+    >>> from optax_ghm.harmonization import ExactDensity
+    >>> density = ExactDensity(width=0.1)
+    >>> regions, state = density.update(
     ...   jnp.array([0.41, 0.43, 0.93]), density.init()
     ... )
-    >>> [round(float(x), 3) for x in gd]
+    >>> [round(float(x), 3) for x in regions.at_examples(regions.density)]
     [20.0, 20.0, 10.0]
+
+  References:
+    Li et al., `Gradient Harmonized Single-stage Detector
+    <https://arxiv.org/abs/1811.05181>`_, equations 4 and 5, 2019
   """
 
   width: float = 0.1
@@ -41,59 +47,60 @@ class ExactDensity:
   normalize: bool = True
 
   def __post_init__(self):
-    _density.check_range(self.low, self.high, log=False)
+    _density.check_bounds(self.low, self.high)
     _density.check_width(self.width, self.high - self.low)
 
   def init(self) -> _density.DensityState:
-    """A state that only counts non-finite norms; its one cell stays empty."""
-    return _density.empty_state(1)
+    """A state that counts non-finite norms; its one region stays empty."""
+    return _density.initial_state(1)
 
   def update(
     self,
     norms: jax.Array,
     state: _density.DensityState,
-    mask: jax.Array | None = None,
-    axis_name: arrays.AxisName = None,
-  ) -> tuple[jax.Array, _density.DensityState]:
-    """As :meth:`WindowedDensity.update`; ``axis_name`` must be None."""
-    crowd, state = self.observe(norms, state, mask, axis_name)
-    return crowd.at_examples(crowd.density), state
-
-  def observe(
-    self,
-    norms: jax.Array,
-    state: _density.DensityState,
-    mask: jax.Array | None = None,
+    amounts: jax.Array | None = None,
     axis_name: arrays.AxisName = None,
     train: bool = True,
-  ) -> tuple[_density.Crowd, _density.DensityState]:
-    """As :meth:`WindowedDensity.observe`; every example is its own region."""
+  ) -> tuple[_density.RegionDensity, _density.DensityState]:
+    """The gradient density of a batch, and the next state.
+
+    Args:
+      norms: gradient norms, float32 of any shape. Every norm is a region.
+      state: from :meth:`init` or the last update.
+      amounts: as how many examples each example counts, bool or float32 of the
+        shape of ``norms``; None is 1 for each. False and 0 leave it out.
+      axis_name: None; the batch cannot be split.
+      train: False leaves the state as it is.
+
+    Returns:
+      The density and the next state.
+    """
     if axis_name is not None:
       raise ValueError(
         'ExactDensity sorts the whole batch and works on one device: use'
         f' WindowedDensity with axis_name={axis_name!r}.'
       )
-    norms, mask = _density.check_batch(norms, mask)
-    _density.check_state(state, 1)
-    state = _density.settled(state)
-    asked = jnp.ones(norms.shape, bool) if mask is None else masks.counts(mask)
-    valid = asked & jnp.isfinite(norms)
-    amount = asked if mask is None else mask
-    mass = jnp.where(valid, amount.astype(jnp.float32), 0.0)
-    g = jnp.clip(norms, self.low, self.high)
+    state = _density.mean_of_calls(state)
+    if amounts is None:
+      amounts = jnp.ones(norms.shape, bool)
+    amount, norm = amounts.astype(jnp.float32).ravel(), norms.ravel()
+    valid = (amount > 0) & jnp.isfinite(norm)
+    count = jnp.where(valid, amount, 0)
     # Examples left out sort to the end, where no window reaches.
-    order = jnp.argsort(jnp.where(valid, g, jnp.inf), axis=None)
-    sorted_g = jnp.where(valid, g, jnp.inf).reshape(-1)[order]
-    below = jnp.pad(jnp.cumsum(mass.reshape(-1)[order]), (1, 0))
+    g = jnp.where(valid, jnp.clip(norm, self.low, self.high), jnp.inf)
+    order = jnp.argsort(g)
+    below = jnp.pad(jnp.cumsum(count[order]), (1, 0))
     half = self.width / 2
     # A window holds its own norm, however narrow it is by rounding.
-    rim = jnp.maximum(g + half, jnp.nextafter(g, jnp.inf))
-    first = jnp.searchsorted(sorted_g, g - half, side='left')
-    last = jnp.searchsorted(sorted_g, rim, side='left')
-    count = jnp.maximum(below[last] - below[first], mass)
+    end = jnp.maximum(g + half, jnp.nextafter(g, jnp.inf))
+    first, last = jnp.searchsorted(g[order], jnp.stack([g - half, end]))
+    inside = jnp.maximum(below[last] - below[first], count)
     length = jnp.minimum(half, self.high - g) + jnp.minimum(half, g - self.low)
-    density = jnp.where(valid, count / length, 0.0)
     if train:
-      bad = jnp.sum(asked & ~valid, dtype=jnp.float32)
-      state = state._replace(non_finite=state.non_finite + bad)
-    return _density.Crowd(None, mass, density, jnp.sum(mass)), state
+      bad, above = (amount > 0) & ~valid, norm - half > self.high
+      state = state._replace(
+        non_finite=state.non_finite + jnp.sum(jnp.where(bad, amount, 0)),
+        above_range=state.above_range + jnp.sum(jnp.where(above, count, 0)),
+      )
+    region = jnp.where(valid, jnp.arange(norm.size, dtype=jnp.int32), -1).reshape(norms.shape)
+    return _density.RegionDensity(region, count, inside / length), state

@@ -1,76 +1,92 @@
-"""Harmonising any gradients: those of activations, and those per example."""
+"""Harmonizing the cotangents of any activation."""
+
+import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays, masks
 from optax_ghm._core.identity import identity
 from optax_ghm._core.norms import norm
 from optax_ghm.backward import _overwrite
-from optax_ghm.harmonization import _density, _weights
+from optax_ghm.harmonization import _density, _weights, _windowed
+
+Reduction = Literal['mean', 'sum'] | float | jax.Array
+"""How a loss was reduced: by mean, by sum, or by its sum over a number."""
+
+# The norms of p - y, and windows of the same share of the range: two softmax
+# classes have the weights of one sigmoid.
+_OF_VECTORS = _windowed.WindowedDensity(high=2**0.5, width=0.1 * 2**0.5)
 
 
 def harmonize(
   x: jax.Array,
   state: _density.DensityState | None = None,
   *,
-  density: _density.DensityEstimator = _weights.DEFAULT_DENSITY,
+  density: _density.DensityEstimator | None = None,
   axis: int | tuple[int, ...] | None = None,
-  scale: float | jax.Array | None = None,
-  mask: jax.Array | None = None,
+  reduction: Reduction = 'mean',
+  mask: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
   enabled: bool = True,
 ) -> jax.Array:
   r"""Identity forward; backward, every example's cotangent times its harmony.
 
   .. math::
-    \bar x_i \leftarrow \beta(g_i)\, \bar x_i, \qquad
-    g_i = s\, \lVert \bar x_i \rVert_2
+    \bar x_i \leftarrow w_i\, \beta(g_i)\, \bar x_i, \qquad
+    g_i = n\, \lVert \bar x_i \rVert_2
 
   where :math:`\bar x_i` is the cotangent of example i, β the harmony weight
-  (:func:`harmony_weights`) and s the scale that undoes the loss's own
-  averaging. Put at the logits of any loss, or at a hidden layer, it makes that
-  loss a gradient-harmonised one: its law is that the gradient equals that of
-  the GHM loss whose g is this norm.
+  (:func:`harmony_weights`) and n the number that the loss's sum was divided by.
+  Put at the logits of any loss, or at a hidden layer, it makes that loss a
+  gradient-harmonized one. Its law: the gradient equals that of the GHM loss
+  whose g is this norm.
 
   The next state of ``density`` is the gradient with respect to ``state``: take
-  it with ``jax.grad(..., argnums=(0, 1))`` and pass it on through
-  :func:`overwrite_with_gradient`. Evaluation runs no backward pass and so never
-  touches it. Where one state serves several calls in a step, or micro-batches
-  whose gradients are summed, their statistics are averaged.
+  it with ``jax.grad(..., argnums=(0, 1))`` and hand it to
+  :func:`overwrite_with_gradient`. Evaluation runs no backward pass and leaves
+  the state alone. Where one state serves several calls in a step, or
+  micro-batches whose gradients are summed, their statistics are averaged.
 
-  The rule is not linear in the cotangent, so forward mode (``jax.jvp``,
-  ``jax.hessian``) raises: switch it off there with ``enabled``.
+  The rule is not linear in the cotangent. Forward mode (``jax.jvp``,
+  ``jax.hessian``) raises: give ``enabled=False`` there.
 
   Args:
-    x: activations, examples along the leading axes.
-    state: of ``density``; None starts afresh (of no consequence with momentum
-      0, where a batch is weighed by itself alone).
-    density: estimator of the density of g. The default expects g in [0, 1], as
-      cross-entropy at the logits has it; for norms without a bound take one
-      with ``log=True``, such as :data:`PARAMETER_DENSITY`.
+    x: activations, floating or complex, examples along the leading axes.
+    state: state of ``density``. None is for densities without momentum.
+    density: estimator of the density of g. None is for the logits of a
+      cross-entropy: ``WindowedDensity()`` with norms in [0, 1] if an example is
+      a single number, else the same windows, as a share of the range, over
+      [0, √2], the norms of p - y for softmax. For norms without a bound, as at
+      a hidden layer, take :data:`optax_ghm.harmonization.PARAMETER_DENSITY`.
     axis: axes of ``x`` that make up one example, over which the norm is taken.
       None is all but the first, ``()`` makes every element its own example.
-    scale: what the cotangent is multiplied by before its norm is taken. None,
-      for a loss that is the mean over all examples, is the number of examples
-      that the mask leaves, over all of ``axis_name``. If every shard means its
-      own examples and the gradients are averaged later, it is the number in the
-      shard; for a sum, 1. Divide by the loss scale of mixed precision, if any.
-      Softmax cross-entropy has norms up to :math:`\sqrt 2`: give it a density
-      with ``high=2**0.5``.
-    mask: broadcastable to the examples' shape: which count; the cotangents of
-      others become 0.
-    axis_name: mapped axis, or axes, over which the batch is split; under
-      ``shard_map`` or ``vmap``, not needed under ``jit`` of sharded arrays.
+    reduction: how the loss was reduced. 'mean' is a mean over all examples that
+      ``mask`` leaves, over all of ``axis_name``; 'sum' is a sum. A number, that
+      may be traced, is what the sum was divided by: the size of the shard if
+      every shard means its own examples and the gradients are averaged later,
+      or the number of examples over the loss scale of mixed precision. A loss
+      that is reduced in another way than this says has norms beyond the range,
+      which the next state counts in ``above_range``, or far too small ones.
+    mask: bool, broadcastable to the examples: which of them count. The
+      cotangents of the others become 0.
+    weights: real numbers w, broadcastable to the examples: as how many examples
+      each counts, in the density and in the cotangent.
+    axis_name: mapped axis, or axes, over which the batch is split, under
+      ``shard_map`` or ``vmap``; None under ``jit`` of sharded arrays.
     enabled: False is the plain identity.
 
   Returns:
     ``x``.
 
   Raises:
-    TypeError: if ``x`` is neither floating nor complex.
-    ValueError: if ``axis``, ``mask`` or ``state`` do not fit.
+    TypeError: if ``x`` is neither floating nor complex, or ``mask`` not bool.
+    ValueError: if ``axis``, ``reduction``, ``mask``, ``weights`` or ``state``
+      do not fit, or if ``density`` has a momentum and there is no ``state``.
 
   Examples:
     >>> import jax
@@ -94,43 +110,58 @@ def harmonize(
     raise TypeError(f'x must be floating or complex, got dtype {x.dtype}.')
   if not enabled:
     return x
-  axes = _example_axes(x, axis)
+  axes = tuple(range(1, x.ndim)) if axis is None else axis
+  axes = np.lib.array_utils.normalize_axis_tuple(axes, x.ndim, 'axis')
+  if density is None:
+    vectors = math.prod(x.shape[i] for i in axes) > 1
+    density = _OF_VECTORS if vectors else _windowed.DEFAULT
   if state is None:
-    state = density.init()
-  if mask is not None:
-    examples = tuple(n for i, n in enumerate(x.shape) if i not in axes)
-    mask = masks.broadcast_mask(mask, examples)
-  return _harmonize((density, axes, axis_name), x, state, scale, mask)
+    state = _weights.initial_state(density)
+  examples = tuple(n for i, n in enumerate(x.shape) if i not in axes)
+  amounts = masks.amounts(mask, weights, examples)
+  if isinstance(reduction, str):
+    match reduction:
+      case 'mean':
+        counts = masks.broadcast_mask(mask, examples)
+        divisor = math.prod(examples) if counts is None else jnp.sum(counts)
+        divisor = arrays.psum(divisor, axis_name)
+      case 'sum':
+        divisor = 1
+      case _:
+        raise ValueError(
+          f"reduction must be 'mean', 'sum' or a number, got {reduction!r}."
+        )
+  else:
+    divisor = reduction
+  static = density, axes, axis_name
+  return _harmonize(static, x, state, divisor, amounts)
+
+
+def initial_state(
+  density: _density.DensityEstimator | None,
+) -> _density.DensityState:
+  """The first state of ``density``, or of the default if that is None."""
+  # The default densities of :func:`harmonize` have states of one shape.
+  return (density or _windowed.DEFAULT).init()
 
 
 @identity
-def _harmonize(static, cotangent, state, scale, mask):
+def _harmonize(static, cotangent, state, divisor, amounts):
   density, axes, axis_name = static
   norms = norm(cotangent, axes)
-  if scale is None:
-    scale = norms.size
-    if mask is not None:
-      scale = jnp.sum(masks.counts(mask), dtype=jnp.float32)
-    scale = arrays.psum(scale, axis_name)
-  weights, next_state = _weights.harmony_weights(
-    norms * jnp.asarray(scale, norms.dtype),
+  weights, next_state = _weights.weigh(
+    norms * jnp.asarray(divisor).astype(norms.dtype),
+    amounts,
     state,
-    density=density,
-    mask=mask,
-    axis_name=axis_name,
+    density,
+    axis_name,
+    True,
   )
   weights = jnp.expand_dims(weights, axes)
   dtype = arrays.at_least_float32(cotangent.dtype)
   weighed = weights.astype(dtype) * cotangent.astype(dtype)
-  if mask is not None:
-    counts = jnp.expand_dims(masks.counts(mask), axes)
+  if amounts is not None:
+    counts = jnp.expand_dims(amounts.astype(bool), axes)
     weighed = jnp.where(counts, weighed, jnp.zeros_like(weighed))
-  next_state = _overwrite.ride(next_state, cotangent)
+  next_state = _overwrite.tie_to_cotangent(next_state, cotangent)
   return weighed.astype(cotangent.dtype), next_state, None, None
-
-
-def _example_axes(x, axis):
-  """The axes of one example, non-negative."""
-  if axis is None:
-    return tuple(range(1, x.ndim))
-  return np.lib.array_utils.normalize_axis_tuple(axis, x.ndim, 'axis')

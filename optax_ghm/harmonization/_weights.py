@@ -5,20 +5,19 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays
+from optax_ghm._core import arrays, masks
 from optax_ghm.harmonization import _density, _windowed
 
-DEFAULT_DENSITY = _windowed.WindowedDensity()
 
-
-@functools.partial(jax.jit, static_argnames=('density', 'axis_name', 'train'))
 def harmony_weights(
   norms: jax.Array,
   state: _density.DensityState | None = None,
   *,
-  density: _density.DensityEstimator = DEFAULT_DENSITY,
-  mask: jax.Array | None = None,
+  density: _density.DensityEstimator = _windowed.DEFAULT,
+  mask: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
   train: bool = True,
 ) -> tuple[jax.Array, _density.DensityState]:
@@ -26,36 +25,38 @@ def harmony_weights(
 
   .. math::
     \beta_i = \frac{N}{GD(g_i)}, \qquad \text{by default divided by }
-    \frac{\sum_k m_k \beta_k}{\sum_k m_k}
+    \frac{\sum_k w_k \beta_k}{\sum_k w_k}
 
-  so that the weights average to 1 over the batch and the learning rate keeps
-  its meaning; ``density.normalize=False`` gives the raw weights. Weights are
-  constants to differentiation.
+  The division makes the weights average to 1 over the batch, and the learning
+  rate keeps its meaning; ``density.normalize=False`` gives the raw weights.
+  Harmony weights are constants to differentiation.
 
   Args:
-    norms: gradient norms of the examples, any shape and floating dtype.
-    state: of ``density``; None starts afresh.
-    density: the estimator.
-    mask: broadcastable to ``norms``: which examples count (bool), or as how
-      many examples each counts in the density (float). It decides who has a
-      weight, and does not multiply it. Floats are added up in float32, so that
-      a million of them in one region still count to 1 %.
-    axis_name: mapped axis, or axes, over which the batch is split: one
-      all-reduce of the estimator's histogram.
-    train: False reads the density of the state alone and leaves the state as it
-      is, so that an example's weight does not depend on its batch; weights then
-      average to 1 over the examples remembered.
+    norms: gradient norms g of the examples, any shape and floating dtype.
+    state: state of ``density``; None is that before the first batch.
+    density: estimator of the gradient density GD.
+    mask: bool, broadcastable to ``norms``: which examples count.
+    weights: real numbers w, broadcastable to ``norms``: as how many examples
+      each example counts in the density. They multiply the result, too. They
+      are added up in float32: a million of them in one region count to 1 %.
+    axis_name: mapped axis, or axes, over which the batch is split; the price
+      is one all-reduce of the estimator's histogram.
+    train: False reads the density of the batches before from the state, and
+      leaves the state as it is. The weight of an example then does not depend
+      on its batch, and weights average to 1 over the examples remembered.
 
   Returns:
-    The weights, float32 with the shape of ``norms``: finite, non-negative, 0
-    for examples that are masked out or whose norm is NaN or infinite (which
-    ``state.non_finite`` counts); and the next state. An empty or wholly masked
-    batch gives weights 0 and leaves the running density as it is.
+    The factors :math:`w_i \beta_i` of the losses, float32 with the shape of
+    ``norms``, and the next state. The factors are finite and non-negative.
+    They are 0 for examples whose mask is False or weight 0, and for examples
+    whose norm is NaN or infinite in float32, which ``state.non_finite`` counts.
+    A batch without examples leaves the running density as it is.
 
   Raises:
-    TypeError: if ``norms`` are not real and floating, or ``mask`` not real.
-    ValueError: if ``mask`` does not broadcast to ``norms``, or ``state`` is of
-      another estimator.
+    TypeError: if ``norms`` are not real and floating, ``mask`` is not bool or
+      ``weights`` are not real.
+    ValueError: if ``mask`` or ``weights`` do not broadcast to ``norms``, or
+      ``state`` is of another estimator.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -68,15 +69,50 @@ def harmony_weights(
     Li et al., `Gradient Harmonized Single-stage Detector
     <https://arxiv.org/abs/1811.05181>`_, 2019
   """
-  if state is None:
-    state = density.init()
-  norms, state, mask = lax.stop_gradient((norms, state, mask))
-  crowd, state = density.observe(norms, state, mask, axis_name, train)
-  known = crowd.density > 0
-  beta = jnp.where(known, crowd.total / _density.nonzero(crowd.density), 0.0)
-  if density.normalize:
-    weighed = jnp.sum(crowd.mass * beta)
-    beta = beta * jnp.where(
-      weighed > 0, jnp.sum(crowd.mass) / _density.nonzero(weighed), 1.0
+  norms = jnp.asarray(norms)
+  if not jnp.issubdtype(norms.dtype, jnp.floating):
+    raise TypeError(f'norms must be real floats, got dtype {norms.dtype}.')
+  amounts = masks.amounts(mask, weights, norms.shape)
+  state = density.init() if state is None else state
+  return weigh(norms, amounts, state, density, axis_name, train)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def weigh(norms, amounts, state, density, axis_name, train):
+  """The harmony weights of examples that count as ``amounts``; the state."""
+  expected = jax.tree.map(jnp.shape, jax.eval_shape(density.init))
+  if jax.tree.map(jnp.shape, state) != expected:
+    raise ValueError(
+      'state must come from init() of the same estimator, of shapes'
+      f' {expected}; got {jax.tree.map(jnp.shape, state)}.'
     )
-  return crowd.at_examples(beta), state
+  norms, amounts, state = lax.stop_gradient((norms, amounts, state))
+  regions, state = density.update(
+    norms.astype(jnp.float32), state, amounts, axis_name, train
+  )
+  total = jnp.sum(regions.count)
+  beta = jnp.where(
+    regions.density > 0, total / _density.nonzero(regions.density), 0.0
+  )
+  if density.normalize:
+    average = jnp.sum(regions.count * beta) / _density.nonzero(total)
+    beta = beta / _density.nonzero(average)
+  harmony = regions.at_examples(beta)
+  if amounts is not None and amounts.dtype != bool:
+    harmony = amounts * harmony
+  return harmony, state
+
+
+def initial_state(density):
+  """The state for a call without one, which forgets what it learns.
+
+  Raises:
+    ValueError: if the density has a momentum, and so needs a state.
+  """
+  momentum = getattr(density, 'momentum', 0)
+  if momentum > 0:
+    raise ValueError(
+      f'A density with momentum={momentum} needs its state: call the'
+      ' ..._with_state form of a loss, or give harmonize the state.'
+    )
+  return density.init()

@@ -12,7 +12,7 @@ from optax_ghm.harmonization import _density
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowedDensity(_density.Histogram):
-  r"""The paper's own definition: a window of width ε centred on each norm.
+  r"""The paper's own definition: a window of width ε centered on each norm.
 
   .. math::
     GD(g) = \frac{1}{l_\epsilon(g)} \sum_k
@@ -21,29 +21,30 @@ class WindowedDensity(_density.Histogram):
     l_\epsilon(g) = \min(g + \tfrac\epsilon2, high)
       - \max(g - \tfrac\epsilon2, low)
 
-  computed on a fine histogram: a norm counts as the centre of its cell, and a
-  cell that a window cuts counts in proportion. There are no bin edges, so an
-  example that moves a little changes the weights a little.
+  The counts come from a fine histogram: a norm counts as the center of its
+  cell, and a cell that a window cuts counts in proportion. There are no bin
+  edges, and an example that moves a little changes the weights a little.
 
   Attributes:
     low: smallest norm of the range.
     high: largest norm of the range; norms outside count in the outermost cell.
     log: whether windows have equal width in log10(norm), for norms without a
-      known bound; ``width`` and the density are then in decades.
-    momentum: of the moving average over batches (see :class:`BinnedDensity`).
+      known bound. ``width`` and the density are then in decades.
+    momentum: share of the past in the moving average over batches, in [0, 1);
+      with 0 every batch stands alone.
     normalize: whether harmony weights are scaled to average 1 over the batch;
       False gives the paper's raw weights.
     width: ε, in norm or in decades, at most the length of the range.
-    cells: of the fine histogram; the cost hardly depends on it.
+    cells: number of cells of the histogram; the cost hardly depends on it.
 
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_ghm
     >>> density = optax_ghm.WindowedDensity(width=0.1)
-    >>> gd, state = density.update(
+    >>> regions, state = density.update(
     ...   jnp.array([0.41, 0.43, 0.93]), density.init()
     ... )
-    >>> [round(float(x), 3) for x in gd]
+    >>> [round(float(x), 3) for x in regions.at_examples(regions.density)]
     [20.0, 20.0, 10.0]
 
   References:
@@ -60,18 +61,18 @@ class WindowedDensity(_density.Histogram):
     _density.check_width(self.width, self._length)
 
   @property
-  def _cells(self) -> int:
+  def _regions(self):
     return self.cells
 
-  def _density_of(self, histogram):
+  def _density(self, count):
     cell_length = self._length / self.cells
     half = self.width / cell_length / 2
-    centre = np.arange(self.cells) + 0.5
-    valid = np.minimum(centre + half, self.cells) - np.maximum(centre - half, 0)
-    # Whole cells each side of one's own, and the part of the next one.
+    center = np.arange(self.cells) + 0.5
+    valid = np.minimum(center + half, self.cells) - np.maximum(center - half, 0)
+    # On each side of its own cell a window covers whole cells and a part.
     whole = max(int(half - 0.5), 0)
     part = max(half - 0.5 - whole, 0.0)
-    padded = jnp.pad(histogram, whole + 1)
+    padded = jnp.pad(count, whole + 1)
     outer = padded[: self.cells] + padded[2 * whole + 2 :]
     inner = _sliding_sum(padded[1:-1], 2 * whole + 1)
     length = np.maximum(valid, 1.0) * cell_length
@@ -80,7 +81,7 @@ class WindowedDensity(_density.Histogram):
 
 @functools.partial(jax.jit, static_argnames='width')
 def _sliding_sum(x, width):
-  """Sums of ``width`` neighbours, by doubling: nothing cancels."""
+  """Sums of ``width`` neighbors, by doubling: nothing cancels."""
   length = x.shape[0] - width + 1
   total, start, power = jnp.zeros((length,), x.dtype), 0, 1
   while power <= width:
@@ -88,3 +89,6 @@ def _sliding_sum(x, width):
       total, start = total + x[start : start + length], start + power
     x, power = x[:-power] + x[power:], 2 * power
   return total
+
+
+DEFAULT = WindowedDensity()

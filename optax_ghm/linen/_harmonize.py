@@ -1,29 +1,33 @@
-"""Linen modules that reshape the cotangent where they stand."""
+"""Gradient harmonization as a Linen module."""
 
 import jax
 from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays
-from optax_ghm.harmonization import _density, _harmonize, _weights
+from optax_ghm.harmonization import _density, _harmonize
 
 
 class Harmonize(nn.Module):
   """:func:`optax_ghm.harmonize` as a module that keeps its own state.
 
-  The state is a variable in Flax's overwrite-with-gradient collection, so
-  ``flax.training.train_state.TrainState`` trains with it as it is: create it
-  with ``params=variables``, not ``variables['params']``, and differentiate with
-  respect to them. Without a ``TrainState``, :func:`optax_ghm.apply_gradients`
-  makes the step. Evaluation applies the variables and changes nothing. A step
-  whose gradient does not reach the module (``enabled=False``, say) clears its
-  memory under ``TrainState``, and keeps it under ``apply_gradients``.
+  The state is a variable in Flax's overwrite-with-gradient collection.
+  ``flax.training.train_state.TrainState`` knows that collection: create it with
+  ``params=variables``, not ``variables['params']``, and differentiate with
+  respect to these. Without a ``TrainState``, :func:`optax_ghm.apply_gradients`
+  makes the step. Evaluation changes nothing. A step whose gradient does not
+  reach the module, as with ``enabled=False``, clears the state under
+  ``TrainState``, and keeps it under ``apply_gradients``.
 
   Attributes:
-    density: see :func:`optax_ghm.harmonize`, as are all the following.
-    axis: axes that make up one example.
-    scale: what the cotangent is multiplied by before its norm is taken.
-    axis_name: mapped axis over which the batch is split.
+    density: estimator of the gradient density, an
+      :class:`optax_ghm.harmonization.DensityEstimator`. None is for the logits
+      of a cross-entropy, sigmoid or softmax.
+    axis: axes of the input that make up one example; None is all but the first.
+    reduction: how the loss is reduced, 'mean', 'sum' or what its sum is divided
+      by.
+    axis_name: mapped axis, or axes, over which the batch is split.
 
   Examples:
     >>> from flax import linen as nn
@@ -31,10 +35,8 @@ class Harmonize(nn.Module):
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax
-    >>> from optax_ghm import WindowedDensity
     >>> from optax_ghm.linen import Harmonize
-    >>> density = WindowedDensity(high=2**0.5)  # norms of p - y
-    >>> model = nn.Sequential([nn.Dense(3), Harmonize(density=density)])
+    >>> model = nn.Sequential([nn.Dense(3), Harmonize()])
     >>> x, labels = jnp.ones((4, 2)), jnp.zeros(4, int)
     >>> state = TrainState.create(
     ...   apply_fn=model.apply,
@@ -50,36 +52,44 @@ class Harmonize(nn.Module):
     1
   """
 
-  density: _density.DensityEstimator = _weights.DEFAULT_DENSITY
+  density: _density.DensityEstimator | None = None
   axis: int | tuple[int, ...] | None = None
-  scale: float | None = None
+  reduction: _harmonize.Reduction = 'mean'
   axis_name: arrays.AxisName = None
 
   @nn.compact
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     enabled: bool = True,
   ) -> jax.Array:
-    """Returns ``x``; its cotangent is harmonised.
+    """Returns ``x``; its cotangent is harmonized.
 
     Args:
       x: activations, examples along the leading axes.
-      mask: broadcastable to the examples: which of them count.
+      mask: bool, broadcastable to the examples: which of them count.
+      weights: real numbers, broadcastable to the examples: as how many examples
+        each counts.
       enabled: False is the plain identity.
 
     Returns:
       ``x``.
     """
-    state = self.variable(OVERWRITE_WITH_GRADIENT, 'harmony', self.density.init)
+    state = self.variable(
+      OVERWRITE_WITH_GRADIENT,
+      'harmony',
+      lambda: _harmonize.initial_state(self.density),
+    )
     return _harmonize.harmonize(
       x,
       state.value,
       density=self.density,
       axis=self.axis,
-      scale=self.scale,
+      reduction=self.reduction,
       mask=mask,
+      weights=weights,
       axis_name=self.axis_name,
       enabled=enabled,
     )

@@ -1,35 +1,37 @@
-"""NNX modules that reshape the cotangent where they stand."""
+"""Gradient harmonization as an NNX module."""
 
 import jax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays
-from optax_ghm.harmonization import _density, _harmonize, _weights
+from optax_ghm.harmonization import _density, _harmonize
 from optax_ghm.nnx import _overwrite
 
 
 class Harmonize(nnx.Module):
   """:func:`optax_ghm.harmonize` as a module that keeps its own state.
 
-  Differentiate with respect to :data:`trained`, and let
-  :func:`apply_gradients` optimise the parameters and overwrite the state.
+  Differentiate with respect to :data:`differentiable`, and let
+  :func:`apply_gradients` update the parameters and overwrite the state.
   Evaluation changes nothing.
 
   Args:
-    density: see :func:`optax_ghm.harmonize`, as are all the following.
-    axis: axes that make up one example.
-    scale: what the cotangent is multiplied by before its norm is taken.
-    axis_name: mapped axis over which the batch is split.
+    density: estimator of the gradient density, an
+      :class:`optax_ghm.harmonization.DensityEstimator`. None is for the logits
+      of a cross-entropy, sigmoid or softmax.
+    axis: axes of the input that make up one example; None is all but the first.
+    reduction: how the loss is reduced, 'mean', 'sum' or what its sum is divided
+      by.
+    axis_name: mapped axis, or axes, over which the batch is split.
 
   Examples:
     >>> from flax import nnx
     >>> import jax.numpy as jnp
     >>> import optax
-    >>> import optax_ghm
     >>> import optax_ghm.nnx as ghm_nnx
     >>> model = nnx.Sequential(
-    ...   nnx.Linear(2, 3, rngs=nnx.Rngs(0)),
-    ...   ghm_nnx.Harmonize(density=optax_ghm.WindowedDensity(high=2**0.5)),
+    ...   nnx.Linear(2, 3, rngs=nnx.Rngs(0)), ghm_nnx.Harmonize()
     ... )
     >>> optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
     >>> x, labels = jnp.ones((4, 2)), jnp.zeros(4, int)
@@ -37,7 +39,7 @@ class Harmonize(nnx.Module):
     ...   return optax.softmax_cross_entropy_with_integer_labels(
     ...     model(x), labels
     ...   ).mean()
-    >>> grads = nnx.grad(loss, argnums=ghm_nnx.trained)(model)
+    >>> grads = nnx.grad(loss, argnums=ghm_nnx.differentiable)(model)
     >>> ghm_nnx.apply_gradients(optimizer, model, grads)
     >>> float(model.layers[1].state.get_value().histogram.sum())
     4.0
@@ -45,28 +47,33 @@ class Harmonize(nnx.Module):
 
   def __init__(
     self,
-    density: _density.DensityEstimator = _weights.DEFAULT_DENSITY,
+    density: _density.DensityEstimator | None = None,
     axis: int | tuple[int, ...] | None = None,
-    scale: float | None = None,
+    reduction: _harmonize.Reduction = 'mean',
     axis_name: arrays.AxisName = None,
   ):
     self.density = density
     self.axis = axis
-    self.scale = scale
+    self.reduction = reduction
     self.axis_name = axis_name
-    self.state = _overwrite.OverwriteWithGradient(density.init())
+    self.state = _overwrite.OverwriteWithGradient(
+      _harmonize.initial_state(density)
+    )
 
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     enabled: bool = True,
   ) -> jax.Array:
-    """Returns ``x``; its cotangent is harmonised.
+    """Returns ``x``; its cotangent is harmonized.
 
     Args:
       x: activations, examples along the leading axes.
-      mask: broadcastable to the examples: which of them count.
+      mask: bool, broadcastable to the examples: which of them count.
+      weights: real numbers, broadcastable to the examples: as how many examples
+        each counts.
       enabled: False is the plain identity.
 
     Returns:
@@ -77,8 +84,9 @@ class Harmonize(nnx.Module):
       self.state.get_value(),
       density=self.density,
       axis=self.axis,
-      scale=self.scale,
+      reduction=self.reduction,
       mask=mask,
+      weights=weights,
       axis_name=self.axis_name,
       enabled=enabled,
     )

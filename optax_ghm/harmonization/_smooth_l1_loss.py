@@ -1,0 +1,142 @@
+"""GHM-R for regression."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from optax_ghm._core import arrays, masks
+from optax_ghm.harmonization import _density, _losses, _windowed
+
+
+def smooth_l1_ghm_loss(
+  predictions: ArrayLike,
+  targets: ArrayLike,
+  *,
+  mu: float | jax.Array = 0.02,
+  density: _density.DensityEstimator = _windowed.DEFAULT,
+  mask: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
+  axis_name: arrays.AxisName = None,
+) -> jax.Array:
+  r"""GHM-R: harmonized authentic smooth L1 loss (ASL1) for regression.
+
+  .. math::
+    \ell_i = w_i \beta_i \left(\sqrt{d_i^2 + \mu^2} - \mu\right), \quad
+    d = \text{predictions} - \text{targets}, \quad
+    g_i = \frac{|d_i|}{\sqrt{d_i^2 + \mu^2}}
+
+  where :math:`\beta_i = N / GD(g_i)` is the harmony weight of the gradient norm
+  g (:func:`harmony_weights`), a constant to differentiation. ASL1 resembles
+  smooth L1 but has all its derivatives, and its gradient norm in [0, 1) tells
+  large errors apart where that of smooth L1 is a constant 1.
+
+  Args:
+    predictions: any shape and floating dtype; computed in at least float32.
+    targets: broadcastable to ``predictions``.
+    mu: where the loss turns from quadratic to linear, in units of the targets;
+      above 0.
+    density: estimator of the gradient density over [0, 1], without momentum.
+    mask: bool, broadcastable to ``predictions``: which elements count.
+    weights: real numbers w, broadcastable to ``predictions``: as how many
+      examples each element counts, in the density and in the loss.
+    axis_name: mapped axis, or axes, over which the batch is split.
+
+  Returns:
+    The losses, of the shape of ``predictions``, to be averaged over the
+    elements that count. Where the mask is False or the weight 0, the loss and
+    its gradient are 0. Another NaN gives a loss of NaN at its place. An
+    infinite d counts as the largest number.
+
+  Raises:
+    TypeError: if ``predictions`` are not floating, or ``mask`` is not bool.
+    ValueError: if shapes do not fit, ``mu`` is not above 0, or ``density`` has
+      a momentum.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> losses = optax_ghm.smooth_l1_ghm_loss(
+    ...   jnp.array([0.01, -0.01, 3.0]), jnp.zeros(3)
+    ... )
+    >>> [round(float(x), 4) for x in losses]
+    [0.0024, 0.0024, 2.9849]
+
+  References:
+    Li et al., `Gradient Harmonized Single-stage Detector
+    <https://arxiv.org/abs/1811.05181>`_, section 3.4, 2019
+  """
+  plain = _authentic_smooth_l1(predictions, targets, mu, mask, weights)
+  return _losses.harmonize(*plain, density, axis_name)[0]
+
+
+def smooth_l1_ghm_loss_with_state(
+  predictions: ArrayLike,
+  targets: ArrayLike,
+  state: _density.DensityState,
+  *,
+  mu: float | jax.Array = 0.02,
+  density: _density.DensityEstimator = _windowed.DEFAULT,
+  mask: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
+  axis_name: arrays.AxisName = None,
+  train: bool = True,
+) -> tuple[jax.Array, _density.DensityState]:
+  """:func:`smooth_l1_ghm_loss` with a memory of past batches.
+
+  The formula and the arguments are those of
+  :func:`smooth_l1_ghm_loss`, with two arguments more. ``state`` is
+  the state of ``density``, from its ``init()`` or the last call. With
+  ``train=False``, for evaluation, the state is read and stays as it is.
+
+  Returns:
+    The losses and the next state.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_ghm
+    >>> density = optax_ghm.WindowedDensity(momentum=0.9)
+    >>> losses, state = optax_ghm.smooth_l1_ghm_loss_with_state(
+    ...   jnp.array([0.01, 3.0]), jnp.zeros(2), density.init(), density=density
+    ... )
+    >>> losses.shape
+    (2,)
+  """
+  plain = _authentic_smooth_l1(predictions, targets, mu, mask, weights)
+  return _losses.harmonize(*plain, density, axis_name, state, train)
+
+
+def _authentic_smooth_l1(predictions, targets, mu, mask, weights):
+  """Losses without harmony weights, their norms, and the amounts."""
+  if not isinstance(mu, jax.Array) and not mu > 0:
+    raise ValueError(f'mu must be above 0, got {mu}.')
+  predictions = _losses.floats('predictions', predictions)
+  targets = _losses.broadcast('targets', targets, predictions)
+  amounts = masks.amounts(mask, weights, predictions.shape)
+  difference = _losses.keep(predictions - targets, amounts)
+  # XLA takes a smaller mu for 0, and would divide 0 by 0.
+  mu = jnp.full_like(difference, mu)
+  mu = jnp.maximum(mu, jnp.finfo(mu.dtype).tiny)
+  norms = jnp.abs(_slope(lax.stop_gradient(difference), mu))
+  return _distance(difference, mu), norms, amounts
+
+
+@jax.custom_jvp
+def _distance(difference, mu):
+  """The root of d² + μ², minus μ, without cancellation and overflow."""
+  difference = _losses.finite(difference)
+  return difference * (difference / (jnp.hypot(difference, mu) + mu))
+
+
+@_distance.defjvp
+def _distance_jvp(primals, tangents):
+  difference, mu = primals
+  root = jnp.hypot(_losses.finite(difference), mu)
+  return _distance(difference, mu), (
+    _slope(difference, mu) * tangents[0] + (mu / root - 1) * tangents[1]
+  )
+
+
+def _slope(difference, mu):
+  difference = _losses.finite(difference)
+  return difference / jnp.hypot(difference, mu)
