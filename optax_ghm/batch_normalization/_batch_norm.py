@@ -90,7 +90,7 @@ def batch_norm(
     Reducing Internal Covariate Shift <https://arxiv.org/abs/1502.03167>`_, 2015
   """
   x = jnp.asarray(x)
-  pool = _pool.Pool.of(x, axis, axis_name=axis_name, mask=mask)
+  pool = _pool.Pool.of(x, axis, axis_name, mask)
   return _normalize.by_batch(pool, x, scale, bias, epsilon=epsilon, dtype=dtype)
 
 

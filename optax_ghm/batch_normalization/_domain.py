@@ -68,12 +68,5 @@ def domain_batch_norm(
     Adaptation <https://arxiv.org/abs/1906.03950>`_, 2019
   """
   x = jnp.asarray(x)
-  pool = _pool.Pool.of(
-    x,
-    axis,
-    axis_name=axis_name,
-    mask=mask,
-    domain=domain,
-    num_domains=num_domains,
-  )
+  pool = _pool.Pool.of(x, axis, axis_name, mask, domain, num_domains)
   return _normalize.by_batch(pool, x, scale, bias, epsilon=epsilon, dtype=dtype)

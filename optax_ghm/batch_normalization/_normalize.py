@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from optax_ghm._core import arrays
 from optax_ghm.batch_normalization import _loops, _moments, _pool
@@ -26,16 +27,14 @@ class Renorm(NamedTuple):
   d_max: jax.Array
 
 
-def by_batch(pool, x, scale, bias, *, epsilon, dtype, renorm=None):
+def by_batch(pool, x, scale, bias, epsilon, dtype, renorm=None):
   """Calls :func:`normalize` with parameters shaped like the features, or None.
 
   Returns:
     y, and the moments shaped like the features.
   """
-  scale, bias = fit_parameters(pool, x, scale, bias)
-  y, moments = normalize(
-    epsilon, dtype or x.dtype, pool, x, scale, bias, renorm
-  )
+  args = x, *fit_parameters(pool, x, scale, bias), renorm
+  y, moments = normalize(epsilon, dtype or x.dtype, pool, *args)
   return y, pool.squeeze(moments)
 
 
@@ -67,9 +66,8 @@ def normalize(epsilon, dtype, pool, x, scale, bias, renorm):
 def _forward(epsilon, dtype, pool, x, scale, bias, renorm):
   count, mean, mean_error, var = pool.measure(x)
   varies = (count > 0) & (var + epsilon != 0)
-  rstd = jnp.where(
-    varies, jax.lax.rsqrt(jnp.where(varies, var + epsilon, 1)), 0
-  )
+  divisor = jnp.where(varies, var + epsilon, 1)
+  rstd = jnp.where(varies, jax.lax.rsqrt(divisor), 0)
   r, d = 1.0, 0.0
   if renorm is not None:
     running_std = jnp.sqrt(renorm.var + epsilon)
@@ -84,10 +82,8 @@ def _forward(epsilon, dtype, pool, x, scale, bias, renorm):
   def output(x, mean, gain, offset, has_group):
     return _pool.masked(has_group, (x - mean) * gain + offset)
 
-  of_example = map(pool.broadcast, (mean, gain, offset))
-  y = _loops.distinct_producers(
-    'output', output, x, *of_example, pool.has_group(x.ndim)
-  )
+  args = x, *map(pool.broadcast, (mean, gain, offset)), pool.has_group(x.ndim)
+  y = _loops.distinct_producers('output', output, *args)
   moments = _moments.Moments(count, mean + mean_error, count * var)
   residuals = pool, x, count, mean, mean_error, rstd, r, d, gain
   return (y.astype(dtype), jax.lax.stop_gradient(moments)), residuals
@@ -122,16 +118,12 @@ def _backward(epsilon, dtype, residuals, cotangents):
   a = gain * all_dy / divisor - mean_error * b
 
   def gradient(dy, x, mean, gain, a, b, mask, has_group):
-    by_statistics = a + (_pool.masked(mask, x) - mean) * b
-    return _pool.masked(
-      has_group, gain * dy - _pool.masked(mask, by_statistics)
-    )
+    dx = gain * dy - _pool.masked(mask, a + (_pool.masked(mask, x) - mean) * b)
+    return _pool.masked(has_group, dx)
 
-  gain, a, b = map(pool.broadcast, (gain, a, b))
-  has_group = pool.has_group(x.ndim)
-  dx = _loops.distinct_producers(
-    'gradient', gradient, dy, x, center, gain, a, b, pool.mask, has_group
-  )
+  args = dy, x, center, *map(pool.broadcast, (gain, a, b))
+  args = *args, pool.mask, pool.has_group(x.ndim)
+  dx = _loops.distinct_producers('gradient', gradient, *args)
   return None, dx.astype(x.dtype), d_scale, sum_dy, None
 
 
@@ -146,8 +138,7 @@ def fit_parameters(pool, x, scale, bias):
 
   def fit(u, name, default):
     if u is None:
-      dtype = arrays.at_least_float32(x.dtype)
-      u = jnp.full(pool.shape(x), default, dtype)
+      u = jnp.full(pool.shape(x), default, arrays.at_least_float32(x.dtype))
     else:
       u = fit_statistics(pool, x, u, name, shared=True)
     u = _shard_like(u, pool, x)
@@ -192,10 +183,6 @@ def fit_running(pool, x, running):
 
 def _shard_like(u, pool, x):
   """Shards statistics explicitly like ``x`` along the axes that they share."""
-  spec = jax.sharding.PartitionSpec(
-    *(
-      None if a in pool.axes else along
-      for a, along in enumerate(jax.typeof(x).sharding.spec)
-    )
-  )
+  sharding = enumerate(jax.typeof(x).sharding.spec)
+  spec = PartitionSpec(*(None if a in pool.axes else s for a, s in sharding))
   return u if jax.typeof(u).sharding.spec == spec else jax.reshard(u, spec)

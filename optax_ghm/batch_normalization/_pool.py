@@ -52,7 +52,7 @@ class Pool:
 
   @classmethod
   def of(
-    cls, x, axis, *, axis_name=None, mask=None, domain=None, num_domains=None
+    cls, x, axis, axis_name=None, mask=None, domain=None, num_domains=None
   ) -> 'Pool':
     """Pools all axes but ``axis``, after checking that the arguments fit."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -93,14 +93,13 @@ class Pool:
 
   def broadcast(self, u):
     """The statistics of every example's group; 0 if it has none."""
-    if self.groups is None:
+    if self.groups is None or self.members is None:
       return u
     if self.groups > MOST_COMPARED:
       of = jax.typeof(self.members).sharding
       spec = PartitionSpec(*of.spec, *jax.typeof(u).sharding.spec[1:])
-      own = u.at[self.members].get(
-        mode='clip', out_sharding=of.update(spec=spec)
-      )
+      sharding = of.update(spec=spec)
+      own = u.at[self.members].get(mode='clip', out_sharding=sharding)
       return masked(self.has_group(u.ndim), own)
     result = jnp.zeros_like(u[:1])
     for group in range(self.groups):
@@ -110,7 +109,7 @@ class Pool:
 
   def has_group(self, ndim):
     """Which examples belong to a group, with ``ndim`` axes; None means all."""
-    if self.groups is None:
+    if self.groups is None or self.members is None:
       return None
     belongs = (self.members >= 0) & (self.members < self.groups)
     return jnp.expand_dims(belongs, tuple(range(1, ndim)))
@@ -161,18 +160,15 @@ class Pool:
   def _count(self, x):
     dtype = arrays.at_least_float32(x.dtype)
     mask = jnp.ones((1,) * x.ndim, bool) if self.mask is None else self.mask
-    repeats = math.prod(
-      x.shape[a] for a in self.unit_axes if mask.shape[a] == 1
-    )
+    summed = [a for a in self.unit_axes if mask.shape[a] == 1]
+    repeats = math.prod(x.shape[a] for a in summed)
     counts = jnp.sum(mask, self.unit_axes, dtype=dtype, keepdims=True)
-    shape = self.shape(x)
-    if self.groups is not None:
-      shape = (len(x), *shape[1:])
+    shape = [1 if a in self.unit_axes else n for a, n in enumerate(x.shape)]
     return self._by_group(jnp.broadcast_to(repeats * counts, shape))
 
   def _by_group(self, sums):
     """Adds the sums of examples within each group, if there are groups."""
-    if self.groups is None:
+    if self.groups is None or self.members is None:
       return sums
     groups = jnp.arange(self.groups, dtype=self.members.dtype)
     belongs = groups[:, None] == self.members[None]

@@ -74,9 +74,9 @@ def replace(
   var = moments.var
   new = {'mean': moments.mean, 'var': var, 'weight': jnp.ones_like(var)}
   known = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(var)
-  return {
-    name: jnp.where(known, new[name].astype(old.dtype), old)
-    if name in new
-    else old
-    for name, old in averages.items()
+  measured = {
+    name: jnp.where(known, u.astype(averages[name].dtype), averages[name])
+    for name, u in new.items()
+    if name in averages
   }
+  return {**averages, **measured}

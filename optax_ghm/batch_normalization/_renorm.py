@@ -80,13 +80,11 @@ def batch_renorm(
     Batch-Normalized Models <https://arxiv.org/abs/1702.03275>`_, 2017
   """
   x = jnp.asarray(x)
-  pool = _pool.Pool.of(x, axis, axis_name=axis_name, mask=mask)
+  pool = _pool.Pool.of(x, axis, axis_name, mask)
   mean, var = _normalize.fit_running(pool, x, running)
   limits = (jnp.asarray(u, mean.dtype) for u in (r_max, d_max))
   renorm = _normalize.Renorm(mean, var, *limits)
-  return _normalize.by_batch(
-    pool, x, scale, bias, epsilon=epsilon, dtype=dtype, renorm=renorm
-  )
+  return _normalize.by_batch(pool, x, scale, bias, epsilon, dtype, renorm)
 
 
 def renorm_schedules(

@@ -15,119 +15,111 @@ from optax_ghm.batch_normalization import (
 )
 
 
-def check_flax_options(axis_index_groups, **defaults):
-  """Refuses values of Flax's arguments that have no counterpart here.
+def check_flax_options(**defaults):
+  """Raises unless arguments of Flax with no counterpart have their defaults.
 
   Args:
-    axis_index_groups: Flax's argument.
-    **defaults: for other arguments, whether they have their default value.
+    **defaults: for the name of every argument, whether it has its default.
   """
-  if axis_index_groups is not None:
-    raise ValueError(
-      'axis_index_groups must be None: split the devices into two named axes,'
-      ' and give the one to sum over as axis_name.'
-    )
   for name, is_default in defaults.items():
     if not is_default:
       raise ValueError(
-        f'{name} must be the default: statistics are always of at least'
-        ' float32, and dtype is that of the result.'
+        f'{name} must have its default value: sums are always in at least'
+        ' float32, and over the whole of the axes that axis_name names.'
       )
 
 
-def init(shape, debias, limits):
-  """Returns the variables of a module that are not trained.
+def init(norm, features):
+  """Returns the variables of a module and the shape of its parameters.
 
   Args:
-    shape: of the averages.
-    debias: whether their weight is kept beside mean and variance.
-    limits: of renormalization; if one is a schedule, the number of training
-      steps is kept too, as ``steps``.
+    norm: the module; see :func:`step`.
+    features: the shape of the features.
+
+  Returns:
+    A dict of the variables that are not trained: ``mean`` and ``var``, with
+    ``debias`` their ``weight``, and with a schedule of ``r_max`` or ``d_max``
+    the number of training ``steps``. And the shape of scale and bias.
   """
-  state = _running_moments.RunningMoments.init(shape, debias)._asdict()
-  if not debias:
+  domains = (norm.num_domains,) if hasattr(norm, 'num_domains') else ()
+  shape = (*domains, *features)
+  state = _running_moments.RunningMoments.init(shape, norm.debias)._asdict()
+  if not norm.debias:
     del state['weight']
-  if any(map(callable, limits.values())):
+  if any(map(callable, _limits(norm).values())):
     state['steps'] = jnp.zeros([], jnp.int32)
-  return state
+  shared = not domains or norm.shared_affine
+  return state, tuple(features) if shared else shape
 
 
 def step(
+  norm,
   state,
   x,
   scale,
   bias,
-  domain=None,
+  domain,
   *,
-  use_running_average,
+  by_average,
   update,
   mask,
-  axis,
   axis_name,
-  momentum,
-  epsilon,
   dtype,
-  unbiased,
-  limits,
-  ghost_size=None,
 ):
   """Normalizes by the batch or by the running averages.
 
   Args:
+    norm: the module, of which the attributes ``axis``, ``momentum``,
+      ``epsilon`` and ``unbiased`` are read, and those that say which kind it
+      is: ``ghost_size``; ``r_max`` and ``d_max``; or ``num_domains``.
     state: the variables that :func:`init` made.
     x: the input.
-    scale: shaped like the features (and domains), or None.
-    bias: shaped like the features (and domains), or None.
-    domain: of every example, for a batch norm of domains.
-    use_running_average: whether to normalize by the averages in ``state``.
+    scale: shaped as :func:`init` says, or None.
+    bias: shaped as :func:`init` says, or None.
+    domain: of every example, for a module with domains; else None.
+    by_average: whether to normalize by the averages in ``state``.
     update: whether to include the batch in the averages.
     mask: bool, broadcastable to ``x``: which elements count.
-    axis: the feature axes.
     axis_name: mapped axes over which the batch is split.
-    momentum: the share of the averages that a batch leaves.
-    epsilon: added to the variance.
     dtype: of the result.
-    unbiased: whether running variances are divided by count - 1.
-    ghost_size: how many examples are normalized together; None is all.
-    limits: ``r_max`` and ``d_max`` of a batch renormalization, numbers or
-      schedules over ``state['steps']``; else empty.
 
   Returns:
     The output, the variables that change, and statistics of the batch for the
-    record, None with ``use_running_average``.
+    record, None with ``by_average``.
   """
   weight = state.get('weight', jnp.ones_like(state['mean']))
   running = _running_moments.RunningMoments(state['mean'], state['var'], weight)
-  options: dict[str, Any] = {'axis': axis, 'epsilon': epsilon, 'dtype': dtype}
-  if use_running_average:
-    y = _batch_norm.batch_norm_inference(
-      x, running, scale, bias, domain=domain, **options
-    )
+  args: dict[str, Any] = {'scale': scale, 'bias': bias, 'dtype': dtype}
+  args |= {'axis': norm.axis, 'epsilon': norm.epsilon}
+  if by_average:
+    y = _batch_norm.batch_norm_inference(x, running, domain=domain, **args)
     return y, {}, None
-  options |= {'mask': mask, 'axis_name': axis_name}
+  args |= {'mask': mask, 'axis_name': axis_name}
   limits = {
     name: limit(state['steps']) if callable(limit) else limit
-    for name, limit in limits.items()
+    for name, limit in _limits(norm).items()
   }
   if limits:
-    y, moments = _renorm.batch_renorm(
-      x, running, scale, bias, **limits, **options
-    )
+    y, moments = _renorm.batch_renorm(x, running, **limits, **args)
   elif domain is not None:
-    y, moments = _domain.domain_batch_norm(
-      x, domain, scale, bias, num_domains=len(running.mean), **options
-    )
-  elif ghost_size is not None:
-    y, moments = _ghost.ghost_batch_norm(
-      x, scale, bias, ghost_size=ghost_size, **options
-    )
+    args['num_domains'] = norm.num_domains
+    y, moments = _domain.domain_batch_norm(x, domain, **args)
+  elif norm.ghost_size is not None:
+    args['ghost_size'] = norm.ghost_size
+    y, moments = _ghost.ghost_batch_norm(x, **args)
   else:
-    y, moments = _batch_norm.batch_norm(x, scale, bias, **options)
-  stats = _stats.batch_norm_stats(moments, running, epsilon=epsilon, **limits)
+    y, moments = _batch_norm.batch_norm(x, **args)
+  options = {'epsilon': norm.epsilon, **limits}
+  stats = _stats.batch_norm_stats(moments, running, **options)
   if not update:
     return y, {}, stats
-  updated = running.update(moments, momentum=momentum, unbiased=unbiased)
-  next_state = {k: v for k, v in updated._asdict().items() if k in state}
+  options = {'momentum': norm.momentum, 'unbiased': norm.unbiased}
+  updated = running.update(moments, **options)._asdict()
+  changed = {name: u for name, u in updated.items() if name in state}
   if 'steps' in state:
-    next_state['steps'] = jnp.asarray(optax.safe_increment(state['steps']))
-  return y, next_state, stats
+    changed['steps'] = jnp.asarray(optax.safe_increment(state['steps']))
+  return y, changed, stats
+
+
+def _limits(norm):
+  return {n: getattr(norm, n) for n in ('r_max', 'd_max') if hasattr(norm, n)}

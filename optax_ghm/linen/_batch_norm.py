@@ -60,67 +60,48 @@ class Normalization(nn.Module):
     """
     return self._normalize(x, use_running_average, mask, update_running_average)
 
-  def _normalize(self, x, use_running_average, mask, update, *args, **kind):
+  def _normalize(self, x, use_running_average, mask, update, domain=None):
     use_running_average = module.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
     _step.check_flax_options(
-      self.axis_index_groups,
+      axis_index_groups=self.axis_index_groups is None,
       force_float32_reductions=self.force_float32_reductions,
     )
-    scale, bias, variables = self._variables(x)
-    initializing = self.is_initializing()
-    y, changed, stats = _step.step(
-      {name: variable.value for name, variable in variables.items()},
-      x,
-      scale,
-      bias,
-      *args,
-      use_running_average=use_running_average,
-      update=update and not initializing,
-      mask=mask,
-      axis=self.axis,
-      # The axis need not exist where parameters are initialized.
-      axis_name=None if initializing else self.axis_name,
-      momentum=self.momentum,
-      epsilon=self.epsilon,
-      dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
-      unbiased=self.unbiased,
-      limits=self._limits(),
-      **kind,
-    )
-    for name, value in changed.items():
-      variables[name].value = value
-    if not initializing and stats and self.is_mutable_collection(STATS):
-      self.put_variable(STATS, 'stats', stats)
-    return y
-
-  def _limits(self) -> dict[str, Any]:
-    return {}
-
-  def _rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes before the features, of the averages and of the parameters."""
-    return (), ()
-
-  def _variables(self, x):
     axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-    features = tuple(x.shape[a] for a in sorted(a % x.ndim for a in axes))
-    rows, parameter_rows = self._rows()
-    scale, bias = (
-      self.param(name, init, (*parameter_rows, *features), self.param_dtype)
-      if use
-      else None
-      for name, init, use in (
-        ('scale', self.scale_init, self.use_scale),
-        ('bias', self.bias_init, self.use_bias),
-      )
-    )
-    start = _step.init((*rows, *features), self.debias, self._limits())
+    features = [x.shape[a] for a in sorted(a % x.ndim for a in axes)]
+    start, shape = _step.init(self, features)
+
+    def parameter(name, init, use):
+      return self.param(name, init, shape, self.param_dtype) if use else None
+
+    scale = parameter('scale', self.scale_init, self.use_scale)
+    bias = parameter('bias', self.bias_init, self.use_bias)
     variables = {
       name: self.variable('batch_stats', name, lambda value=value: value)
       for name, value in start.items()
     }
-    return scale, bias, variables
+    initializing = self.is_initializing()
+    y, changed, stats = _step.step(
+      self,
+      {name: variable.value for name, variable in variables.items()},
+      x,
+      scale,
+      bias,
+      domain,
+      by_average=use_running_average,
+      update=update and not initializing,
+      mask=mask,
+      # The axis need not exist where parameters are initialized.
+      axis_name=None if initializing else self.axis_name,
+      dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+    )
+    for name, value in changed.items():
+      variables[name].value = value
+    recorded = not initializing and self.is_mutable_collection(STATS)
+    if recorded and stats is not None:
+      self.put_variable(STATS, 'stats', stats)
+    return y
 
 
 class BatchNorm(Normalization):
@@ -178,9 +159,6 @@ class BatchNorm(Normalization):
 
   ghost_size: int | None = None
 
-  def _normalize(self, *args, **kwargs):
-    return super()._normalize(*args, ghost_size=self.ghost_size, **kwargs)
-
 
 class BatchRenorm(Normalization):
   """:func:`optax_ghm.batch_renorm` as a module.
@@ -208,9 +186,6 @@ class BatchRenorm(Normalization):
 
   r_max: optax.ScalarOrSchedule = 3.0
   d_max: optax.ScalarOrSchedule = 5.0
-
-  def _limits(self):
-    return {'r_max': self.r_max, 'd_max': self.d_max}
 
 
 class DomainBatchNorm(Normalization):
@@ -265,7 +240,3 @@ class DomainBatchNorm(Normalization):
     return self._normalize(
       x, use_running_average, mask, update_running_average, domain
     )
-
-  def _rows(self):
-    rows = (self.num_domains,)
-    return rows, () if self.shared_affine else rows

@@ -129,18 +129,14 @@ def _merge_moments(call, args, kwargs, context):
 @functools.partial(jax.jit, static_argnames='apply')
 def _measure_batch(variables, stats, batch, *, apply):
   """Returns the statistics with the moments of one more batch."""
-  wrong = (
-    "apply must return (output, updated variables): let 'batch_stats' be"
-    " mutable, as in model.apply(variables, x, mutable=['batch_stats'])."
-  )
-  try:
-    with nn.intercept_methods(_merge_moments):
-      result = apply({**variables, 'batch_stats': stats}, batch)
-  except flax.errors.ModifyScopeVariableError as error:
-    raise ValueError(wrong) from error
+  with nn.intercept_methods(_merge_moments):
+    result = apply({**variables, 'batch_stats': stats}, batch)
   updated = result[1] if isinstance(result, tuple) and len(result) > 1 else {}
   if not isinstance(updated, Mapping) or 'batch_stats' not in updated:
-    raise ValueError(wrong)
+    raise ValueError(
+      "apply must return (output, updated variables): let 'batch_stats' be"
+      " mutable, as in model.apply(variables, x, mutable=['batch_stats'])."
+    )
   return _map_norms(
     lambda before, after: {**before, _MOMENTS: after[_MOMENTS]},
     stats,

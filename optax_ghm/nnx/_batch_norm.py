@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx import initializers
 from flax.nnx.nn import dtypes
 
 from optax_ghm._core import arrays
@@ -32,44 +33,35 @@ class Normalization(nnx.Module):
   param_dtype: Any = jnp.float32
   use_bias: bool = True
   use_scale: bool = True
-  bias_init: InitVar[nnx.initializers.Initializer] = nnx.initializers.zeros
-  scale_init: InitVar[nnx.initializers.Initializer] = nnx.initializers.ones
+  bias_init: InitVar[initializers.Initializer] = initializers.zeros
+  scale_init: InitVar[initializers.Initializer] = initializers.ones
   axis_name: arrays.AxisName = None
-  axis_index_groups: InitVar[None] = None
-  use_fast_variance: InitVar[bool] = True
-  promote_dtype: InitVar[Any] = dtypes.promote_dtype
+  axis_index_groups: None = None
+  use_fast_variance: bool = True
+  promote_dtype: Any = dtypes.promote_dtype
   rngs: InitVar[nnx.Rngs]
   bias_metadata: InitVar[Mapping[str, Any] | None] = None
   scale_metadata: InitVar[Mapping[str, Any] | None] = None
   unbiased: bool = False
   debias: bool = False
   measure: bool = False
+  mean: nnx.BatchStat = dataclasses.field(init=False)
+  var: nnx.BatchStat = dataclasses.field(init=False)
 
   def __post_init__(
-    self,
-    bias_init,
-    scale_init,
-    axis_index_groups,
-    use_fast_variance,
-    promote_dtype,
-    rngs,
-    bias_metadata,
-    scale_metadata,
+    self, bias_init, scale_init, rngs, bias_metadata, scale_metadata
   ):
-    del use_fast_variance
     _step.check_flax_options(
-      axis_index_groups, promote_dtype=promote_dtype is dtypes.promote_dtype
+      axis_index_groups=self.axis_index_groups is None,
+      promote_dtype=self.promote_dtype is dtypes.promote_dtype,
     )
-    rows, parameter_rows = self._rows()
-    for name, value in _step.init(
-      (*rows, self.num_features), self.debias, self._limits()
-    ).items():
+    start, shape = _step.init(self, (self.num_features,))
+    for name, value in start.items():
       setattr(self, name, nnx.BatchStat(value))
 
     def parameter(init, use, metadata):
       if not use:
         return nnx.data(None)
-      shape = (*parameter_rows, self.num_features)
       value = init(rngs.params(), shape, self.param_dtype)
       return nnx.Param(value, **(metadata or {}))
 
@@ -111,7 +103,7 @@ class Normalization(nnx.Module):
     """
     return self._normalize(x, use_running_average, mask, update_running_average)
 
-  def _normalize(self, x, use_running_average, mask, update, *args, **kind):
+  def _normalize(self, x, use_running_average, mask, update, domain=None):
     if use_running_average is None:
       use_running_average = self.use_running_average
     if use_running_average is None:
@@ -126,38 +118,25 @@ class Normalization(nnx.Module):
     scale, bias = (
       None if u is None else u.get_value() for u in (self.scale, self.bias)
     )
+    given = (x, state['mean'], scale, bias)
     y, changed, stats = _step.step(
+      self,
       state,
       x,
       scale,
       bias,
-      *args,
-      use_running_average=use_running_average,
+      domain,
+      by_average=use_running_average,
       update=update,
       mask=mask,
-      axis=self.axis,
       axis_name=self.axis_name,
-      momentum=self.momentum,
-      epsilon=self.epsilon,
-      dtype=dtypes.canonicalize_dtype(
-        x, state['mean'], scale, bias, dtype=self.dtype
-      ),
-      unbiased=self.unbiased,
-      limits=self._limits(),
-      **kind,
+      dtype=dtypes.canonicalize_dtype(*given, dtype=self.dtype),
     )
     for name, value in changed.items():
       getattr(self, name).set_value(value)
     if self.stats is not None and stats is not None:
       self.stats.set_value(stats)
     return y
-
-  def _limits(self) -> dict[str, Any]:
-    return {}
-
-  def _rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes before the features, of the averages and of the parameters."""
-    return (), ()
 
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
@@ -212,9 +191,6 @@ class BatchNorm(Normalization):
 
   ghost_size: int | None = None
 
-  def _normalize(self, *args, **kwargs):
-    return super()._normalize(*args, ghost_size=self.ghost_size, **kwargs)
-
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class BatchRenorm(Normalization):
@@ -241,9 +217,6 @@ class BatchRenorm(Normalization):
 
   r_max: optax.ScalarOrSchedule = 3.0
   d_max: optax.ScalarOrSchedule = 5.0
-
-  def _limits(self):
-    return {'r_max': self.r_max, 'd_max': self.d_max}
 
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
@@ -294,7 +267,3 @@ class DomainBatchNorm(Normalization):
     return self._normalize(
       x, use_running_average, mask, update_running_average, domain
     )
-
-  def _rows(self):
-    rows = (self.num_domains,)
-    return rows, () if self.shared_affine else rows

@@ -916,6 +916,25 @@ def test_arguments_that_do_not_fit(kwargs, match):
 
 
 @pytest.mark.parametrize(
+  ('shape', 'mask', 'error', 'match'),
+  [
+    ((4, 3), np.ones(4, bool), ValueError, r'Give mask\[:, None\]'),
+    (
+      (3, 3),
+      np.ones(3, bool),
+      ValueError,
+      r'mask\[:, None\] or mask\[None, :\]',
+    ),
+    ((4, 3), np.ones((4, 1)), TypeError, 'mask must be bool, got float'),
+  ],
+  ids=str,
+)
+def test_masks_that_could_mean_something_else(shape, mask, error, match):
+  with pytest.raises(error, match=match):
+    optax_ghm.batch_norm(np.ones(shape, np.float32), mask=mask)
+
+
+@pytest.mark.parametrize(
   ('kwargs', 'error', 'match'),
   [
     ({'mean': np.ones(4)}, ValueError, 'mean must'),
@@ -992,7 +1011,7 @@ def test_never_raises_and_is_finite_where_it_can_be(data):
 
 @pytest.mark.parametrize('shape', [(7, 256), (13, 5, 64), (100, 128)])
 def test_far_from_zero_compiled_loops_agree_on_the_mean(shape):
-  """A compiler that repeats the division in each loop must not see several means."""
+  """A compiler that divides again in each loop must not see several means."""
   x = np.random.default_rng(0).normal(1e4, 1, shape).astype(np.float32)
   axes = tuple(range(len(shape) - 1))
   wide = x.astype(np.float64)

@@ -1,6 +1,7 @@
 """Batch norm as modules: in the place of Flax's, and what is new in them."""
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import chex
@@ -342,6 +343,44 @@ def test_momentum_and_constructor_or_call(name, x):
     (x - 0.75 * x.mean(0, keepdims=True))
     / np.sqrt(0.25 + 0.75 * x.var(0, keepdims=True) + 1e-5),
   )
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('linen', {'axis_index_groups': [[0, 1], [2, 3]]}),
+    ('linen', {'force_float32_reductions': False}),
+    ('nnx', {'axis_index_groups': [[0, 1], [2, 3]]}),
+    ('nnx', {'promote_dtype': lambda args, dtype: args}),
+  ],
+)
+def test_arguments_of_flax_that_mean_something_else_are_refused(
+  name, options, x
+):
+  (argument,) = options
+  with pytest.raises(ValueError, match=f'{argument} must have its default'):
+    face_of(name, **options).init(x, False)
+
+
+@pytest.mark.parametrize(
+  ('ours', 'theirs'),
+  [
+    (optax_ghm.linen.BatchNorm, nn.BatchNorm),
+    (optax_ghm.nnx.BatchNorm, nnx.BatchNorm),
+  ],
+)
+def test_the_arguments_are_those_of_flax_in_their_order(ours, theirs):
+  ours, theirs = (
+    inspect.signature(kind.__init__).parameters for kind in (ours, theirs)
+  )
+  assert [name for name in ours if name in theirs] == list(theirs)
+  for name, parameter in theirs.items():
+    assert ours[name].kind == parameter.kind
+    # Initializers and empty metadata have other objects of the same meaning.
+    if not (callable(parameter.default) or name.endswith('metadata')):
+      assert ours[name].default == parameter.default
+  kinds = {parameter.kind for parameter in ours.values()}
+  assert inspect.Parameter.VAR_KEYWORD not in kinds
 
 
 # One update a step, whatever is around it.
