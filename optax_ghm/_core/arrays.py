@@ -10,6 +10,9 @@ from jax.sharding import PartitionSpec
 AxisName = str | tuple[str, ...] | None
 """Mapped axes over which an array is split; None if it is whole."""
 
+LARGEST = float(np.finfo(np.float32).max)
+"""A limit that is not known yet, in states that are to be finite."""
+
 
 def is_inexact(x: Any) -> bool:
   """Whether ``x`` is a floating or complex array, and so has a gradient."""
@@ -52,7 +55,7 @@ def contract(weights: jax.Array, x: jax.Array) -> jax.Array:
       NaN or infinite, even where its weight is 0.
 
   Returns:
-    (..., ...): the leading axes of ``weights``, then the trailing ones of ``x``.
+    The leading axes of ``weights``, followed by the trailing axes of ``x``.
   """
   sharding = jax.typeof(x).sharding
   spec = PartitionSpec(*[None] * (weights.ndim - 1), *sharding.spec[1:])

@@ -51,8 +51,8 @@ def flax_unit_axes(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...]:
   filter of a convolution (…, in, out), a column of one head of the query, key
   or value (in, heads, features), or the vector of one token of an embedding
   (tokens, features). A bias, a scale, and every parameter of rank 0 or 1 is one
-  unit. The names do not tell other layers with heads, such as a
-  ``DenseGeneral``, or transposed kernels: describe those by :class:`~optax_ghm.Units`.
+  unit. Other layers with heads, such as a ``DenseGeneral``, and transposed
+  kernels cannot be told by their names: use :class:`~optax_ghm.Units` for them.
 
   Args:
     path: path of the leaf, as ``jax.tree_util.tree_map_with_path`` gives it.

@@ -29,8 +29,8 @@ class PercentileEstimator(Protocol):
       statistics: what is known of earlier norms.
 
     Returns:
-      The percentile for this step, a reference norm to recognize outliers by
-      (inf while none is known), and the next statistics.
+      The percentile for this step; a reference norm to recognize outliers by,
+      inf or the largest float32 while none is known; and the next statistics.
     """
 
 
@@ -39,7 +39,7 @@ class PastNorms(NamedTuple):
 
   Attributes:
     past: norms of the last good steps, the newest in the place of the oldest;
-      inf in places that are still empty.
+      the largest float32 in places that are still empty.
     ranked: the norms of ``past``, from the smallest to the largest.
     recorded: int32, number of good steps.
   """
@@ -75,7 +75,7 @@ class WindowPercentile:
 
   def init(self, shape):
     """Returns an empty window; see ``PercentileEstimator``."""
-    empty = jnp.full((*shape, self.length), jnp.inf, jnp.float32)
+    empty = jnp.full((*shape, self.length), arrays.LARGEST, jnp.float32)
     return PastNorms(empty, jnp.copy(empty), jnp.zeros(shape, jnp.int32))
 
   def update(self, norm, percentile, statistics):
@@ -103,7 +103,7 @@ def _slide(statistics, norm):
   slots = slots.reshape((1,) * (norm.ndim - 1) + (-1,))
   slot = jnp.expand_dims(recorded % past.shape[-1], -1)
   oldest = jnp.take_along_axis(past, slot, axis=-1)
-  empty = jnp.full_like(norm, jnp.inf)
+  empty = jnp.full_like(norm, arrays.LARGEST)
 
   out = jnp.sum(ranked < oldest, axis=-1, keepdims=True, dtype=jnp.int32)
   shifted = jnp.concatenate([ranked[..., 1:], empty], axis=-1)

@@ -60,10 +60,10 @@ class SkipState(NamedTuple):
 
   Attributes:
     norm: norm of the last finite gradient, even if its step was left out.
-    norm_threshold: threshold of the norm in the last step; inf while none is
-      known.
-    value_threshold: threshold of the loss in the last step; inf while none is
-      known.
+    norm_threshold: threshold of the norm in the last step; the largest float32
+      while none is known.
+    value_threshold: threshold of the loss in the last step; the largest float32
+      while none is known.
     skipped: int32, number of steps that were left out.
     skipped_in_a_row: int32, number of finite steps that were left out since the
       last step was taken.
@@ -151,8 +151,8 @@ def skip_spikes(
 
     return SkipState(
       norm=jnp.zeros([], jnp.float32),
-      norm_threshold=jnp.full([], jnp.inf, jnp.float32),
-      value_threshold=jnp.full([], jnp.inf, jnp.float32),
+      norm_threshold=jnp.full([], arrays.LARGEST, jnp.float32),
+      value_threshold=jnp.full([], arrays.LARGEST, jnp.float32),
       skipped=jnp.zeros([], jnp.int32),
       skipped_in_a_row=jnp.zeros([], jnp.int32),
       recent_norms=recent(),
@@ -161,7 +161,7 @@ def skip_spikes(
     )
 
   def mean_and_threshold(recent):
-    """Both are inf while they are not known."""
+    """Both are larger than every norm while they are not known."""
     values, recorded = recent
     count = jnp.minimum(recorded, window.length).astype(jnp.float32)
     # Divided before they are summed, so that no sum overflows.
@@ -174,7 +174,7 @@ def skip_spikes(
     enough = recorded >= max(window.length // 8, 2)
     return (
       jnp.where(recorded > 0, mean, jnp.inf),
-      jnp.where(enough, threshold, jnp.inf),
+      jnp.where(enough, threshold, arrays.LARGEST),
     )
 
   def record(recent, x, enters, reset):

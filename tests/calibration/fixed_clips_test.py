@@ -259,7 +259,7 @@ def test_unknown_scopes_are_named(make, scope):
 
 
 def test_leaves_without_a_norm_are_left_alone(rng):
-  """They have no place in the state, and their neighbours keep theirs."""
+  """They have no place in the state, and their neighbors keep theirs."""
   params, grads = trees(rng)
   others = {
     'a none': None,
