@@ -1,10 +1,10 @@
-"""What batch normalisation costs, forward and backward, against Flax's.
+"""What batch normalization costs, forward and backward, against Flax's.
 
-Alone, in float32 and bfloat16, at three sizes: with results in memory that the
-last call left (as a training step's own temporaries are) and, "fresh", in
-memory that has to be asked for, whose page faults all programs pay alike. Its
-kinds, against the plain one. And in a whole training step of a small network,
-where it is one of many things.
+It is measured alone, in float32 and bfloat16, at three sizes: with results in
+memory that the last call left (as the temporaries of a training step are) and
+in "new memory", whose page faults all programs pay alike. Its kinds are
+measured against the plain one, and a whole training step of a small network
+shows what remains of the difference there.
 """
 
 import functools
@@ -50,7 +50,7 @@ def by_ours(x, scale, bias):
 
 
 def two_writes(x, scale, bias, cotangent):
-  """What no program can do without: two arrays read, and two written."""
+  """The least that any program does: it reads two arrays and writes two."""
   y, dx = x * scale.astype(x.dtype), cotangent * x
   return y, (dx, scale, bias), (scale, bias)
 
@@ -96,34 +96,34 @@ def of_kind(normalize, *data):
 
 
 def with_domains(shape, count):
-  """Which also serve as a mask: what is of domain 0 does not count."""
+  """Data with domains, which also serve as a mask: domain 0 is masked out."""
   return *array_data(shape, jnp.dtype('float32')), jax.random.randint(
     jax.random.key(1), shape[:1], 0, count
   )
 
 
 def alone(shape, dtype, reused, quick):
-  every = programs()
+  timed = programs()
   if not reused:
     return harness.Case(
-      every,
+      timed,
       functools.partial(array_data, shape, dtype),
       elements=array_size(shape),
       limit=LIMIT,
       quick=quick,
     )
 
-  def into(f, carried, *data):
-    del carried
+  def into(f, results, *data):
+    del results
     return f(*data)
 
   def space(name, data):
     return jax.tree.map(
-      lambda u: jnp.zeros(u.shape, u.dtype), jax.eval_shape(every[name], *data)
+      lambda u: jnp.zeros(u.shape, u.dtype), jax.eval_shape(timed[name], *data)
     )
 
   return harness.Case(
-    {name: functools.partial(into, f) for name, f in every.items()},
+    {name: functools.partial(into, f) for name, f in timed.items()},
     functools.partial(array_data, shape, dtype),
     elements=array_size(shape),
     limit=LIMIT,
@@ -137,7 +137,7 @@ def array_size(shape):
 
 
 class Network(nn.Module):
-  """Convolutions, each normalised; or dense layers, on flat inputs."""
+  """Convolutions, each normalized; or dense layers, on flat inputs."""
 
   norm: type[nn.Module] | None
   dtype: jnp.dtype
@@ -160,7 +160,7 @@ class Network(nn.Module):
 NETWORKS = {
   'flax.linen.BatchNorm': nn.BatchNorm,
   'optax_ghm.linen.BatchNorm': BatchNorm,
-  'limit: no normalisation': None,
+  'limit: no normalization': None,
 }
 
 
@@ -181,8 +181,8 @@ def training(shape, dtype):
     )
     return variables, tx.init(variables['params'])
 
-  def step(norm, carried, x, labels):
-    variables, opt_state = carried
+  def step(norm, state, x, labels):
+    variables, opt_state = state
 
     def loss(params):
       logits, updated = Network(norm, dtype, convolutions).apply(
@@ -201,7 +201,7 @@ def training(shape, dtype):
     {name: functools.partial(step, norm) for name, norm in NETWORKS.items()},
     data,
     elements=array_size(shape),
-    limit='limit: no normalisation',
+    limit='limit: no normalization',
     init=start,
   )
 

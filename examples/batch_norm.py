@@ -1,41 +1,43 @@
-"""What the papers on batch normalisation claim, tried on small networks.
+"""What the papers on batch normalization claim, tried on small networks.
 
-Four experiments with BatchNorm, BatchRenorm and recalibrate: networks of three
+Four experiments use BatchNorm, BatchRenorm and recalibrate in networks of three
 hidden layers of 100 units, trained by SGD without momentum on scikit-learn's
-digits, or on MNIST. What each paper reports at its own scale, what is tried
-here, and what came out (three seeds):
+digits, or on MNIST. For each, this is what the paper reports at its own scale,
+what is tried here, and what came out with three seeds:
 
 speed: Ioffe and Szegedy (2015) train three layers of 100 sigmoids on MNIST, 60
 examples a batch. With batch norm test accuracy rises sooner and ends higher
 (figure 1); on ImageNet, Inception with batch norm and five times the learning
-rate needs 14 times fewer steps. Here: steps until test accuracy (of 1000
-images) is at 90 % in two checks in a row, at several learning rates. It took
-16 to 90 times fewer on digits where both got there, and 2 to 5 times fewer on
-MNIST; at a learning rate of 10 only batch norm trains reliably.
+rate needs 14 times fewer steps. Here, steps are counted until test accuracy (of
+1000 images) is at 90 % in two checks in a row, at several learning rates. With
+batch norm it took 16 to 90 times fewer on digits where both got there, and 2 to
+5 times fewer on MNIST. At a learning rate of 10 only batch norm is reliable.
 
-smoothness: Santurkar et al. (2018), with VGG on CIFAR-10: along the gradient of
+smoothness: Santurkar et al. (2018) train VGG on CIFAR-10. Along the gradient of
 a training step, from 0.5 to 4 times the learning rate, loss and gradient vary
-less with batch norm (figure 4). Here the same, on the batch of the next step,
-in training mode: the range of the loss over eight such steps, and the largest
-L2 change of the gradient, as it is and divided by the distance. All were
-smaller with batch norm; on MNIST the last of them hardly.
+less with batch norm (figure 4). Here, the same is measured on the batch of the
+next step, in training mode: the range of the loss over eight such steps, and
+the largest L2 change of the gradient, as it is and divided by the distance. All
+were smaller with batch norm, but on MNIST the last one hardly.
 
-renorm: Ioffe (2017), with Inception-v3 on ImageNet: normalised in groups of 4,
-batch norm ends at 74.2 % and renormalisation at 76.5 %; in batches of 32 that
+renorm: Ioffe (2017) trains Inception-v3 on ImageNet. Normalized in groups of 4,
+batch norm ends at 74.2 % and renormalization at 76.5 %; in batches of 32 that
 are 16 classes with 2 images each, at 67 % and 78.5 %, which is what independent
-batches give. Here a step takes the mean gradient of 64 examples, of which only
-a few are normalised together, or of one or two classes; tested with running
-averages. Renormalisation won in groups of 2 and of few classes, but in groups
-of 4 on MNIST only: on digits they do no harm. Recalibrating hardly helped: the
-weights are what is wrong. In groups of 2 Flax's fast variance, a difference of
-squares, is too inexact; without it, it is as BatchNorm.
+batches give. Here, a step takes the mean gradient of 64 examples, of which only
+a few are normalized together, or examples of one or two classes; running
+averages normalize the test set. Renormalization won in groups of 2 and of few
+classes, but in groups of 4 on MNIST only: on digits they do no harm.
+Recalibrating hardly helped, because the weights are what is wrong. In groups of
+2 Flax's fast variance, a difference of squares, is too inexact; without it,
+Flax's module is as good as BatchNorm.
 
-adabn: Li et al. (2016) replace a network's statistics by those of unlabelled
+adabn: Li et al. (2016) replace a network's statistics by those of unlabeled
 data of the target domain: Inception-BN on Office-31 gains 1.2 points of
-accuracy on average. Here: images with other contrast, brightness and noise,
-with source statistics, with recalibrate on all target inputs, and normalised by
-test batches of 64. Contrast is undone entirely, being affine, and brightness
-nearly so; noise in part, hardly on digits. Clean images lose nothing.
+accuracy on average. Here, images with other contrast, brightness and noise are
+classified with source statistics, with statistics of recalibrate on all target
+inputs, and normalized by test batches of 64. Contrast, which is affine, is
+undone entirely, and brightness nearly; noise in part, and hardly on digits.
+Clean images lose nothing.
 
   python examples/batch_norm.py
   python examples/batch_norm.py --only renorm --seeds 5
@@ -106,7 +108,7 @@ def load(name, path=pathlib.Path()):
 
 
 class Network(nn.Module):
-  """Dense layers, each normalised, if at all, before its activation."""
+  """Dense layers, each normalized, if at all, before its activation."""
 
   norm: Callable[..., Any] | None = None
   activation: Callable[[jax.Array], jax.Array] = nn.relu
@@ -125,7 +127,7 @@ class Network(nn.Module):
 
 
 class Batches(NamedTuple):
-  """How many are normalised together, how many such there are in a step."""
+  """How many are normalized together, how many such there are in a step."""
 
   size: int
   groups: int = 1
@@ -151,7 +153,7 @@ def draw(batches, labels, steps, seed):
 
 
 def loss_fn(model, params, stats, x, labels):
-  """Mean loss of batches that are normalised one by one; next statistics."""
+  """Mean loss of batches that are normalized one by one; next statistics."""
 
   def of_one(x, labels):
     logits, updated = model.apply(
@@ -180,7 +182,7 @@ def accuracies(model, variables, x, labels):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def descend(model, look, data, rate, variables, now, following):
+def descend(model, look, data, rate, variables, now, upcoming):
   """SGD on batches at the indices, in stretches after which it looks."""
   tx = optax.sgd(rate)
 
@@ -196,17 +198,17 @@ def descend(model, look, data, rate, variables, now, following):
     return (optax.apply_updates(params, updates), stats), None
 
   def stretch(carry, indices):
-    now, following = indices
+    now, upcoming = indices
     (params, stats), _ = jax.lax.scan(step, carry, now)
     variables = {'params': params, 'batch_stats': stats}
-    return (params, stats), look(variables, *batch(following))
+    return (params, stats), look(variables, *batch(upcoming))
 
-  def run(variables, now, following):
+  def run(variables, now, upcoming):
     start = variables['params'], variables.get('batch_stats', {})
-    (params, stats), seen = jax.lax.scan(stretch, start, (now, following))
+    (params, stats), seen = jax.lax.scan(stretch, start, (now, upcoming))
     return {'params': params, 'batch_stats': stats}, seen
 
-  return jax.vmap(run)(variables, now, following)
+  return jax.vmap(run)(variables, now, upcoming)
 
 
 def train(model, data, batches, steps, rate, seeds, look=None, every=None):
@@ -218,14 +220,14 @@ def train(model, data, batches, steps, rate, seeds, look=None, every=None):
   every = every or steps
   at = [draw(batches, data.labels, steps + 1, seed) for seed in range(seeds)]
   at = np.stack(at).astype(np.int32)
-  now, following = at[:, :-1], at[:, every::every]
-  now = now.reshape(*following.shape[:2], every, *now.shape[2:])
+  now, upcoming = at[:, :-1], at[:, every::every]
+  now = now.reshape(*upcoming.shape[:2], every, *now.shape[2:])
   starts = [
     model.init(jax.random.key(seed), data.x[:2], train=True)
     for seed in range(seeds)
   ]
   variables = jax.tree.map(lambda *u: jnp.stack(u), *starts)
-  return descend(model, look or no_look, data, rate, variables, now, following)
+  return descend(model, look or no_look, data, rate, variables, now, upcoming)
 
 
 def no_look(variables, x, labels):
@@ -233,8 +235,8 @@ def no_look(variables, x, labels):
   return ()
 
 
-def spread(values):
-  """Percentages: mean and deviation."""
+def percentages(values):
+  """Mean and deviation, in %."""
   values = 100 * np.asarray(values)
   return f'{values.mean():.1f}±{values.std():.1f}'
 
@@ -284,7 +286,7 @@ def speed(data, seeds, quick, ax):
       when = [steps_to_goal(curve, every) for curve in curves[name, rate]]
       row += [
         ' '.join('-' if t is None else str(t) for t in when),
-        spread(curves[name, rate][:, -1]),
+        percentages(curves[name, rate][:, -1]),
       ]
     rows.append(row)
   times = every * (1 + np.arange(steps // every))
@@ -353,7 +355,7 @@ def smoothness(data, seeds, quick, ax):
         f'{np.median(ranges):.4f}',
         f'{np.median(changes.max(-1)):.3f}',
         f'{np.median(slopes.max(-1)):.2f}',
-        spread(final),
+        percentages(final),
       )
     )
     times = every * (1 + np.arange(steps // every))
@@ -395,7 +397,7 @@ def in_training(model):
 
 
 def renorm(data, seeds, quick, ax):
-  """Ioffe 2017: normalisation batches that are small or not independent."""
+  """Ioffe 2017: batches that are small or not independent."""
   start = time.perf_counter()
   steps = 60 if quick else 1_000
   kinds = (32, None), (4, None), (2, None), (32, 2), (4, 1)
@@ -441,14 +443,14 @@ def renorm(data, seeds, quick, ax):
     )
   ax.set_xticks(np.arange(len(settings)) + 0.2, settings)
   ax.set(ylabel='test accuracy, %', title='renorm')
-  ax.set(xlabel='normalised together (of how many classes)')
+  ax.set(xlabel='normalized together (of how many classes)')
   ax.legend(fontsize=7)
   seconds = time.perf_counter() - start
   return make_table(
     f'renorm: test accuracy in % after {steps} steps, by how many examples are'
-    f' normalised together, of how many classes ({seconds:.0f} s)',
+    f' normalized together, of how many classes ({seconds:.0f} s)',
     ('', *settings),
-    [(name, *map(spread, values)) for name, values in scores.items()],
+    [(name, *map(percentages, values)) for name, values in scores.items()],
   )
 
 
@@ -515,7 +517,7 @@ def adabn(data, seeds, quick, ax):
   return make_table(
     f'adabn: test accuracy in % ({seconds:.0f} s)',
     ('', *kinds),
-    [(name, *map(spread, values)) for name, values in scores.items()],
+    [(name, *map(percentages, values)) for name, values in scores.items()],
   )
 
 
