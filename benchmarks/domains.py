@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_ghm
-from optax_ghm import conflict
+from optax_ghm import conflict, reversal
 
 BATCH, WIDTH = 512, 512
 
@@ -35,7 +35,7 @@ def map_data(classes):
   one, two = jax.random.split(jax.random.key(0))
   features = jax.random.normal(one, (BATCH, 256))
   logits = jax.random.normal(two, (BATCH, classes))
-  projections = optax_ghm.multilinear_projections(
+  projections = reversal.multilinear_projections(
     jax.random.key(2), 256, classes, 1024
   )
   return features, jax.nn.softmax(logits), projections

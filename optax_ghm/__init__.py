@@ -57,7 +57,6 @@ from optax_ghm.reversal import (
   domain_loss,
   entropy_weights,
   multilinear_map,
-  multilinear_projections,
   randomized_multilinear_map,
   reverse_gradient,
 )
@@ -99,7 +98,6 @@ __all__ = [
   'in_backward',
   'learning_rate_range_test',
   'multilinear_map',
-  'multilinear_projections',
   'noise_scale_aggregate',
   'normalize_by_norm',
   'overwrite_with_gradient',

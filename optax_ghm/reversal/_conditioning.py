@@ -71,8 +71,8 @@ def multilinear_projections(
 
   Examples:
     >>> import jax
-    >>> import optax_ghm
-    >>> feature_matrix, class_matrix = optax_ghm.multilinear_projections(
+    >>> from optax_ghm import reversal
+    >>> feature_matrix, class_matrix = reversal.multilinear_projections(
     ...   jax.random.key(0), 256, 10
     ... )
     >>> feature_matrix.shape, class_matrix.shape
@@ -104,7 +104,7 @@ def randomized_multilinear_map(
     features: (..., F).
     predictions: (..., C), class probabilities.
     projections: of shapes (F, d) and (C, d), from
-      :func:`multilinear_projections`, cast to the dtype of what they multiply.
+      :func:`optax_ghm.reversal.multilinear_projections`, cast to the dtype of what they multiply.
 
   Returns:
     (..., d).
@@ -116,7 +116,8 @@ def randomized_multilinear_map(
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax_ghm
-    >>> projections = optax_ghm.multilinear_projections(
+    >>> from optax_ghm import reversal
+    >>> projections = reversal.multilinear_projections(
     ...   jax.random.key(0), 4096, 100
     ... )
     >>> optax_ghm.randomized_multilinear_map(

@@ -146,23 +146,13 @@ def test_trees_without_leaves(entry, empty):
   assert types(next_state) == types(state)
 
 
-def assert_sound(entry, state):
-  """All is finite, but for what is inf from the start: not known yet."""
-  init = entry.tx.init(make_params())
-
-  def is_sound(new, old):
-    return np.all(np.isfinite(new) | np.isinf(old) & np.isposinf(new))
-
-  assert all(jax.tree.leaves(jax.tree.map(is_sound, state, init)))
-
-
 @every
 @bad_number
 def test_a_bad_step_leaves_no_trace(entry, bad):
   first, second, third = make_steps(entry)
   spoilt = jax.tree.map(lambda x: jnp.full_like(x, bad), second)
   updates, state = run(entry.tx, [first, spoilt, third])
-  assert_sound(entry, state)
+  chex.assert_tree_all_finite(state)
   expected, _ = run(entry.tx, [first, third])
   assert_close(updates[2], expected[1])
 
@@ -173,7 +163,7 @@ def test_one_bad_element_makes_a_bad_step_of_its_leaf(entry, bad):
   first, second, third = make_steps(entry)
   second['kernel'] = second['kernel'].at[1, 1].set(bad)
   updates, state = run(entry.tx, [first, second, third])
-  assert_sound(entry, state)
+  chex.assert_tree_all_finite(state)
   expected, _ = run(entry.tx, [first, third])
   assert_close(updates[2]['kernel'], expected[1]['kernel'])
 
@@ -193,8 +183,7 @@ def test_bad_examples_are_left_out(entry, bad, examples):
 
   expected, masked_state = update(good, init, params, mask=mask)
   updates, state = update(spoilt, init, params)
-  chex.assert_tree_all_finite(updates)
-  assert_sound(entry, state)
+  chex.assert_tree_all_finite((updates, state))
   assert_close(updates, expected)
   assert_close(
     update(later, state, params)[0],

@@ -22,7 +22,14 @@ from flax import nnx
 import optax_ghm as ghm
 import optax_ghm.linen as ghm_linen
 import optax_ghm.nnx as ghm_nnx
-from optax_ghm import backward, calibration, conflict, flow, harmonization
+from optax_ghm import (
+  backward,
+  calibration,
+  conflict,
+  flow,
+  harmonization,
+  reversal,
+)
 from tests.support.public import public_names
 
 
@@ -117,7 +124,7 @@ def in_backward(f, state):
 
 def _adaptation(given):
   features, predictions = given.x, jax.nn.softmax(given.x)
-  projections = ghm.multilinear_projections(jax.random.key(0), 2, 2, 3)
+  projections = reversal.multilinear_projections(jax.random.key(0), 2, 2, 3)
   return (
     ghm.domain_loss(
       features, given.labels, weights=ghm.entropy_weights(features)
@@ -689,7 +696,7 @@ def test_no_tracer_leaks(case):
 def test_keys_of_both_kinds_draw_the_same(partitionable):
   with jax.threefry_partitionable(partitionable):
     drawn, same = (
-      ghm.multilinear_projections(make(0), 2, 2, 3)
+      reversal.multilinear_projections(make(0), 2, 2, 3)
       for make in (jax.random.key, jax.random.PRNGKey)
     )
   assert_close(drawn, same, rtol=0)

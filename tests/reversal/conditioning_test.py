@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
+from optax_ghm import reversal
 
 
 def assert_both_close(actual, expected, rtol=2e-5, atol=2e-5):
@@ -61,9 +62,7 @@ def test_randomized_map_keeps_inner_products_on_average(rng):
   f, g = pairs((4,), rng, features=3)
   # Of equal pairs, which would show two projections that are one.
   f, g = (x.at[0].set(jnp.array([1.0, 0.0, 0.0])) for x in (f, g))
-  projections = optax_ghm.multilinear_projections(
-    jax.random.key(1), 3, 3, 65536
-  )
+  projections = reversal.multilinear_projections(jax.random.key(1), 3, 3, 65536)
   t = np.asarray(optax_ghm.randomized_multilinear_map(f, g, projections))
   exact = np.asarray(optax_ghm.multilinear_map(f, g))
   size = np.linalg.norm(exact, axis=1)
@@ -72,7 +71,7 @@ def test_randomized_map_keeps_inner_products_on_average(rng):
 
 
 def test_projections_are_two_standard_normals():
-  one, two = optax_ghm.multilinear_projections(jax.random.key(3), 20, 20)
+  one, two = reversal.multilinear_projections(jax.random.key(3), 20, 20)
   assert one.shape == two.shape == (20, 1024)
   both = np.stack([one.ravel(), two.ravel()])
   np.testing.assert_allclose(both.mean(1), 0, atol=0.02)
@@ -82,13 +81,13 @@ def test_projections_are_two_standard_normals():
 
 def test_projections_are_of_float32_always():
   with jax.enable_x64(True):
-    for one in optax_ghm.multilinear_projections(jax.random.key(0), 2, 3, 5):
+    for one in reversal.multilinear_projections(jax.random.key(0), 2, 3, 5):
       assert one.dtype == jnp.float32
 
 
 def test_conditioning_keeps_the_dtype(rng):
   f, g = pairs((4,), rng)
-  projections = optax_ghm.multilinear_projections(jax.random.key(0), 5, 3, 8)
+  projections = reversal.multilinear_projections(jax.random.key(0), 5, 3, 8)
 
   @jax.jit
   def both(f, g):

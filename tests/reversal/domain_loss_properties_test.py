@@ -10,6 +10,7 @@ from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
+from optax_ghm import reversal
 
 DTYPES = {'float32': np.float32, 'bfloat16': jnp.bfloat16, 'float16': 'e'}
 of_dtypes = pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
@@ -145,7 +146,7 @@ def test_multilinear_map(dtype, both):
 
 @functools.cache
 def projections(outputs):
-  return optax_ghm.multilinear_projections(jax.random.key(1), 3, 2, outputs)
+  return reversal.multilinear_projections(jax.random.key(1), 3, 2, outputs)
 
 
 randomized = jax.jit(optax_ghm.randomized_multilinear_map)
