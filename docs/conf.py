@@ -60,7 +60,10 @@ for name, value in public_names():
   if inspect.isclass(value) and value.__module__.startswith('optax_ghm'):
     value.__module__ = name.rpartition('.')[0]
 
-PROTOCOLS = optax_ghm.DensityEstimator, optax_ghm.calibration.PercentileEstimator
+PROTOCOLS = (
+  optax_ghm.harmonization.DensityEstimator,
+  optax_ghm.calibration.PercentileEstimator,
+)
 ALIASES = {
   stringify_annotation(value, 'smart'): name
   for name, value in (
@@ -71,7 +74,7 @@ ALIASES = {
     ('jax.Array', jax.Array),
   )
 } | {
-  repr(optax_ghm.DEFAULT_DENSITY): 'DEFAULT_DENSITY',
+  '_windowed.DEFAULT': 'WindowedDensity()',
   'DEFAULT_PERCENTILE': 'WindowPercentile()',
   'DEFAULT_WINDOW': 'SpikeWindow()',
   'FLAX_UNITS': 'Units()',

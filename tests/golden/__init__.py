@@ -9,7 +9,7 @@ import pathlib
 
 import numpy as np
 
-import optax_ghm
+from optax_ghm import harmonization
 
 _FILE = np.load(pathlib.Path(__file__).parent / 'ghm.npz')
 CASES = sorted({name.split('/')[0] for name in _FILE})
@@ -24,6 +24,6 @@ def load(case):
 
 
 def density(data):
-  return optax_ghm.MMDetectionDensity(
+  return harmonization.MMDetectionDensity(
     bins=int(data['bins']), momentum=float(data['momentum'])
   )
