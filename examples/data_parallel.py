@@ -90,18 +90,17 @@ def make_steps():
         x = nn.relu(x)
       logits = nn.Dense(CLASSES)(x)
       if self.plain:
-        return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))[:, 0]
-      density = ghm.WindowedDensity(high=2**0.5)
+        return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))
       known = mask & (domain == 0)
-      logits = Harmonize(density=density, scale=BATCH)(logits, mask=known)
+      logits = Harmonize(reduction=BATCH)(logits, mask=known)
       x = GradientReversal()(x, 0.5)
-      return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))[:, 0]
+      return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))
 
   def losses(logits, domain_logits, labels, domain, mask):
     known = mask & (domain == 0)
     of_class = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    of_domain = ghm.domain_loss(domain_logits, domain)
-    return jnp.sum(of_class * known + of_domain * mask) / BATCH
+    of_domain = ghm.domain_loss(domain_logits, domain, mask=mask)
+    return jnp.sum(of_class * known + of_domain) / BATCH
 
   model, plain = Network(), Network(plain=True)
   tapped = Tapped(model)
@@ -122,7 +121,7 @@ def make_steps():
     )
 
   variables = jax.eval_shape(model.init, jax.random.key(0), x, domain, mask)
-  sinks = tapped.init(variables, x, domain, mask, mutable=['batch_stats'])
+  empty_taps = tapped.init(variables, x, domain, mask, mutable=['batch_stats'])
 
   def whole(state, x, labels, domain, mask):
     def loss(variables, taps):
@@ -138,7 +137,7 @@ def make_steps():
 
     (value, updated), (grads, taps) = jax.value_and_grad(
       loss, argnums=(0, 1), has_aux=True
-    )(state.variables, sinks)
+    )(state.variables, empty_taps)
     variables, opt_state = ghm.apply_gradients(
       tx, grads, state.opt_state, state.variables
     )

@@ -48,7 +48,7 @@ OPTIMIZER = optax.adam(1e-3, b1=0.5)
 
 
 class Task(NamedTuple):
-  """Labelled source, unlabeled target, and target data to score on."""
+  """Labeled source, unlabeled target, and target data to score on."""
 
   x_source: np.ndarray
   y_source: np.ndarray

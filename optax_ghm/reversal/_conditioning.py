@@ -104,7 +104,8 @@ def randomized_multilinear_map(
     features: (..., F).
     predictions: (..., C), class probabilities.
     projections: of shapes (F, d) and (C, d), from
-      :func:`optax_ghm.reversal.multilinear_projections`, cast to the dtype of what they multiply.
+      :func:`optax_ghm.reversal.multilinear_projections`, cast to the dtype of
+      the features and of the predictions.
 
   Returns:
     (..., d).

@@ -93,8 +93,9 @@ def domain_loss(
   dtype = arrays.at_least_float32(logits.dtype)
   domains = domains.astype(jnp.int32)
   known = (domains >= 0) & (domains < count)
+  mask = masks.broadcast_mask(mask, domains.shape)
   if mask is not None:
-    known &= masks.broadcast_mask(mask, domains.shape)
+    known &= mask
   label = jnp.where(known, domains, 0)
   # Masked before the loss, so that no gradient of it is NaN times 0.
   seen = jnp.expand_dims(known, tuple(range(1, logits.ndim)))
@@ -108,12 +109,12 @@ def domain_loss(
   member = known[:, None] & (
     label[:, None] == jnp.arange(count, dtype=label.dtype)[None]
   )
-  weights = jax.lax.stop_gradient(weights).astype(dtype)
+  weights = jax.lax.stop_gradient(jnp.asarray(weights, dtype))
   amount = jnp.where(member, weights[:, None], 0)
   total, size = arrays.psum(
     (jnp.sum(amount, axis=0), jnp.asarray(domains.size, dtype)), axis_name
   )
   # A domain without any weight contributes 0.
-  share = domain_weights.astype(dtype) / jnp.where(total == 0, 1, total)
+  share = jnp.asarray(domain_weights, dtype) / jnp.where(total == 0, 1, total)
   factor = jnp.sum(jnp.where(member, amount * share[None], 0), axis=1)
   return (size * factor * losses).astype(logits.dtype)

@@ -229,14 +229,14 @@ TX_BACKWARD = optax.chain(optax.scale(0.5), optax.trace(0.9))
 
 def plain_momentum(params, x, y, steps=3):
   """Training with momentum in the backward pass, at the logits."""
-  mounted = optax_ghm.in_backward(TX_BACKWARD)
-  opt_state, state = TX.init(params), mounted.init(jnp.zeros((16, 3)))
+  identity = optax_ghm.in_backward(TX_BACKWARD)
+  opt_state, state = TX.init(params), identity.init(jnp.zeros((16, 3)))
 
   @jax.jit
   def grad(params, state):
     def loss(params, state):
       logits = x @ params['kernel'] + params['bias'][None]
-      return cross_entropy(mounted(logits, state), y)
+      return cross_entropy(identity(logits, state), y)
 
     return jax.grad(loss, argnums=(0, 1))(params, state)
 

@@ -94,8 +94,8 @@ X = jnp.array([[3.0, -4.0], [0.5, 1.0]])
 COTANGENT = jnp.array([[2.0, -1.0], [30.0, 4.0]])
 
 
-def pull(mounted, x=X, cotangent=COTANGENT):
-  y, vjp = jax.vjp(mounted, x)
+def pull(identity, x=X, cotangent=COTANGENT):
+  y, vjp = jax.vjp(identity, x)
   chex.assert_trees_all_equal(y, x)
   return vjp(cotangent)[0]
 
@@ -115,11 +115,13 @@ STATELESS = {
 
 @pytest.mark.parametrize('tx', STATELESS.values(), ids=STATELESS)
 def test_law_the_cotangent_behind_is_the_update(tx):
-  mounted = optax_ghm.in_backward(tx)
+  identity = optax_ghm.in_backward(tx)
   expected = updated(tx)
-  np.testing.assert_allclose(pull(mounted), expected, rtol=1e-6)
-  np.testing.assert_allclose(pull(jax.jit(mounted)), expected, rtol=1e-6)
-  np.testing.assert_allclose(pull(jax.checkpoint(mounted)), expected, rtol=1e-6)
+  np.testing.assert_allclose(pull(identity), expected, rtol=1e-6)
+  np.testing.assert_allclose(pull(jax.jit(identity)), expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    pull(jax.checkpoint(identity)), expected, rtol=1e-6
+  )
 
 
 STATEFUL = {
@@ -136,13 +138,13 @@ STATEFUL = {
 @pytest.mark.parametrize('tx', STATEFUL.values(), ids=STATEFUL)
 def test_the_gradient_of_the_state_is_the_next_state(tx):
   with jax.numpy_dtype_promotion('standard'):  # Optax mixes ints and floats
-    mounted = optax_ghm.in_backward(tx)
-    state, expected_state = mounted.init(X), tx.init(X)
-    assert_same_states(mounted.unpack(state, X), expected_state)
+    identity = optax_ghm.in_backward(tx)
+    state, expected_state = identity.init(X), tx.init(X)
+    assert_same_states(identity.unpack(state, X), expected_state)
 
     @jax.jit
     def grad(state, cotangent):
-      _, vjp = jax.vjp(mounted, X, state)
+      _, vjp = jax.vjp(identity, X, state)
       return vjp(cotangent)
 
     for step in range(1, 4):
@@ -151,7 +153,7 @@ def test_the_gradient_of_the_state_is_the_next_state(tx):
       expected, expected_state = tx.update(cotangent, expected_state, X)
       np.testing.assert_allclose(actual, expected, rtol=2e-6)
       state = optax_ghm.overwrite_with_gradient(state, gradient)
-      assert_same_states(mounted.unpack(state, X), expected_state)
+      assert_same_states(identity.unpack(state, X), expected_state)
 
 
 def assert_same_states(actual, expected):
@@ -185,30 +187,30 @@ def test_integers_survive_bit_for_bit(dtype, values, calls):
   tx = optax.GradientTransformation(
     lambda params: {'n': values}, lambda u, state, params=None: (u, state)
   )
-  mounted = optax_ghm.in_backward(tx)
-  _, vjp = jax.vjp(lambda s: mounted(X, s), mounted.init(X))
+  identity = optax_ghm.in_backward(tx)
+  _, vjp = jax.vjp(lambda s: identity(X, s), identity.init(X))
   (state,) = vjp(COTANGENT)
   summed = jax.tree.map(lambda leaf: calls * leaf, state)
-  actual = mounted.unpack(summed, X)['n']
+  actual = identity.unpack(summed, X)['n']
   assert actual.dtype == values.dtype
   np.testing.assert_array_equal(actual, values)
 
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=9))
 def test_integers_that_differ_are_averaged(counts):
-  def mounted_with(count):
+  def identity_with(count):
     return optax_ghm.in_backward(
       optax.GradientTransformation(
         lambda params: jnp.int32(count), lambda u, s, params=None: (u, s)
       )
     )
 
-  states = [mounted_with(count).init(X) for count in counts]
+  states = [identity_with(count).init(X) for count in counts]
   summed = InBackwardState(
     floats=sum(state.floats for state in states),
     calls=jnp.float32(len(counts)),
   )
-  actual = mounted_with(0).unpack(summed, X)
+  actual = identity_with(0).unpack(summed, X)
   error = abs(int(actual) - sum(counts) / len(counts))
   assert error <= 1 + max(map(abs, counts)) * 2**-22  # float32's rounding
 
@@ -220,14 +222,14 @@ def test_integers_survive_the_averaging_of_micro_batches(n):
   tx = optax.GradientTransformation(
     lambda params: values, lambda u, state, params=None: (u, state)
   )
-  mounted = optax_ghm.in_backward(tx)
-  _, vjp = jax.vjp(lambda s: mounted(X, s), mounted.init(X))
+  identity = optax_ghm.in_backward(tx)
+  _, vjp = jax.vjp(lambda s: identity(X, s), identity.init(X))
   (state,) = vjp(COTANGENT)
   mean = state
   for _ in range(n - 1):
     mean = jax.tree.map(jnp.add, mean, state)
   mean = jax.tree.map(lambda leaf: leaf / n, mean)
-  np.testing.assert_array_equal(mounted.unpack(mean, X), values)
+  np.testing.assert_array_equal(identity.unpack(mean, X), values)
 
 
 def test_64_bit_integers():
@@ -236,30 +238,30 @@ def test_64_bit_integers():
     tx = optax.GradientTransformation(
       lambda params: values, lambda u, state, params=None: (u, state)
     )
-    mounted = optax_ghm.in_backward(tx)
-    np.testing.assert_array_equal(mounted.unpack(mounted.init(X), X), values)
+    identity = optax_ghm.in_backward(tx)
+    np.testing.assert_array_equal(identity.unpack(identity.init(X), X), values)
 
 
 def test_micro_batches_and_shared_modules_have_the_mean():
-  mounted = optax_ghm.in_backward(optax.trace(0.5))
-  state = mounted.init(X)
-  first = jax.grad(lambda s: jnp.sum(mounted(X, s)))(state)
-  second = jax.grad(lambda s: jnp.sum(3 * mounted(X, s)))(state)
+  identity = optax_ghm.in_backward(optax.trace(0.5))
+  state = identity.init(X)
+  first = jax.grad(lambda s: jnp.sum(identity(X, s)))(state)
+  second = jax.grad(lambda s: jnp.sum(3 * identity(X, s)))(state)
   summed = jax.tree.map(jnp.add, first, second)
-  both = jax.grad(lambda s: jnp.sum(mounted(X, s) + 3 * mounted(X, s)))(state)
+  both = jax.grad(lambda s: jnp.sum(identity(X, s) + 3 * identity(X, s)))(state)
   for state in (summed, both):
     assert state.calls == 2
     np.testing.assert_array_equal(
-      mounted.unpack(state, X).trace, jnp.full_like(X, 2.0)
+      identity.unpack(state, X).trace, jnp.full_like(X, 2.0)
     )
   # and go on from there
-  grad = jax.grad(lambda x, s: jnp.sum(mounted(x, s)))(X, both)
+  grad = jax.grad(lambda x, s: jnp.sum(identity(x, s)))(X, both)
   np.testing.assert_array_equal(grad, jnp.full_like(X, 1 + 0.5 * 2))
 
 
 def test_evaluation_and_a_step_without_gradient_keep_the_state():
-  mounted = optax_ghm.in_backward(optax.trace(0.5))
-  state = jax.grad(lambda s: jnp.sum(mounted(X, s)))(mounted.init(X))
+  identity = optax_ghm.in_backward(optax.trace(0.5))
+  state = jax.grad(lambda s: jnp.sum(identity(X, s)))(identity.init(X))
   gradient = jax.grad(lambda s: jnp.sum(X) + 0 * s.calls)(state)
   chex.assert_trees_all_equal(
     optax_ghm.overwrite_with_gradient(state, gradient), state
@@ -296,9 +298,9 @@ def test_leaves_of_every_kind():
     'none': None,
     'nested': [jnp.array(True), (jnp.array(12.0),)],
   }
-  mounted = optax_ghm.in_backward(optax.clip_by_global_norm(1.3))
+  identity = optax_ghm.in_backward(optax.clip_by_global_norm(1.3))
   with jax.numpy_dtype_promotion('standard'):  # Optax mixes them in its norm
-    y, vjp = jax.vjp(mounted, x)
+    y, vjp = jax.vjp(identity, x)
   assert jax.tree.structure(y) == jax.tree.structure(x)
   assert y['key'] is x['key']
   with jax.numpy_dtype_promotion('standard'):
@@ -332,12 +334,12 @@ def test_vmap_is_per_example():
     ]
   )
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
-  mounted = optax_ghm.in_backward(optax.trace(0.9))
-  states = jax.vmap(mounted.init)(X)
-  _, vjp = jax.vjp(jax.vmap(mounted), X, states)
+  identity = optax_ghm.in_backward(optax.trace(0.9))
+  states = jax.vmap(identity.init)(X)
+  _, vjp = jax.vjp(jax.vmap(identity), X, states)
   _, states = vjp(COTANGENT)
   np.testing.assert_array_equal(
-    jax.vmap(mounted.unpack)(states, X).trace, COTANGENT
+    jax.vmap(identity.unpack)(states, X).trace, COTANGENT
   )
 
 
@@ -346,20 +348,20 @@ def test_examples_that_share_a_state_have_the_mean(loop):
   """Also what does not depend on the example: the count, and calls."""
   tx = optax.chain(optax.trace(0.5), optax.scale_by_schedule(lambda n: 1.0 + n))
   with jax.numpy_dtype_promotion('standard'):
-    mounted = optax_ghm.in_backward(tx)
+    identity = optax_ghm.in_backward(tx)
     rows = jnp.arange(12.0).reshape(4, 3)
-    each = lambda x, state: jnp.sum(jnp.square(mounted(x, state)))  # noqa: E731
+    each = lambda x, state: jnp.sum(jnp.square(identity(x, state)))  # noqa: E731
 
     def loss(rows, state):
       if loop is None:
         return sum(each(row, state) for row in rows)
       return jnp.sum(loop(each, (0, None))(rows, state))
 
-    state = mounted.init(rows[0])
+    state = identity.init(rows[0])
     for step in range(1, 4):
       state = jax.grad(loss, argnums=1)(rows, state)
       assert state.calls == 4
-      trace, schedule = mounted.unpack(state, rows[0])
+      trace, schedule = identity.unpack(state, rows[0])
       assert schedule.count == step
       np.testing.assert_allclose(
         trace.trace, 2 * rows.mean(0) * (2 - 0.5 ** (step - 1)), rtol=1e-6
@@ -367,15 +369,15 @@ def test_examples_that_share_a_state_have_the_mean(loop):
 
 
 def test_scan_over_layers_with_a_state_each():
-  mounted = optax_ghm.in_backward(
+  identity = optax_ghm.in_backward(
     optax.chain(optax.scale(0.5), optax.trace(0.9))
   )
-  states = jax.vmap(mounted.init)(jnp.ones((3, 2)))
+  states = jax.vmap(identity.init)(jnp.ones((3, 2)))
 
   @jax.jit
   def loss(x, states):
     def body(x, state):
-      return mounted(x, state), None
+      return identity(x, state), None
 
     return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, states)[0])
 
@@ -392,7 +394,7 @@ def test_scan_over_layers_with_a_state_each():
     calls=jnp.array([1.0, 2.0, 4.0]),
   )
   np.testing.assert_array_equal(
-    mounted.unpack(summed, jnp.ones(2))[1].trace, states.floats[1].trace
+    identity.unpack(summed, jnp.ones(2))[1].trace, states.floats[1].trace
   )
 
 
@@ -479,17 +481,17 @@ def test_forward_mode_needs_it_switched_off():
 
 
 def test_a_missing_or_foreign_state_is_named():
-  mounted = optax_ghm.in_backward(optax.trace(0.9))
-  state = mounted.init(X)
+  identity = optax_ghm.in_backward(optax.trace(0.9))
+  state = identity.init(X)
   for foreign in (
     None,
     optax.trace(0.9).init(X),
-    mounted.init(X[:1]),
+    identity.init(X[:1]),
     jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state),
   ):
     with pytest.raises(ValueError, match='state must be one from'):
-      mounted(X, foreign)
-  np.testing.assert_array_equal(mounted(X[:1], state, enabled=False), X[:1])
+      identity(X, foreign)
+  np.testing.assert_array_equal(identity(X[:1], state, enabled=False), X[:1])
   with pytest.raises(TypeError, match='tx must be'):
     optax_ghm.in_backward(optax.clip)
 
@@ -503,29 +505,29 @@ def test_a_transformation_that_reshapes_is_named():
   tx = optax.GradientTransformation(
     lambda params: jnp.zeros(2), lambda u, s, params=None: (u, jnp.zeros(3))
   )
-  mounted = optax_ghm.in_backward(tx)
+  identity = optax_ghm.in_backward(tx)
   with pytest.raises(ValueError, match='shapes of its state'):
-    mounted(X, mounted.init(X))
+    identity(X, identity.init(X))
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_jit_is_the_whole_batch(kind):
   mesh = jax.make_mesh((8,), ('batch',), axis_types=(kind,))
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
-  mounted = optax_ghm.in_backward(tx)
+  identity = optax_ghm.in_backward(tx)
   x = jnp.arange(32.0).reshape(16, 2)
 
   @jax.jit
   def grads(x, state):
     return jax.grad(
-      lambda x, s: jnp.sum(jnp.square(mounted(x, s))), argnums=(0, 1)
+      lambda x, s: jnp.sum(jnp.square(identity(x, s))), argnums=(0, 1)
     )(x, state)
 
-  expected = grads(x, mounted.init(x))
+  expected = grads(x, identity.init(x))
   with jax.set_mesh(mesh):
-    replicated = jax.device_put(mounted.init(x), NamedSharding(mesh, P()))
+    replicated = jax.device_put(identity.init(x), NamedSharding(mesh, P()))
     x = jax.device_put(x, NamedSharding(mesh, P('batch')))
-    for state in (mounted.init(x), replicated):
+    for state in (identity.init(x), replicated):
       actual = grads(x, state)
       chex.assert_trees_all_close(
         jax.device_get(actual), jax.device_get(expected), rtol=1e-5
@@ -536,34 +538,34 @@ def test_shard_map_with_a_state_per_shard():
   """A count that every shard advances comes back as one count."""
   mesh = jax.make_mesh((8,), ('batch',), axis_types=(AxisType.Auto,))
   tx = optax.scale_by_schedule(lambda count: 1.0 + count)
-  mounted = optax_ghm.in_backward(tx)
+  identity = optax_ghm.in_backward(tx)
   x = jnp.arange(32.0).reshape(16, 2)
 
   def local(x, state):
     state = jax.lax.pcast(state, 'batch', to='varying')
-    return jax.lax.psum(jnp.sum(jnp.square(mounted(x, state))), 'batch')
+    return jax.lax.psum(jnp.sum(jnp.square(identity(x, state))), 'batch')
 
   mapped = jax.shard_map(
     local, mesh=mesh, in_specs=(P('batch'), P()), out_specs=P()
   )
   step = jax.jit(jax.grad(mapped, argnums=(0, 1)))
   with jax.numpy_dtype_promotion('standard'):
-    state = mounted.init(x)
+    state = identity.init(x)
     for count in range(3):
       x_grad, state = step(x, state)
       np.testing.assert_array_equal(x_grad, (1.0 + count) * 2 * x)
-      assert mounted.unpack(state, x) == optax.ScaleByScheduleState(count + 1)
+      assert identity.unpack(state, x) == optax.ScaleByScheduleState(count + 1)
 
 
 def test_no_work_is_added_to_that_of_the_update():
   """The compiled backward pass has the operations of ``tx.update``."""
   tx = optax.clip_by_global_norm(1.0)
-  mounted = optax_ghm.in_backward(tx)
-  through = jax.jit(lambda x, c: jax.vjp(mounted, x)[1](c)[0])
+  identity = optax_ghm.in_backward(tx)
+  behind = jax.jit(lambda x, c: jax.vjp(identity, x)[1](c)[0])
   alone = jax.jit(lambda x, c: tx.update(c, tx.init(x), x)[0])
   flops = [
     f.lower(X, COTANGENT).compile().cost_analysis()['flops']
-    for f in (through, alone)
+    for f in (behind, alone)
   ]
   assert flops[0] == flops[1]
 
@@ -573,14 +575,14 @@ def test_no_work_is_added_to_that_of_the_update():
 )
 def test_an_output_that_is_not_used_has_no_gradient(tx):
   """Zeros in its place would be NaN behind the root at 0."""
-  mounted = optax_ghm.in_backward(tx)
+  identity = optax_ghm.in_backward(tx)
   x = jnp.zeros(2)
-  state = mounted.init((x, x))
+  state = identity.init((x, x))
 
   @jax.jit
   def grads(x, state):
     def loss(x, state):
-      used, _ = mounted((x, jnp.sqrt(x)), state)
+      used, _ = identity((x, jnp.sqrt(x)), state)
       return jnp.sum(used)
 
     return jax.grad(loss, argnums=(0, 1))(x, state)
@@ -590,4 +592,4 @@ def test_an_output_that_is_not_used_has_no_gradient(tx):
     (jnp.ones(2), jnp.zeros(2)), tx.init((x, x)), (x, x)
   )
   np.testing.assert_array_equal(grad, expected[0])
-  assert_same_states(mounted.unpack(state_grad, (x, x)), expected_state)
+  assert_same_states(identity.unpack(state_grad, (x, x)), expected_state)

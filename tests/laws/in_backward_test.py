@@ -17,15 +17,15 @@ from tests.support.trial import (
 @whole
 def test_in_backward(entry):
   """Cotangents are its updates, activations its parameters."""
-  mounted = optax_ghm.in_backward(entry.tx)
+  identity = optax_ghm.in_backward(entry.tx)
   x = make_params()
 
   @jax.jit
   def step(cotangent, state):
-    y, vjp = jax.vjp(mounted, x, state)
+    y, vjp = jax.vjp(identity, x, state)
     return y, *vjp(cotangent)
 
-  state, updates = mounted.init(x), []
+  state, updates = identity.init(x), []
   for gradients in make_steps(entry):
     y, update, gradient = step(gradients, state)
     chex.assert_trees_all_equal(y, x)
@@ -33,7 +33,7 @@ def test_in_backward(entry):
     updates.append(update)
   expected, expected_state = run(entry.tx, make_steps(entry))
   assert_close(updates, expected)
-  assert_close(mounted.unpack(state, x), expected_state)
+  assert_close(identity.unpack(state, x), expected_state)
   assert all(
     jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(state)
   )

@@ -85,7 +85,7 @@ def named(state):
 
 # Of the averages after two histories, where they are not the same to rounding:
 # a z-score of 0.5 narrows down to the least norm, slowly; a quantile goes on
-# moving; a window of four steps that are often left out begins anew by chance.
+# moving; a window of four steps that are often left out starts over by chance.
 TOLERANCES = {
   'clip_by_zscore': 0.01,
   'calibrated': 0.01,
@@ -244,21 +244,21 @@ def test_a_window_of_losses_and_norms_is_the_last_one():
 def test_a_state_of_the_backward_pass_is_the_plain_one():
   """Its integers, as pairs of floats, are exact."""
   tx = optax_ghm.clip_by_zscore(1.0)
-  mounted = optax_ghm.in_backward(tx)
+  identity = optax_ghm.in_backward(tx)
 
   def step(state, t):
     def loss(state):
-      x = mounted(jnp.ones(()), state)
+      x = identity(jnp.ones(()), state)
       return x * norm_at(t)
 
     return optax_ghm.overwrite_with_gradient(state, jax.grad(loss)(state))
 
   x = jnp.ones(())
-  state = loop(step, mounted.init(x), 0, STEPS)
+  state = loop(step, identity.init(x), 0, STEPS)
   plain = loop(
     lambda state, t: tx.update(norm_at(t), state)[1], tx.init(x), 0, STEPS
   )
-  chex.assert_trees_all_close(mounted.unpack(state, x), plain, rtol=1e-5)
+  chex.assert_trees_all_close(identity.unpack(state, x), plain, rtol=1e-5)
   assert plain.statistics.recorded == STEPS
 
 
@@ -318,21 +318,21 @@ def test_counters_stop_at_the_largest_integer(entry):
 def test_a_riding_counter_stops_at_the_largest_integer():
   tx, x = optax_ghm.clip_by_norm(1.0), jnp.ones(())
   full = tx.init(x)._replace(clipped=jnp.int32(TOP - 1))
-  mounted = optax_ghm.in_backward(tx)
+  identity = optax_ghm.in_backward(tx)
   # To begin there: what init makes of the state of this transformation.
   at_the_end = optax_ghm.in_backward(
     optax.GradientTransformation(lambda params: full, tx.update)
   )
 
   def step(state, t):
-    gradient = jax.grad(lambda state: (9.0 + 0 * t) * mounted(x, state))(state)
+    gradient = jax.grad(lambda state: (9.0 + 0 * t) * identity(x, state))(state)
     return optax_ghm.overwrite_with_gradient(state, gradient)
 
   state = at_the_end.init(x)
-  assert mounted.unpack(state, x).clipped == TOP - 1
+  assert identity.unpack(state, x).clipped == TOP - 1
   for stop, expected in ((1, TOP), (3, TOP)):
     state = loop(step, state, 0, stop)
-    assert mounted.unpack(state, x).clipped == expected
+    assert identity.unpack(state, x).clipped == expected
 
 
 def test_units_stay_dead_where_float32_counts_no_further():

@@ -160,10 +160,10 @@ def test_before_multi_steps_and_apply_if_finite(entry):
   second['bias'] = second['bias'].at[1, 0].set(jnp.nan)
   (one, two), expected_state = run(entry.tx, [first, second])
   with jax.numpy_dtype_promotion('standard'):
-    rest = optax.apply_if_finite(
+    guard = optax.apply_if_finite(
       _multi_steps(optax.sgd(LEARNING_RATE)), max_consecutive_errors=1
     )
-    updates, state = run(optax.chain(entry.tx, rest), [first, second])
+    updates, state = run(optax.chain(entry.tx, guard), [first, second])
   assert_same(updates[0], scale(make_params(), 0))
   mean = jax.tree.map(lambda x, y: (x + y) / 2, one, two)
   assert_close(updates[1], scale(mean, -LEARNING_RATE))

@@ -396,10 +396,10 @@ def test_skip_spikes_at_any_scale(norms, spike, power):
   )
 
 
-SPREAD = hypothesis.settings(max_examples=max(EXAMPLES // 8, 3))
+FEW = hypothesis.settings(max_examples=max(EXAMPLES // 8, 3))
 
 
-@SPREAD
+@FEW
 @given(
   curvature=st.sampled_from([0.25, 1.0, 8.0]),
   low=st.sampled_from([1e-6, 1e-3]),

@@ -21,7 +21,7 @@ from tests.support.trial import (
 )
 
 
-def _trained(entry, params):
+def _expected(entry, params):
   """Where a plain Optax loop takes the params, and its state."""
   update, state = jax.jit(entry.tx.update), entry.tx.init(params)
   for gradients in make_steps(entry):
@@ -42,14 +42,14 @@ def test_linen_train_state(entry):
   apply = jax.jit(lambda train, grads: train.apply_gradients(grads=grads))
   for gradients in make_steps(entry):
     train = apply(train, gradients)
-  assert_close((train.params, train.opt_state[0]), _trained(entry, params))
+  assert_close((train.params, train.opt_state[0]), _expected(entry, params))
 
 
 @every
 def test_nnx_optimizer(entry):
   model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
   params = nnx.state(model, nnx.Param)
-  expected = _trained(entry, nnx.to_pure_dict(params))
+  expected = _expected(entry, nnx.to_pure_dict(params))
   optimizer = nnx.Optimizer(
     model, optax.chain(entry.tx, optax.sgd(LEARNING_RATE)), wrt=nnx.Param
   )
