@@ -44,7 +44,7 @@ def gradient_noise(
     \operatorname{tr} \Sigma \approx
     \frac{k b}{k - 1} \left(\overline{|g_i|^2} - |\bar g|^2\right)
 
-  for k micro-batches of b examples each. Their ratio is the simple noise scale
+  Each of the k micro-batches has b examples. The ratio is the simple noise scale
   :math:`B = \operatorname{tr} \Sigma / |G|^2`. A batch far smaller than B loses
   little by being averaged, and a batch far larger gains little.
 

@@ -175,9 +175,10 @@ def centralize(
 
   .. math:: g_{ij} \leftarrow g_{ij} - \frac1n \sum_{k = 1}^n g_{kj}
 
-  for kernels (in, out). ``optax.centralize`` takes the mean over all axes but
-  the first, which is right for kernels (out, in). Here a unit is that of Flax's
-  layouts. Biases, scales, and all parameters of rank 0 or 1 pass unchanged.
+  The formula is for kernels (in, out); a unit is that of Flax's layouts.
+  ``optax.centralize`` takes the mean over all axes but the first, which is
+  right for kernels (out, in). Biases, scales, and all parameters of rank 0 or 1
+  pass unchanged.
 
   Args:
     units: a layout other than :func:`~optax_ghm.calibration.flax_unit_axes`.

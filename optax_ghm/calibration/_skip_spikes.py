@@ -96,7 +96,7 @@ def skip_spikes(
     x_t > \mu + k \sigma, \qquad
     \mu, \sigma \text{ of } x_{t - n}, \dots, x_{t - 1}
 
-  where x is the gradient norm and, if it is given, the loss. The rule is that
+  Here x is the gradient norm and, if it is given, the loss. The rule is that
   of the OLMo language models, which wait for half a window; here an eighth is
   enough. A step is also left out if either number is NaN or inf, or if the norm
   is more than 10,000 times the mean. Its update is 0 and the state of the

@@ -79,7 +79,7 @@ def test_bfloat16_is_squared_in_float32(rng):
 @pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize('many', [False, True])
 def test_group_norms(scale, many, rng):
-  """Few leaves as they are, many small ones joined."""
+  """Few leaves stay as they are, and many small ones are joined."""
   sizes = rng.integers(1, 50, 100 if many else 7)
   arrays = [np.float32(scale) * rng.normal(size=n) for n in sizes]
   leaves = [jnp.asarray(u, jnp.float32) for u in arrays]

@@ -16,7 +16,7 @@ from optax_ghm._core import scopes
 
 
 def names(path):
-  """The names in a path; an nnx.Param or a box of Linen adds none."""
+  """Returns the names in a path, without boxes such as an nnx.Param."""
   keys = [getattr(key, 'key', getattr(key, 'name', None)) for key in path]
   return [key for i, key in enumerate(keys) if i == 0 or key != 'value']
 
@@ -41,7 +41,7 @@ def nnx_params(make):
 
 
 def filled(shapes, seed=0):
-  """Positive numbers, so that no derivative is 0 by chance."""
+  """Returns positive numbers, so that no derivative is 0 by chance."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda x: jnp.asarray(rng.uniform(0.5, 1, x.shape), x.dtype), shapes
@@ -119,7 +119,7 @@ def test_units_of_an_embedding_are_its_tokens():
 
 
 def test_units_of_a_recurrent_cell():
-  """Whose gates have names such as ``if``."""
+  """The gates of the cell have names such as ``if``."""
   carry = (jnp.ones((1, 3)), jnp.ones((1, 3)))
   params = linen_params(
     linen.OptimizedLSTMCell(3), carry, jnp.ones((1, 4), jnp.float32)
@@ -156,7 +156,7 @@ NNX = {
 @pytest.mark.parametrize('pure', [False, True], ids=['state', 'dict'])
 @pytest.mark.parametrize('name', NNX)
 def test_units_of_nnx(name, pure):
-  """The state, as ``nnx.Optimizer`` hands it to Optax, and as dicts."""
+  """The tree is a state, as in ``nnx.Optimizer``, or made of dicts."""
   make, expected = NNX[name]
   params = nnx_params(make)
   actual = axes_of(nnx.to_pure_dict(params) if pure else params)
@@ -176,7 +176,7 @@ def test_units_of_boxed_params():
 
 @pytest.mark.parametrize('name', ['bias', 'scale', 'embedding'])
 def test_a_layer_may_be_named_as_a_parameter_is(name):
-  """A kernel is one wherever it is: ViT calls a convolution ``embedding``."""
+  """A layer may have any name: ViT calls a convolution ``embedding``."""
 
   class Model(linen.Module):
     @linen.compact
@@ -189,7 +189,7 @@ def test_a_layer_may_be_named_as_a_parameter_is(name):
 
 
 def test_a_kernel_somewhere_within_value_has_no_heads():
-  """Such as that of the value network of an actor and critic."""
+  """The value network of an actor and critic has such kernels."""
 
   class Model(linen.Module):
     @linen.compact
@@ -205,7 +205,7 @@ ONE_OUTPUT = [name for name in LINEN if 'conv' in name or 'dense' in name]
 
 @pytest.mark.parametrize('name', [*ONE_OUTPUT, 'attention'])
 def test_a_unit_of_linen_is_what_computes_one_output(name):
-  """Output i hangs on all numbers of unit i, and on no other."""
+  """Output i depends on all numbers of unit i, and on no other."""
   module, shape, _ = LINEN[name]
   x = filled(jax.ShapeDtypeStruct(shape, jnp.float32), seed=1)
   params = filled(linen_params(module, x))
@@ -262,7 +262,7 @@ class Block(linen.Module):
 
 
 def layered(path, leaf):
-  """Flax's layouts behind a first axis that counts the layers."""
+  """Returns the axes of Flax's layouts behind a first axis for the layers."""
   layer = jax.eval_shape(lambda leaf: leaf[0], leaf)
   return tuple(i + 1 for i in optax_ghm.calibration.flax_unit_axes(path, layer))
 
@@ -291,7 +291,7 @@ def test_stacked_layers_are_clipped_as_each_by_itself():
 
 
 def uneven_like(tree, seed=0):
-  """Normal numbers, in every unit of another size."""
+  """Returns normal numbers, whose deviation differs between units."""
   rng = np.random.default_rng(seed)
 
   def leaf(x):
@@ -302,7 +302,7 @@ def uneven_like(tree, seed=0):
 
 
 def test_units_may_count_their_axes_from_the_end():
-  """As all of NumPy and JAX do."""
+  """Negative axes count from the end, as in NumPy and JAX."""
   tree = {'a': jnp.arange(1.0, 7).reshape(2, 3)}
   back, front = (
     optax_ghm.normalize_by_norm(scope=optax_ghm.Units(layout))
@@ -342,7 +342,7 @@ OTHERS = [None, jnp.arange(3), jnp.ones((0, 2)), optax.MaskedNode()]
 @settings(max_examples=25)
 @given(st.lists(leaf_and_axes(), max_size=4), st.randoms())
 def test_units_of_every_kind(leaves_and_axes, random):
-  """Norms, sizes and factors of any axes, with leaves between that have none.
+  """Norms, sizes and factors are right for any axes and leaves without norms.
 
   The axes stand in for a layout, and the numbers are those of float64 NumPy.
   """

@@ -16,7 +16,7 @@ from optax_ghm._core.update_where import update_where
 
 
 def where_at_the_end(condition, update, updates, state, params=None, **kwargs):
-  """What ``update_where`` is by its docstring."""
+  """Selects as the docstring of ``update_where`` says."""
   new_updates, new_state = update(updates, state, params, **kwargs)
   return (
     jax.tree.map(
@@ -34,7 +34,7 @@ def types(tree):
 
 
 def plain(tree):
-  """Random keys as the numbers they hold."""
+  """Replaces random keys by the numbers that they hold."""
 
   def leaf(x):
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -90,7 +90,7 @@ def make_params():
 
 
 def make_steps():
-  """Gradients and losses, one after the other."""
+  """Returns the gradients and losses of all steps."""
   rng = np.random.default_rng(1)
   n = len(CONDITIONS)
   grads = {
@@ -132,7 +132,7 @@ def step_by(select, name, params):
 
 @functools.cache
 def stepped(name):
-  """All updates and states, each step by ``jnp.where`` at the end."""
+  """Returns updates and states, by ``jnp.where`` at the end of each step."""
   step = jax.jit(step_by(where_at_the_end, name, make_params()))
   _, state = optimizer(name)
   results = []
@@ -144,7 +144,7 @@ def stepped(name):
 
 
 def assert_equal(actual, expected):
-  """To the rounding of programs that are compiled apart."""
+  """Programs that are compiled apart are equal to rounding."""
   chex.assert_trees_all_close(
     plain(actual), plain(expected), rtol=2e-6, atol=1e-7
   )
@@ -379,7 +379,7 @@ def with_a_derivative(updates, state, params):
 
 
 def without_a_result(updates, state, params):
-  """An equation of whose results one is not used."""
+  """One result of the equation is not used."""
   top, _ = jax.lax.top_k(updates['w'], 2)
   return {'w': top}, state | {'b': top}
 
@@ -439,7 +439,7 @@ OTHERS = {
 @pytest.mark.parametrize('condition', [True, False])
 @pytest.mark.parametrize('after', [False, True])
 def test_updates_that_are_no_numbers_pass(condition, after):
-  """Wherever they stand between those that are."""
+  """They may stand before or after the leaves that are numbers."""
   prefix = 'x ' if after else 'a '
   others = {prefix + name: leaf for name, leaf in OTHERS.items()}
 
@@ -462,7 +462,7 @@ def test_updates_that_are_no_numbers_pass(condition, after):
 
 @pytest.mark.parametrize('dtype', [jnp.int32, bool])
 def test_a_step_left_out_moves_no_integer_either(dtype):
-  """Else 0, says the docstring: ``optax.apply_updates`` adds them too."""
+  """Integers become 0, too, since ``optax.apply_updates`` adds them."""
   updates = {'w': jnp.ones(2), 'i': jnp.ones(3, dtype)}
   for condition in (True, False):
     actual, _ = update_where(
@@ -481,7 +481,7 @@ X = jnp.ones(2)
   ids=['fewer leaves', 'more leaves', 'other names', 'a list', 'none'],
 )
 def test_a_state_of_another_structure_is_an_error(state):
-  """As it is in ``jnp.where`` of the trees; no update is taken for a state."""
+  """No update is mistaken for a leaf of the state."""
 
   def update(updates, old, params):
     return updates, jax.tree.map(lambda x: x + old['a'], state)
@@ -491,7 +491,7 @@ def test_a_state_of_another_structure_is_an_error(state):
 
 
 def test_nothing_of_a_bad_step_comes_through():
-  """Zeros, not 0 times NaN."""
+  """The updates are zeros, and not 0 times NaN."""
   bad = {'w': jnp.array([jnp.nan, jnp.inf])}
   updates, state = jax.jit(
     lambda g: update_where(
@@ -517,7 +517,7 @@ SHAPES = [(), (1,), (3,), (2, 3), (0, 2)]
   st.integers(0, 99),
 )
 def test_states_of_all_types(of_leaves, condition, seed):
-  """With special numbers in them, and each new one made of the last."""
+  """The states hold special numbers, and each is made of the last one."""
   rng = np.random.default_rng(seed)
   special = np.array([0.0, -0.0, 1.5, -3.0, np.inf, np.nan, 1e30])
 
@@ -557,7 +557,7 @@ PARAM_BYTES = 4 * N_LEAVES * ROWS**2
 
 
 def temporary_bytes(make, select):
-  """Of one donated training step, on given gradients."""
+  """Returns the temporary memory of one donated training step."""
   tx = optax.with_extra_args_support(make(1e-3))
 
   def step(params, state, grads, condition):
@@ -594,7 +594,7 @@ def momentum(learning_rate):
 
 @pytest.mark.parametrize('make', [momentum, optax.nadam, optax.lion])
 def test_it_takes_no_more_memory_than_the_optimizer_alone(make):
-  """Some need a copy of the momentum themselves."""
+  """Some optimizers need a copy of the momentum themselves."""
   alone = temporary_bytes(make, always)
   selected = temporary_bytes(make, update_where)
   assert selected < alone + 0.1 * PARAM_BYTES
@@ -603,6 +603,6 @@ def test_it_takes_no_more_memory_than_the_optimizer_alone(make):
 @pytest.mark.parametrize('wrap', [optax_ghm.skip_spikes, optax_ghm.calibrated])
 @pytest.mark.parametrize('make', [optax.adamw, momentum])
 def test_the_wrappers_copy_no_moments(wrap, make):
-  """With the norm they take, and all else they do."""
+  """The wrapped step also computes the norm and the statistics."""
   wrapped = temporary_bytes(lambda rate: wrap(make(rate)), always)
   assert wrapped < 0.1 * PARAM_BYTES

@@ -30,7 +30,7 @@ def test_calibrated_is_the_optimizer_where_nothing_is_wrong():
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 @pytest.mark.parametrize('scope', ['global', 'leaf'])
 def test_calibrated_leaves_a_bad_step_out_altogether(bad, scope):
-  """Moments and counts behind the clip do not see that it was there."""
+  """Moments and counts behind the clip do not change."""
   with jax.numpy_dtype_promotion('standard'):  # Optax mixes ints and floats
     tx = optax_ghm.calibrated(
       optax.adamw(0.1), optax_ghm.clip_by_norm(1.0, scope=scope)

@@ -1,4 +1,4 @@
-"""Each clip against its paper's rule, in NumPy, and after bad steps."""
+"""Every clip follows its paper's rule, also after bad steps."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ every_clip = pytest.mark.parametrize('name', CLIPS)
 
 @functools.cache
 def scanned(name):
-  """All steps of a stream of norms: (updated norms, states)."""
+  """Compiles a scan over the steps of a stream of norms."""
 
   @jax.jit
   def run(norms, signs, state):
@@ -61,7 +61,7 @@ def stream(spikes=(), steps=200):
   return norms
 
 
-# The rules once more, one step at a time, in float64.
+# The rules, one step at a time, in float64.
 
 
 def norm_by_hand(norms):
@@ -161,7 +161,7 @@ def test_a_bad_step_leaves_no_trace(name, bad, at):
 
 @pytest.mark.parametrize('name', [name for name in CLIPS if name != 'quantile'])
 def test_a_calm_stream_passes_bit_for_bit(name):
-  """Not so the geometric quantile, which never stops moving."""
+  """The geometric quantile is left out, since it never stops moving."""
   signs = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], 200))
   norms = jnp.full(200, 1.25, jnp.float32)
   updates, states = scanned(name)(
@@ -285,7 +285,7 @@ def test_norms_are_taken_in_float32(dtype):
 
 
 def test_two_thousand_leaves():
-  """With a leaf of every size up to ten, and some that are large."""
+  """The leaves have all sizes up to ten, and some are large."""
   rng = np.random.default_rng(0)
   tree = [
     jnp.asarray(
@@ -360,7 +360,7 @@ def test_every_clip_takes_counts_to_the_end_of_int32():
       ),
       tx.init(jnp.zeros(3)),
     )
-    state = state._replace(outliers_in_a_row=jnp.int32(0))  # it begins again
+    state = state._replace(outliers_in_a_row=jnp.int32(0))  # the count is reset
     for size in itertools.repeat(1.0, 2):
       _, state = tx.update(size * jnp.ones(3), state)
     state = state._replace(outliers_in_a_row=jnp.int32(top))

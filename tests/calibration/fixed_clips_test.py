@@ -98,7 +98,7 @@ UNIT_AXES = {
 
 
 def norms_by_hand(tree, scope):
-  """Of every leaf, to be multiplied with it."""
+  """Returns a norm for every leaf, broadcastable to it."""
   squares = jax.tree.map(
     lambda x: np.square(np.abs(np.asarray(x, np.complex128))), tree
   )
@@ -189,7 +189,7 @@ def test_clip_by_parameter_norm(name, dtype, rng):
 @pytest.mark.parametrize('name', SCOPES)
 @pytest.mark.parametrize('scale', [1e-30, 1e30])
 def test_clip_by_parameter_norm_of_any_scale(name, scale, rng):
-  """It is homogeneous: both times 1e30 is the update times 1e30."""
+  """The update is homogeneous in parameters and gradients."""
   params, grads = trees(rng)
   expected, plain = by_parameter_norm(name)(grads, params, 0.0)
   large = jax.tree.map(lambda x: np.float32(scale) * x, (params, grads))
@@ -259,7 +259,7 @@ def test_unknown_scopes_are_named(make, scope):
 
 
 def test_leaves_without_a_norm_are_left_alone(rng):
-  """They have no place in the state, and their neighbors keep theirs."""
+  """Such leaves have no place in the state."""
   params, grads = trees(rng)
   others = {
     'a none': None,
@@ -285,7 +285,7 @@ def test_leaves_without_a_norm_are_left_alone(rng):
   ids=['parameter_norm', 'norm', 'update_rms'],
 )
 def test_what_is_finite_is_clipped_or_counted(make, size):
-  """The factor may be below the least float32: that is no clipped step."""
+  """A step is not clipped if float32 does not hold its factor."""
   tx, grads = make(), jnp.array([0.6, -0.8]) * jnp.float32(size)
   updates, state = tx.update(grads, tx.init(grads), jnp.zeros(2))
   if jnp.all(state.skipped):
@@ -326,7 +326,7 @@ def test_clip_by_rms_equals_optax(matrix, scalar, max_rms):
     state.norm / state.threshold * max_rms, tree.values(), strict=True
   ):
     expected = np.sqrt(np.mean(np.square(leaf, dtype=np.float64)))
-    if expected > 0:  # a step of zeros is none
+    if expected > 0:  # a step of zeros is skipped
       np.testing.assert_allclose(rms, expected, rtol=1e-5)
 
 
@@ -364,7 +364,7 @@ def test_clip_by_rms_in_every_scope(name, scale, rng):
 
 
 def test_it_is_adafactors_rule_behind_the_second_moment(rng):
-  """A spike of one leaf is held back to a root mean square of 1."""
+  """A spike of one leaf is clipped to a root mean square of 1."""
   params = {'kernel': jnp.zeros((4, 3)), 'bias': jnp.zeros(3)}
   tx = optax.chain(optax.scale_by_rms(0.99), optax_ghm.clip_by_rms())
   state, update = tx.init(params), jax.jit(tx.update)

@@ -14,14 +14,14 @@ SIGNAL, DEVIATION = np.array([3.0, -1.0, 0.5]), np.array([1.0, 2.0, 4.0])
 
 
 def micro_gradients(seed, count, batch_size):
-  """Of micro-batches: means of normal examples."""
+  """Returns means of normal examples, one per micro-batch."""
   rng = np.random.default_rng(seed)
   examples = rng.normal(SIGNAL, DEVIATION, (count, batch_size, 3))
   return examples.mean(axis=1).astype(np.float32)
 
 
 def by_hand(grads, batch_size):
-  """From the two batch sizes of the paper's appendix A, in float64."""
+  """Uses the two batch sizes of the paper's appendix A, in float64."""
   grads = np.float64(grads)
   small, big = batch_size, batch_size * len(grads)
   of_small = np.square(grads).sum(1).mean()
@@ -84,7 +84,7 @@ def test_bad_and_masked_gradients_are_left_out():
 
 
 def uneven_gradients(seed, steps):
-  """Means of 1, 3 and 8 examples, and how many they are."""
+  """Returns means of 1, 3 and 8 examples, and those of all 12."""
   rng = np.random.default_rng(seed)
   sizes = np.array([1, 3, 8], np.float32)
   examples = rng.normal(SIGNAL, DEVIATION, (steps, 12, 3))

@@ -21,7 +21,7 @@ by_dtype = pytest.mark.parametrize('dtype', DTYPES, ids=jnp.dtype)
 
 @functools.cache
 def jitted(tx):
-  """One step from the start."""
+  """Compiles the first step."""
   return jax.jit(lambda updates: tx.update(updates, tx.init(updates)))
 
 
@@ -65,7 +65,7 @@ def make_tree(dtype=jnp.float32, scale=1.0):
 
 
 def norms_by_hand(tree, name):
-  """In the shapes to divide by."""
+  """Returns norms of the shapes to divide by."""
   squares = jax.tree.map(lambda x: np.square(np.abs(x)), wide(tree))
   if name == 'unit':
     return {
@@ -112,7 +112,7 @@ def test_normalize_by_norm(name, dtype):
 @by_scope
 @pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
 def test_the_norm_is_one_afterwards(name, scale):
-  """Exactly that, whatever it was; and the direction is the same."""
+  """The norm is 1 at every scale, and the direction is the same."""
   updates, state = jitted(BY_NORM[name])(make_tree(scale=scale))
   for norm in jax.tree.leaves(norms_by_hand(updates, name)):
     np.testing.assert_allclose(norm, 1, rtol=2e-6)
@@ -178,7 +178,7 @@ STANDARDIZE = optax_ghm.standardize()
 
 
 def standardized(x):
-  """In float64, and the deviation."""
+  """Returns the standardized array and the deviation, in float64."""
   x = np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
   deviation = np.sqrt(np.mean(np.abs(x - x.mean()) ** 2))
   return (x - x.mean()) / deviation, deviation
@@ -197,7 +197,7 @@ def test_standardize(shape, scale, rng):
 
 @pytest.mark.parametrize('offset', [10.0, -1e3, 1e5])
 def test_standardize_far_from_zero(offset, rng):
-  """To what float32 still holds of the deviations."""
+  """The result is right to what float32 holds of the deviations."""
   x = (rng.normal(size=(30, 40)) + offset).astype(np.float32)
   update, state = jitted(STANDARDIZE)(x)
   expected, deviation = standardized(x)
@@ -240,7 +240,7 @@ REASONABLE = st.floats(-1000, 1000, width=32)
   st.booleans(),
 )
 def test_neither_scale_nor_offset_matters(x, offset, scale, flipped):
-  """Whatever the line, its standardized numbers are the same."""
+  """A linear function of the numbers has the same standardized numbers."""
   deviation = np.std(x, dtype=np.float64)
   assume(deviation > max(1e-2 * (np.abs(x).max() + abs(offset)), 1e-6))
   sign = -1 if flipped else 1
@@ -260,7 +260,7 @@ CONSTANTS = [0.1, -1 / 3, 1e-30, -1e30, 0.0]
 @pytest.mark.parametrize('shape', [(1, 1), (3, 4), (1000, 700)], ids=str)
 @pytest.mark.parametrize('value', CONSTANTS)
 def test_equal_numbers_have_no_deviation(shape, value):
-  """Nor does rounding make one."""
+  """Rounding does not make a deviation."""
   x = jnp.full(shape, value, jnp.float32)
   update, state = jitted(STANDARDIZE)(x)
   assert not update.any()
@@ -310,7 +310,7 @@ CENTRALIZE = optax_ghm.centralize()
 
 
 def flax_grads(module, shape, seed=0, offset=0.3):
-  """As many numbers as a real layer has parameters, of no mean of 0."""
+  """Returns gradients of a real layer, whose mean is not 0."""
   variables = jax.eval_shape(module.init, jax.random.key(0), jnp.ones(shape))
   rng = np.random.default_rng(seed)
   return jax.tree.map(
@@ -371,7 +371,7 @@ def test_centralize_of_an_embedding_is_by_token():
 
 @pytest.mark.parametrize('shape', [(6, 4), (3, 4, 5), (2, 3, 4, 5)], ids=str)
 def test_on_kernels_the_other_way_round_it_is_that_of_optax(shape, rng):
-  """Whose units come first."""
+  """The units of Optax's kernels come first."""
   kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
   updates, _ = jitted(CENTRALIZE)({'kernel': kernel})
   turned = jnp.moveaxis(kernel, -1, 0)
@@ -384,7 +384,7 @@ def test_on_kernels_the_other_way_round_it_is_that_of_optax(shape, rng):
 
 @given(hnp.arrays(np.float32, (3, 4), elements=REASONABLE))
 def test_centralize_is_a_projection(kernel):
-  """Twice is once, what is in it stays, and it never gets longer."""
+  """Centralizing twice changes nothing, and no unit gets longer."""
   once = jitted(CENTRALIZE)({'kernel': kernel})[0]
   size = np.abs(kernel).max()
   chex.assert_trees_all_close(
@@ -431,7 +431,7 @@ def test_a_bad_number_stays_in_its_unit_and_shows(bad, rng):
 
 
 def test_centralize_of_other_layouts(rng):
-  """Kernels (out, in), as elsewhere."""
+  """The kernels have the layout (out, in)."""
   tx = optax_ghm.centralize(
     units=optax_ghm.Units(lambda path, leaf: tuple(range(1, leaf.ndim)))
   )
@@ -443,7 +443,7 @@ def test_centralize_of_other_layouts(rng):
 
 
 def test_the_layout_of_layers_in_a_row_leaves_their_biases_alone(rng):
-  """It must not erase their gradients."""
+  """A bias is not centralized over its only axis."""
   stacked = optax_ghm.Units(lambda path, leaf: tuple(range(1, leaf.ndim - 1)))
   tx = optax_ghm.centralize(units=stacked)
   grads = {
@@ -494,7 +494,7 @@ def whole(name):
 
 
 def assert_close(actual, expected, scale):
-  """The updates of centralize scale; the others are of about 1."""
+  """Only the updates of ``centralize`` have the scale of the gradients."""
   chex.assert_trees_all_close(
     jax.device_get(actual),
     jax.device_get(expected),

@@ -1,4 +1,4 @@
-"""Clips and normalizations as formulas, in float64 NumPy, over any tree."""
+"""Clips and normalizations equal their formulas in float64, for any tree."""
 
 import functools
 
@@ -48,7 +48,7 @@ def counted_with_path(tree):
 
 
 def norms_by_hand(scope, tree):
-  """For every leaf, the norms of its numbers, broadcastable to it."""
+  """Returns the norms of every leaf, broadcastable to it."""
   leaves = wide(tree)
   if scope in ('unit', 'units'):
     axes = [
@@ -71,7 +71,7 @@ def norms_by_hand(scope, tree):
 
 
 def assert_leaves_close(actual, expected, tree, rtol=1e-5):
-  """To the rounding of each leaf's dtype; what is smaller is flushed."""
+  """Compares to the rounding of each dtype; small numbers are flushed."""
   numbers = [u for _, u in counted_with_path(actual)]
   of_tree = [u for _, u in counted_with_path(tree)]
   for u, x, g in zip(numbers, expected, of_tree, strict=True):
@@ -118,7 +118,7 @@ def clipped_by_parameter_norm(scope):
   return update
 
 
-MODERATE = (0, 0.1, -0.1)  # of the exponents, lest all factors be none
+MODERATE = (0, 0.1, -0.1)  # exponents for which few factors are 0
 
 
 def pairs(name):
@@ -257,7 +257,7 @@ def test_centralize(units, tree):
   max_norm=st.sampled_from([0.5, 1.0]),
 )
 def test_clip_by_norm_is_the_lesser_of_two_norms(tree, power, max_norm):
-  """Of s·g: min(c, s|g|), at any s."""
+  """The norm of a clipped s·g is min(c, s|g|)."""
   scaled = jax.tree.map(lambda x: np.float32(2.0**power) * x, tree)
   updates, _ = clipped('global')(scaled, np.float32(max_norm))
   norm = norms_by_hand('global', scaled)[0]
@@ -265,7 +265,7 @@ def test_clip_by_norm_is_the_lesser_of_two_norms(tree, power, max_norm):
   np.testing.assert_allclose(actual, min(max_norm, norm), rtol=1e-5)
 
 
-# Clips that remember: streams of norms.
+# Clips with statistics, on streams of norms.
 
 DIRECTION = np.array([0.6, -0.8], np.float32)
 NORMS = st.one_of(
@@ -348,7 +348,7 @@ def of_zscore(z_threshold, decay, warmup_steps):
 
 
 def zscore_by_hand(norms, z_threshold, decay, warmup):
-  """The clipped norms, and the thresholds."""
+  """Returns the clipped norms and the thresholds."""
   clipped, thresholds = [], []
   for n in norms:
     new, seen = n, clipped[:warmup]
@@ -388,7 +388,7 @@ def zscore_by_hand(norms, z_threshold, decay, warmup):
 def test_clip_by_zscore(norms, z_threshold, decay, warmup):
   good = np.float64(norms[norms > 0])
   expected, thresholds = zscore_by_hand(good, z_threshold, decay, warmup)
-  # Where a deviation is all rounding, or a norm at its threshold.
+  # Rounding decides where a deviation is tiny or a norm is at its threshold.
   assume((np.abs(good / thresholds - 1) > 1e-3).all())
   assume(len(good) <= warmup or np.std(good[:warmup]) > 0.01 * good.max())
   clipped, states = run(of_zscore, norms, z_threshold, decay, warmup)

@@ -12,7 +12,7 @@ RNG = np.random.default_rng(0)
 
 
 def quadratic(w, batch):
-  """Sharpest curvature 4: gradient descent diverges beyond 2 / 4."""
+  """Gradient descent diverges beyond 2 / 4, by the largest curvature."""
   return 0.5 * jnp.sum(jnp.array([4.0, 1.0]) * jnp.square(w - batch))
 
 
@@ -129,7 +129,7 @@ def test_a_range_that_is_too_low_says_so():
 
 
 def test_the_clips_bear_more():
-  """With the loss as the extra argument that skip_spikes takes."""
+  """The loss is passed on as the extra argument of ``skip_spikes``."""
   test = optax_ghm.learning_rate_range_test(
     quadratic,
     START,

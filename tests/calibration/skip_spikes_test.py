@@ -1,4 +1,4 @@
-"""Skipped spikes against the rule in NumPy, and what they leave behind."""
+"""Spikes are skipped by the rule, and leave nothing behind."""
 
 import functools
 
@@ -39,7 +39,7 @@ OPTIMIZERS = {
 
 @functools.cache
 def scanned(name, length=LENGTH, row=ROW):
-  """All steps of a stream of norms and losses: updates and states."""
+  """Compiles a scan over the steps of a stream of norms and losses."""
   tx = skipping(OPTIMIZERS[name], length, row)
 
   @jax.jit
@@ -65,7 +65,7 @@ def run(name, norms, values=None, **kwargs):
 
 
 def by_hand(norms, values=None, length=LENGTH, row=ROW):
-  """The rule in float64, one step at a time."""
+  """Applies the rule in float64, one step at a time."""
 
   def known(window):
     return len(window) >= max(length // 8, 2)
@@ -135,7 +135,7 @@ def test_steps_are_left_out_as_the_rule_says(seed, with_value):
     np.testing.assert_allclose(
       np.where(actual == NONE, np.inf, actual), expected, rtol=1e-4
     )
-  # What the stream is made for does happen in it.
+  # The events that the stream is made for do happen.
   assert not taken[[20, 40, 60, 61]].any() and taken[70]
   assert taken[30] == (not with_value)
   assert not taken[130:135].any() and taken[135:].all()
@@ -151,13 +151,14 @@ NUMBERS += [np.nan, np.inf]
   st.lists(st.sampled_from([*NUMBERS, -1.0, -30.0]), min_size=24, max_size=24),
 )
 def test_any_stream_at_all(norms, values):
-  """A window of four, and two in a row: everything happens soon."""
+  """With a window of four and two skips in a row, everything happens soon."""
   taken, in_a_row, *limits = by_hand(norms, values, length=4, row=2)
   with np.errstate(invalid='ignore', divide='ignore'):
     for x, own in zip((norms, values), limits, strict=True):
       assume(not (np.abs(np.array(x) / own - 1) < 3e-6).any())
   before = np.append(0, in_a_row[:-1])
-  assume((np.array(norms)[taken & (before == 2)] > 0).all())  # see below
+  # The window of norms does not see a step of zeros.
+  assume((np.array(norms)[taken & (before == 2)] > 0).all())
   updates, states = run('sgd', norms, values, length=4, row=2)
   np.testing.assert_array_equal(states.skipped, np.cumsum(~taken))
   np.testing.assert_array_equal(states.skipped_in_a_row, in_a_row)
@@ -183,10 +184,10 @@ def test_the_scale_of_the_gradients_is_no_matter(scale):
 
 @pytest.mark.parametrize('level', [2.5, -2.5, 0.1])
 def test_equal_numbers_differ_by_rounding_only(level):
-  """A constant loss and norm, on which the last bit is no spike."""
+  """A change of the last bit of a constant is not a spike."""
   values = np.full(150, level, np.float32)
   values[90] += 2 * np.spacing(np.abs(values[90]))
-  values[110] -= 2 * np.spacing(np.abs(values[110]))  # the more in size
+  values[110] -= 2 * np.spacing(np.abs(values[110]))  # above if negative
   _, states = run('sgd', np.abs(values), values)
   assert states.skipped[-1] == 0
   values[100] += np.float32(1e-3)
@@ -203,7 +204,7 @@ def without(tree, at):
 
 @pytest.mark.parametrize('name', ['adamw', 'adamw of a schedule', 'adafactor'])
 def test_the_optimizer_does_not_know_of_spikes(name):
-  """Moments, counts and schedules are bit for bit those without them."""
+  """Moments, counts and schedules are bit for bit those without spikes."""
   norms, values = calm()
   expected, expected_states = run(name, norms, values)
   assert expected_states.skipped[-1] == 0
@@ -255,7 +256,7 @@ def test_a_bad_step_leaves_no_trace(of, bad, at):
 
 @pytest.mark.parametrize('at', [10, 100])
 def test_a_step_of_zeros_is_no_norm(at):
-  """It goes on to the optimizer; the window of norms does not see it."""
+  """The optimizer takes the step; the window of norms does not see it."""
   norms, _ = calm()
   expected, expected_states = run('sgd', norms)
   updates, states = run('sgd', np.insert(norms, at, 0.0))
@@ -268,7 +269,7 @@ def test_a_step_of_zeros_is_no_norm(at):
 
 
 def test_a_lasting_level_is_learned():
-  """After so many skipped in a row; after that, training goes on."""
+  """Training goes on after so many skipped steps in a row."""
   norms, values = calm()
   norms[100:] *= 100
   updates, states = run('adamw', norms, values)
@@ -287,14 +288,14 @@ def test_a_lasting_level_is_learned():
     states.recent_norms.values[100 + ROW],
     np.where(np.arange(LENGTH) == 0, norms[100 + ROW], 0),
   )
-  # And what is a spike on the new level is one again.
+  # A spike on the new level is skipped again.
   norms[140] *= 100
   _, states = run('adamw', norms, values)
   assert states.skipped[-1] == ROW + 1
 
 
 def test_both_windows_are_reset_also_by_a_step_of_zeros():
-  """A lasting level of the loss, taken in a step whose norm is no norm."""
+  """A lasting level of the loss is taken in a step of zeros."""
   norms, values = calm()
   values[50:] += 30
   norms[50 + ROW] = 0
@@ -331,7 +332,7 @@ def test_no_number_of_nans_is_taken():
 
 
 def test_counts_go_to_the_end_of_int32():
-  """And spikes are still seen there."""
+  """Spikes are still seen where the counts end."""
   top, tx = jnp.iinfo(jnp.int32).max, skipping(optax.sgd(0.5), 8)
   recent = jax.tree.map(lambda s: s[-1], run('sgd', *calm(), length=8)[1])
   state = jax.tree.map(
@@ -347,7 +348,7 @@ def test_counts_go_to_the_end_of_int32():
 
 
 def test_the_window_goes_around():
-  """At the end it holds the last good steps, whatever came between."""
+  """The window ends with the last good steps, whatever came between."""
   norms, values = calm()
   norms[[70, 149]] = np.nan, 1e30
   _, states = run('sgd', norms, values)
@@ -388,7 +389,7 @@ class Heard:
 
 
 def listening():
-  """Keeps the sums of what extra arguments it was given."""
+  """Returns a transformation that sums its extra arguments."""
 
   def update(updates, state, params=None, *, value, other):
     return updates, Heard(
@@ -457,7 +458,7 @@ def test_windows_are_equal_by_value_and_named():
 
 
 def test_the_smallest_window():
-  """Two steps, and the third is compared with them."""
+  """The third step is compared with the two before."""
   norms = [1.0, 1.5, 1.25 + 7 / 8**0.5, 1.2]
   taken, *_ = by_hand(norms, length=2)
   _, states = run('sgd', norms, length=2)
@@ -474,7 +475,7 @@ MOMENTUM = optax.sgd(0.1, 0.9)
 
 
 def all_steps(tx, grads, state):
-  """Of which three are left out."""
+  """Runs all steps, three of which are left out."""
 
   def step(state, of_step):
     norm, value = of_step
@@ -485,7 +486,7 @@ def all_steps(tx, grads, state):
 
 
 def sharded_tree():
-  """Of which the devices see unequal parts."""
+  """Returns gradients of which the devices see unequal parts."""
   rng = np.random.default_rng(0)
   w = rng.normal(size=(16, 4))
   w[3:] *= 1e-3
