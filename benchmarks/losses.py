@@ -1,4 +1,4 @@
-"""Forward and backward of the GHM losses against what one would use instead."""
+"""Forward and backward of the GHM losses, and of what they replace."""
 
 import functools
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_ghm
+from optax_ghm import harmonization
 
 LIMIT = 'limit: cross-entropy from one exponential'
 
@@ -30,13 +31,9 @@ one_exp_cross_entropy.defvjp(_one_exp_fwd, lambda r, ct: (ct * r, None))
 
 def sigmoid_ghm(density):
   def loss(logits, labels):
-    return optax_ghm.sigmoid_ghm_loss(logits, labels, density=density)[0]
+    return optax_ghm.sigmoid_ghm_loss(logits, labels, density=density)
 
   return loss
-
-
-def softmax_ghm(logits, labels):
-  return optax_ghm.softmax_ghm_loss_with_integer_labels(logits, labels)[0]
 
 
 def harmonized_cross_entropy(logits, labels):
@@ -62,7 +59,9 @@ SOFTMAX = {
   'optax.softmax_cross_entropy_with_integer_labels': (
     optax.softmax_cross_entropy_with_integer_labels
   ),
-  'softmax_ghm_loss_with_integer_labels': softmax_ghm,
+  'softmax_ghm_loss_with_integer_labels': (
+    optax_ghm.softmax_ghm_loss_with_integer_labels
+  ),
 }
 
 
@@ -81,7 +80,7 @@ def softmax_data(size, classes):
   return logits + 4 * jax.nn.one_hot(labels, classes), labels
 
 
-def trained(losses):
+def with_gradient(losses):
   """Value and gradient of the mean of each loss."""
 
   def step(loss):
@@ -90,18 +89,10 @@ def trained(losses):
   return {name: step(loss) for name, loss in losses.items()}
 
 
-def multi_label(logits, labels):
-  return optax_ghm.sigmoid_ghm_loss_with_integer_labels(logits, labels)[0]
-
-
 def one_vs_rest(logits, labels):
   return optax.sigmoid_binary_cross_entropy(
     logits, jax.nn.one_hot(labels, logits.shape[-1])
   )
-
-
-def smooth_l1_ghm(predictions, targets):
-  return optax_ghm.smooth_l1_ghm_loss(predictions, targets)[0]
 
 
 def harmony(density):
@@ -109,7 +100,7 @@ def harmony(density):
 
 
 WEIGHTS = {
-  'ExactDensity': harmony(optax_ghm.ExactDensity()),
+  'ExactDensity': harmony(harmonization.ExactDensity()),
   'WindowedDensity': harmony(optax_ghm.WindowedDensity()),
   'BinnedDensity, 10 bins': harmony(optax_ghm.BinnedDensity(bins=10)),
   'BinnedDensity, 10 bins, momentum': lambda g: optax_ghm.harmony_weights(
@@ -117,7 +108,7 @@ WEIGHTS = {
     optax_ghm.BinnedDensity(bins=10, momentum=0.9).init(),
     density=optax_ghm.BinnedDensity(bins=10, momentum=0.9),
   ),
-  'MMDetectionDensity': harmony(optax_ghm.MMDetectionDensity(bins=10)),
+  'MMDetectionDensity': harmony(harmonization.MMDetectionDensity(bins=10)),
 }
 
 
@@ -130,7 +121,7 @@ CASES = {
     'examples',
     {
       n: harness.Case(
-        trained(SIGMOID),
+        with_gradient(SIGMOID),
         functools.partial(sigmoid_data, n),
         n,
         LIMIT,
@@ -143,7 +134,7 @@ CASES = {
     'classes',
     {
       c: harness.Case(
-        trained(SOFTMAX),
+        with_gradient(SOFTMAX),
         functools.partial(softmax_data, 10**4, c),
         10**4 * c,
         quick=c == 100,
@@ -152,20 +143,22 @@ CASES = {
     },
   ),
   'one-vs-rest of 80 classes, 10,000 examples': harness.Case(
-    trained(
+    with_gradient(
       {
         'optax.sigmoid_binary_cross_entropy, one-hot': one_vs_rest,
-        'sigmoid_ghm_loss_with_integer_labels': multi_label,
+        'sigmoid_ghm_loss_with_integer_labels': (
+          optax_ghm.sigmoid_ghm_loss_with_integer_labels
+        ),
       }
     ),
     functools.partial(softmax_data, 10**4, 80),
     10**4 * 80,
   ),
   'regression, 1,000,000 numbers': harness.Case(
-    trained(
+    with_gradient(
       {
         'optax.huber_loss': optax.huber_loss,
-        'smooth_l1_ghm_loss': smooth_l1_ghm,
+        'smooth_l1_ghm_loss': optax_ghm.smooth_l1_ghm_loss,
       }
     ),
     functools.partial(sigmoid_data, 10**6),

@@ -1,10 +1,10 @@
 """What weighing per-example gradients adds to a training step that has them.
 
-An AdamW step of a network of 784, 256 and 10: gradients of all examples by
-vmap, then their mean, that of Optax's private aggregation (which also clips,
-and draws noise), the harmonised one or the one that measures the noise scale. A
-barrier keeps XLA from making the plain gradient of the mean. The limit is the
-step that has the gradient of the batch alone.
+The step is AdamW on a network of 784, 256 and 10 units, with the gradients of
+all examples by vmap. Then come their mean, Optax's private aggregation (which
+also clips, and draws noise), the harmonized mean, or the mean that measures the
+noise scale. A barrier keeps XLA from making the plain gradient of the mean. The
+limit is the step that has the gradient of the batch alone.
 """
 
 import functools
@@ -72,8 +72,8 @@ def start(every, name, _):
   return params, every[name].init(params)
 
 
-def step(tx, vmapped, carried, x, labels):
-  params, opt_state = carried
+def step(tx, vmapped, carry, x, labels):
+  params, opt_state = carry
   gradient = jax.grad(loss)
   if vmapped:
     gradient = jax.vmap(gradient, (None, 0, 0))

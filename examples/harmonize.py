@@ -1,11 +1,11 @@
 """Rare classes and wrong labels: what each loss makes of them.
 
 Trains the same small network on long-tailed data with cross-entropy, focal
-loss, inverse-frequency weights, gradient harmonising, and harmonising with
+loss, inverse-frequency weights, gradient harmonization, and harmonization with
 inverse-frequency weights; with clean labels and with a share of wrong ones.
 Every method was tuned on validation data over twelve candidates (``--tune``
-does it again). Prints mean and standard deviation over the seeds, and writes
-the distribution of gradient norms before and after harmonising.
+does it again). The script prints mean and standard deviation over the seeds,
+and draws the distribution of gradient norms before and after harmonization.
 
   python examples/harmonize.py
   python examples/harmonize.py --data mammography --path imb_mammography.npz
@@ -117,44 +117,40 @@ def load(name, path):
   )
 
 
-# The methods: (logits, labels, inverse frequency per class, state) to
-# (one loss per example, state), and the four settings that each is tuned over.
+# The methods: from logits, labels and the inverse frequency of every class to
+# one loss per example, and the four settings that each is tuned over.
 
 
-def cross_entropy(logits, labels, inverse, state):
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return losses, state
+def cross_entropy(logits, labels, inverse):
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def focal(logits, labels, inverse, state, *, gamma, alpha):
+def focal(logits, labels, inverse, *, gamma, alpha):
   targets = jax.nn.one_hot(labels, logits.shape[-1])
   losses = optax.losses.sigmoid_focal_loss(
     logits, targets, gamma=gamma, alpha=alpha
   )
-  return losses.sum(-1), state
+  return losses.sum(-1)
 
 
-def inverse_frequency(logits, labels, inverse, state, *, power):
-  losses, state = cross_entropy(logits, labels, inverse, state)
-  return (inverse**power)[labels] * losses, state
+def inverse_frequency(logits, labels, inverse, *, power):
+  losses = cross_entropy(logits, labels, inverse)
+  return (inverse**power)[labels] * losses
 
 
-def harmonized(logits, labels, inverse, state, *, width):
+def harmonized(logits, labels, inverse, *, width):
   return optax_ghm.softmax_ghm_loss_with_integer_labels(
-    logits, labels, state, density=optax_ghm.WindowedDensity(width=width)
+    logits, labels, density=optax_ghm.WindowedDensity(width=width)
   )
 
 
-def both(logits, labels, inverse, state, *, width, power):
-  weight = (inverse**power)[labels]  # counts in the density and in the loss
-  losses, state = optax_ghm.softmax_ghm_loss_with_integer_labels(
+def both(logits, labels, inverse, *, width, power):
+  return optax_ghm.softmax_ghm_loss_with_integer_labels(
     logits,
     labels,
-    state,
     density=optax_ghm.WindowedDensity(width=width),
-    mask=weight,
+    weights=(inverse**power)[labels],  # count in the density and in the loss
   )
-  return weight * losses, state
 
 
 METHODS = {
@@ -167,8 +163,8 @@ METHODS = {
     inverse_frequency,
     [{'power': p} for p in (0.25, 0.5, 0.75, 1.0)],
   ),
-  'harmonised': (harmonized, [{'width': w} for w in (0.03, 0.1, 0.3, 1.0)]),
-  'harmonised × inverse frequency': (
+  'harmonized': (harmonized, [{'width': w} for w in (0.03, 0.1, 0.3, 1.0)]),
+  'harmonized × inverse frequency': (
     both,
     [{'width': w, 'power': p} for w in (0.3, 1.0) for p in (0.5, 1.0)],
   ),
@@ -213,30 +209,26 @@ def train(splits, seeds, learning_rates, *, loss, task, setting):
     inverse = 1 / (classes * jnp.maximum(frequency, 1 / size))
     optimizer = optax.adam(learning_rate)
     params = initial_params(key, split.x.shape[-1], hidden, classes)
-    state = optax_ghm.DEFAULT_DENSITY.init()
 
     def step(carry, i):
-      params, opt_state, state = carry
+      params, opt_state = carry
       batch = jax.random.choice(jax.random.fold_in(key, i), size, (BATCH,))
 
       def mean_loss(params):
-        losses, new_state = loss(
-          network(params, split.x[batch]), split.y[batch], inverse, state
-        )
-        return losses.mean(), new_state
+        logits = network(params, split.x[batch])
+        return loss(logits, split.y[batch], inverse).mean()
 
-      grads, state = jax.grad(mean_loss, has_aux=True)(params)
-      updates, opt_state = optimizer.update(grads, opt_state)
-      return (optax.apply_updates(params, updates), opt_state, state), None
+      updates, opt_state = optimizer.update(
+        jax.grad(mean_loss)(params), opt_state
+      )
+      return (optax.apply_updates(params, updates), opt_state), None
 
     def checkpoint(carry, i):
       every = steps // CHECKPOINTS
       carry, _ = jax.lax.scan(step, carry, i * every + jnp.arange(every))
-      params, _, state = carry
+      params, _ = carry
       logits = network(params, split.x)
-      pull = jax.grad(lambda z: loss(z, split.y, inverse, state)[0].sum())(
-        logits
-      )
+      pull = jax.grad(lambda z: loss(z, split.y, inverse).sum())(logits)
       pull = jnp.linalg.norm(pull, axis=-1)
       own = jax.nn.one_hot(split.y, classes)
       norm = jnp.abs(jax.nn.softmax(logits) - own).sum(-1) / 2
@@ -247,7 +239,7 @@ def train(splits, seeds, learning_rates, *, loss, task, setting):
         norm,
       )
 
-    carry = (params, optimizer.init(params), state)
+    carry = (params, optimizer.init(params))
     return jax.lax.scan(checkpoint, carry, jnp.arange(CHECKPOINTS))[1]
 
   over_seeds = jax.vmap(run, (None, 0, 0))
@@ -288,7 +280,7 @@ def tune(task, splits, seeds, name):
 
 
 def plot(norms, rows, path):
-  """Who pulls, before and after harmonising, and what comes of it."""
+  """Who pulls, before and after harmonization, and what comes of it."""
   import matplotlib as mpl  # noqa: PLC0415
 
   mpl.use('Agg')
@@ -302,7 +294,7 @@ def plot(norms, rows, path):
   for label, amount, style in (
     ('examples', np.ones_like(norms), 'k:'),
     ('gradient, cross-entropy', norms, 'C0'),
-    ('gradient, harmonised', norms * np.asarray(weights), 'C3'),
+    ('gradient, harmonized', norms * np.asarray(weights), 'C3'),
   ):
     total, _ = np.histogram(norms, edges, weights=amount)
     share = np.where(total > 0, total / total.sum(), np.nan)
@@ -319,9 +311,9 @@ def plot(norms, rows, path):
     (-0.2, 0.2), rows.items(), strict=True
   ):
     mean = [measured[n]['balanced'].mean() for n in names]
-    spread = [measured[n]['balanced'].std() for n in names]
+    deviation = [measured[n]['balanced'].std() for n in names]
     right.barh(
-      np.arange(len(names)) + offset, mean, 0.38, xerr=spread, label=scenario
+      np.arange(len(names)) + offset, mean, 0.38, xerr=deviation, label=scenario
     )
   right.set_yticks(range(len(names)), names)
   right.invert_yaxis()
@@ -341,7 +333,7 @@ def main():
   )
   parser.add_argument('--path', help='npz file of the data, if not digits')
   parser.add_argument('--seeds', type=int, default=5)
-  parser.add_argument('--tune', action='store_true', help='tune all anew')
+  parser.add_argument('--tune', action='store_true', help='tune all again')
   parser.add_argument(
     '--output', type=pathlib.Path, default=HERE / 'output' / 'harmonize.png'
   )
@@ -401,7 +393,7 @@ def main():
     best = max(m['balanced'].mean() for m in measured.values())
     for name, m in measured.items():
       style = 'bold' if m['balanced'].mean() == best else None
-      table.add_row(name, *map(spread, m.values()), style=style)
+      table.add_row(name, *map(mean_and_deviation, m.values()), style=style)
     console.print(table)
   plot(norms, rows, args.output)
   console.print(f'picture: {args.output}')
@@ -414,7 +406,7 @@ def stack(task, seeds, share):
   return Split(*(np.stack(field) for field in zip(*splits, strict=True)))
 
 
-def spread(values):
+def mean_and_deviation(values):
   return f'{100 * values.mean():5.1f} ± {100 * values.std():4.1f} %'
 
 

@@ -30,20 +30,20 @@ def as_users_run_jax():
 
 
 @pytest.mark.slow
-def test_harmonising_and_class_weights_find_the_rare_digits():
+def test_harmonization_and_class_weights_find_the_rare_digits():
   example = load('harmonize')
   task = dataclasses.replace(example.load('digits', None), steps=120)
   splits = example.stack(task, range(2), 0.05)
   worst = {}
   for name, setting in (
     ('cross-entropy', {}),
-    ('harmonised × inverse frequency', {'width': 1.0, 'power': 1.0}),
+    ('harmonized × inverse frequency', {'width': 1.0, 'power': 1.0}),
   ):
     _, recalls, _, _ = example.run_method(
       task, splits, range(2), name, setting, (3e-3,)
     )
     worst[name] = recalls[0, :, -1].min(-1)  # of the last checkpoint
-  gain = worst['harmonised × inverse frequency'] - worst['cross-entropy']
+  gain = worst['harmonized × inverse frequency'] - worst['cross-entropy']
   assert gain.min() > 0.2
 
 
