@@ -7,11 +7,12 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
+from optax_ghm import harmonization
 
 BINNED = optax_ghm.BinnedDensity(bins=10)
 WINDOWED = optax_ghm.WindowedDensity(width=0.1)
-EXACT = optax_ghm.ExactDensity(width=0.1)
-MMDETECTION = optax_ghm.MMDetectionDensity(bins=10)
+EXACT = harmonization.ExactDensity(width=0.1)
+MMDETECTION = harmonization.MMDetectionDensity(bins=10)
 LOG_BINNED = optax_ghm.BinnedDensity(bins=8, low=1e-4, high=1e4, log=True)
 LOG_WINDOWED = optax_ghm.WindowedDensity(
   width=1.0, low=1e-4, high=1e4, log=True
@@ -19,8 +20,8 @@ LOG_WINDOWED = optax_ghm.WindowedDensity(
 ALL = [BINNED, WINDOWED, EXACT, MMDETECTION, LOG_BINNED, LOG_WINDOWED]
 HISTOGRAMS = [BINNED, WINDOWED, MMDETECTION, LOG_BINNED, LOG_WINDOWED]
 
-# Any float32 at all, in few shapes (each is compiled once), and masks with
-# whole, fractional and no weight.
+# Any float32 at all, in few shapes (each is compiled once), and whole,
+# fractional and no weights.
 ANY_NORMS = hnp.arrays(
   np.float32,
   st.sampled_from([(0,), (1,), (7,), (2, 5)]),
@@ -34,8 +35,10 @@ weigh = jax.jit(
 )
 
 
-def density_of(density, norms, mask=None):
-  return density.update(jnp.asarray(norms), density.init(), mask)[0]
+def density_of(density, norms, amounts=None):
+  norms = jnp.asarray(norms, jnp.float32)
+  regions, _ = density.update(norms, density.init(), amounts)
+  return regions.at_examples(regions.density)
 
 
 def window_density(g, width, low=0.0, high=1.0):
@@ -69,7 +72,7 @@ def test_exact_density_is_the_definition(rng):
 @pytest.mark.parametrize('width', [1 / 30, 0.1, 0.5])
 def test_windowed_density_approaches_the_exact_one(rng, width):
   g = rng.beta(0.4, 1.0, size=200_000).astype(np.float32)
-  exact = density_of(optax_ghm.ExactDensity(width=width), g)
+  exact = density_of(harmonization.ExactDensity(width=width), g)
   windowed = density_of(optax_ghm.WindowedDensity(width=width), g)
   error = np.abs(windowed / exact - 1)
   assert np.quantile(error, 0.99) < 0.01
@@ -101,19 +104,19 @@ def test_sparse_regions_stay_exact_beside_a_crowd():
 @pytest.mark.parametrize('density', ALL, ids=repr)
 @given(g=ANY_NORMS, data=st.data())
 def test_weights_average_to_one_and_are_finite(density, g, data):
-  mask = data.draw(hnp.arrays(np.float32, g.shape, elements=WEIGHTS))
-  weights, state = weigh(g, density=density, mask=mask)
-  weights = np.asarray(weights)
-  assert np.isfinite(weights).all() and (weights >= 0).all()
-  valid = np.isfinite(g) & (mask > 0)
-  assert ((weights > 0) == valid).all()
-  if density is MMDETECTION:
-    mask = mask > 0
+  weights = data.draw(hnp.arrays(np.float32, g.shape, elements=WEIGHTS))
+  factors, state = weigh(g, density=density, weights=weights)
+  factors = np.asarray(factors)
+  assert np.isfinite(factors).all() and (factors >= 0).all()
+  valid = np.isfinite(g) & (weights > 0)
+  assert ((factors > 0) == valid).all()
+  counts = weights > 0 if density is MMDETECTION else weights
   if valid.any():
+    beta = factors[valid] / weights[valid]
     np.testing.assert_allclose(
-      np.average(weights[valid], weights=mask[valid]), 1.0, rtol=1e-4
+      np.average(beta, weights=counts[valid]), 1.0, rtol=1e-4
     )
-  assert float(state.non_finite) == (~np.isfinite(g) & (mask > 0)).sum()
+  assert float(state.non_finite) == counts[~np.isfinite(g)].sum()
 
 
 @pytest.mark.parametrize('density', ALL, ids=repr)
@@ -129,12 +132,12 @@ def test_weights_do_not_depend_on_order_or_layout(density, rng):
 
 
 @pytest.mark.parametrize('density', [BINNED, WINDOWED, EXACT], ids=repr)
-def test_weights_do_not_depend_on_the_scale_of_the_mask(density, rng):
+def test_harmony_does_not_depend_on_the_scale_of_the_weights(density, rng):
   g = rng.uniform(size=24).astype(np.float32)
-  mask = rng.uniform(0.1, 1, size=24).astype(np.float32)
-  weights, _ = weigh(g, density=density, mask=mask)
-  scaled, _ = weigh(g, density=density, mask=mask * 64)
-  np.testing.assert_allclose(weights, scaled, rtol=1e-5)
+  weights = rng.uniform(0.1, 1, size=24).astype(np.float32)
+  one, _ = weigh(g, density=density, weights=weights)
+  scaled, _ = weigh(g, density=density, weights=weights * 64)
+  np.testing.assert_allclose(64 * one, scaled, rtol=1e-5)
 
 
 @pytest.mark.parametrize('density', [BINNED, WINDOWED, EXACT], ids=repr)
@@ -144,10 +147,10 @@ def test_fractions_of_examples_count_as_fractions(density):
   np.testing.assert_allclose(twice_half, [10.0] * 3, rtol=1e-2)
 
 
-def test_mmdetection_counts_every_positive_mask_as_one():
-  g = jnp.array([0.25, 0.25, 0.75])
-  weights, _ = weigh(g, density=MMDETECTION, mask=jnp.array([0.1, 0.5, 2.0]))
-  np.testing.assert_allclose(weights, [0.75, 0.75, 1.5], rtol=1e-6)
+def test_mmdetection_counts_every_positive_weight_as_one():
+  g, weights = jnp.array([0.25, 0.25, 0.75]), jnp.array([0.1, 0.5, 2.0])
+  factors, _ = weigh(g, density=MMDETECTION, weights=weights)
+  np.testing.assert_allclose(factors / weights, [0.75, 0.75, 1.5], rtol=1e-6)
 
 
 def test_raw_weights_are_the_papers():
@@ -184,7 +187,7 @@ def test_first_step_is_not_inflated(family, momentum, rng):
   expected, _ = weigh(g, density=memoryless)
   np.testing.assert_allclose(weights, expected, rtol=1e-5)
   # The reference inflates by 1 / (1 - momentum).
-  reference = optax_ghm.MMDetectionDensity(bins=30, momentum=momentum)
+  reference = harmonization.MMDetectionDensity(bins=30, momentum=momentum)
   inflated, _ = weigh(g, density=reference)
   np.testing.assert_allclose(np.mean(inflated), 1 / (1 - momentum), rtol=1e-3)
 
@@ -214,19 +217,19 @@ def test_every_bin_decays():
 
 @pytest.mark.parametrize('density', ALL, ids=repr)
 @pytest.mark.parametrize(
-  ('g', 'mask'),
+  ('g', 'options'),
   [
-    (np.zeros((0,)), None),
-    (np.zeros((0, 3)), None),
-    (np.array([0.2, 0.4]), np.array([False, False])),
-    (np.array([0.2, 0.4]), np.zeros(2)),
-    (np.array([np.nan, np.inf]), None),
+    (np.zeros((0,)), {}),
+    (np.zeros((0, 3)), {}),
+    (np.array([0.2, 0.4]), {'mask': np.array([False, False])}),
+    (np.array([0.2, 0.4]), {'weights': np.zeros(2, np.float32)}),
+    (np.array([np.nan, np.inf]), {}),
   ],
 )
-def test_a_batch_without_examples_changes_nothing(density, g, mask):
+def test_a_batch_without_examples_changes_nothing(density, g, options):
   _, state = weigh(jnp.array([0.3, 0.6], jnp.float32), density=density)
   weights, after = weigh(
-    g.astype(np.float32), state, density=density, mask=mask
+    g.astype(np.float32), state, density=density, **options
   )
   np.testing.assert_array_equal(weights, np.zeros(g.shape))
   chex.assert_trees_all_close(
@@ -324,7 +327,7 @@ def test_bin_edges_decide_not_the_floor_of_a_product():
     (lambda: optax_ghm.WindowedDensity(width=0.0), 'width'),
     (lambda: optax_ghm.WindowedDensity(width=1.5), 'width'),
     (lambda: optax_ghm.WindowedDensity(cells=0), 'cells'),
-    (lambda: optax_ghm.ExactDensity(width=-1.0), 'width'),
+    (lambda: harmonization.ExactDensity(width=-1.0), 'width'),
   ],
 )
 def test_bad_settings_are_named(make, name):
@@ -337,9 +340,11 @@ def test_bad_arguments_are_named():
   with pytest.raises(TypeError, match='norms'):
     optax_ghm.harmony_weights(jnp.ones(3, jnp.int32))
   with pytest.raises(ValueError, match=r'mask of shape \(2,\).*\(3,\)'):
-    optax_ghm.harmony_weights(g, mask=jnp.ones(2))
-  with pytest.raises(TypeError, match='mask'):
-    optax_ghm.harmony_weights(g, mask=jnp.ones(3, jnp.complex64))
+    optax_ghm.harmony_weights(g, mask=jnp.ones(2, bool))
+  with pytest.raises(TypeError, match='mask must be bool.*as weights'):
+    optax_ghm.harmony_weights(g, mask=jnp.ones(3))
+  with pytest.raises(TypeError, match='weights must be real.*complex64'):
+    optax_ghm.harmony_weights(g, weights=jnp.ones(3, jnp.complex64))
   with pytest.raises(ValueError, match='state'):
     optax_ghm.harmony_weights(g, BINNED.init(), density=WINDOWED)
   with pytest.raises(ValueError, match='axis_name'):
@@ -347,12 +352,12 @@ def test_bad_arguments_are_named():
 
 
 def test_weights_are_constants_to_differentiation():
-  def total(g, state, mask):
-    return optax_ghm.harmony_weights(g, state, mask=mask)[0].sum()
+  def total(g, state, weights):
+    return optax_ghm.harmony_weights(g, state, weights=weights)[0].sum()
 
   arguments = (
     jnp.array([0.1, 0.2, 0.9]),
-    optax_ghm.DEFAULT_DENSITY.init(),
+    optax_ghm.WindowedDensity().init(),
     jnp.array([0.5, 1.0, 0.7]),
   )
   grads = jax.grad(total, argnums=(0, 1, 2))(*arguments)
@@ -371,7 +376,11 @@ def test_a_scaled_state_reads_the_same(rng):
 
 
 def test_an_empty_first_batch_is_no_evidence():
-  for density in (BINNED, WINDOWED, optax_ghm.MMDetectionDensity(momentum=0.9)):
+  for density in (
+    BINNED,
+    WINDOWED,
+    harmonization.MMDetectionDensity(momentum=0.9),
+  ):
     _, state = weigh(jnp.zeros(0), density=density)
     weights, _ = weigh(jnp.ones(2) / 2, state, density=density, train=False)
     np.testing.assert_allclose(weights, [1, 1])
@@ -381,7 +390,29 @@ def test_settings_are_named():
   for family in (
     optax_ghm.BinnedDensity,
     optax_ghm.WindowedDensity,
-    optax_ghm.ExactDensity,
+    harmonization.ExactDensity,
   ):
     with pytest.raises(TypeError):
       family(0.2)
+
+
+@pytest.mark.parametrize('density', ALL, ids=repr)
+def test_norms_above_the_range_are_counted_and_weigh_like_the_largest(density):
+  high = density.high
+  beyond = np.float32([high / 2, high, 1e2 * high, 1e3 * high])
+  inside = np.minimum(beyond, np.float32(high))
+  weights, state = weigh(beyond, density=density)
+  expected, none = weigh(inside, density=density)
+  np.testing.assert_allclose(weights, expected, rtol=1e-6)
+  assert state.above_range == 2 and none.above_range == 0
+  rounded = np.float32([high * (1 + 1e-6)])
+  assert weigh(rounded, density=density)[1].above_range == 0
+
+
+def test_mask_and_weights_together_say_who_counts_and_how_much():
+  g = jnp.array([0.25, 0.25, 0.75, jnp.nan])
+  mask = jnp.array([True, True, True, False])
+  weights = jnp.array([0.5, 0.5, 1.0, 2.0])
+  factors, state = weigh(g, density=BINNED, mask=mask, weights=weights)
+  np.testing.assert_allclose(factors, [0.5, 0.5, 1.0, 0.0], rtol=1e-6)
+  assert state.non_finite == 0 and state.histogram.sum() == 2

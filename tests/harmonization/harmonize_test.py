@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import optax
 import pytest
 
 import optax_ghm
+from optax_ghm import harmonization
 from tests import golden
 
 BINNED = optax_ghm.BinnedDensity(bins=10)
@@ -57,14 +60,13 @@ def test_law_gradient_equals_that_of_the_loss(reduction, rng):
   x = jnp.asarray(rng.normal(size=(50, 4)) * 2, jnp.float32)
   y = jnp.asarray(rng.uniform(size=(50, 4)), jnp.float32)
   reduce = getattr(jnp, reduction)
-  scale = None if reduction == 'mean' else 1.0
 
   def harmonized(x):
-    x = optax_ghm.harmonize(x, density=BINNED, axis=(), scale=scale)
+    x = optax_ghm.harmonize(x, density=BINNED, axis=(), reduction=reduction)
     return reduce(optax.sigmoid_binary_cross_entropy(x, y))
 
   def ghm(x):
-    return reduce(optax_ghm.sigmoid_ghm_loss(x, y, density=BINNED)[0])
+    return reduce(optax_ghm.sigmoid_ghm_loss(x, y, density=BINNED))
 
   np.testing.assert_allclose(
     jax.grad(harmonized)(x), jax.grad(ghm)(x), rtol=1e-4, atol=1e-7
@@ -76,7 +78,7 @@ def test_multi_class_examples_are_weighed_by_their_euclidean_norm(rng):
   y = jnp.asarray(rng.integers(0, 4, size=50))
 
   def loss(x):
-    x = optax_ghm.harmonize(x, density=BINNED, scale=50 / np.sqrt(2))
+    x = optax_ghm.harmonize(x, density=BINNED, reduction=50 / np.sqrt(2))
     return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
 
   error = jax.nn.softmax(x) - jax.nn.one_hot(y, 4)
@@ -93,17 +95,19 @@ def test_mean_and_sum_reduced_losses_agree(rng):
   y = jnp.zeros(30)
   mask = jnp.arange(30) < 20
 
-  def grad(reduce, scale):
+  def grad(reduce, reduction):
     def loss(x):
-      x = optax_ghm.harmonize(x, mask=mask, scale=scale)
+      x = optax_ghm.harmonize(x, mask=mask, reduction=reduction)
       return reduce(
         jnp.where(mask, optax.sigmoid_binary_cross_entropy(x, y), 0.0)
       )
 
     return jax.grad(loss)(x)
 
-  mean = grad(lambda v: jnp.sum(v) / 20, None)
-  np.testing.assert_allclose(20 * mean, grad(jnp.sum, 1.0), rtol=1e-5)
+  mean = grad(lambda v: jnp.sum(v) / 20, 'mean')
+  np.testing.assert_allclose(20 * mean, grad(jnp.sum, 'sum'), rtol=1e-5)
+  number = grad(lambda v: jnp.sum(v) / 7, jnp.float32(7))
+  np.testing.assert_allclose(7 * number, 20 * mean, rtol=1e-5)
 
 
 def test_norms_beyond_one_at_a_hidden_layer(rng):
@@ -112,7 +116,7 @@ def test_norms_beyond_one_at_a_hidden_layer(rng):
   def cotangent(harmonized):
     def loss(h):
       h = optax_ghm.harmonize(
-        h, density=optax_ghm.PARAMETER_DENSITY, enabled=harmonized
+        h, density=harmonization.PARAMETER_DENSITY, enabled=harmonized
       )
       return jnp.mean(jnp.sum(h**2, axis=(1, 2)))
 
@@ -120,7 +124,7 @@ def test_norms_beyond_one_at_a_hidden_layer(rng):
 
   weights, _ = optax_ghm.harmony_weights(
     40 * jnp.linalg.norm(cotangent(False).reshape(40, -1), axis=-1),
-    density=optax_ghm.PARAMETER_DENSITY,
+    density=harmonization.PARAMETER_DENSITY,
   )
   np.testing.assert_allclose(
     cotangent(True), weights[:, None, None] * cotangent(False), rtol=1e-4
@@ -133,7 +137,7 @@ def test_forward_is_bit_for_bit_the_input(dtype):
   y = jax.jit(optax_ghm.harmonize)(x)
   assert y.dtype == dtype
   assert np.asarray(y).tobytes() == np.asarray(x).tobytes()
-  grad = jax.grad(lambda x: optax_ghm.harmonize(x, scale=1.0).sum())(x)
+  grad = jax.grad(lambda x: optax_ghm.harmonize(x, reduction='sum').sum())(x)
   assert grad.dtype == dtype
 
 
@@ -203,7 +207,7 @@ def test_a_gradient_of_a_gradient_keeps_the_rule():
   x = jnp.array([0.3, 0.3, 0.3, -2.0])
 
   def inner(x):
-    return jnp.sum(optax_ghm.harmonize(x, axis=(), scale=1.0) ** 2 / 4)
+    return jnp.sum(optax_ghm.harmonize(x, axis=(), reduction='sum') ** 2 / 4)
 
   def outer(x):
     return jnp.sum(jax.grad(inner)(x) ** 2)
@@ -231,7 +235,7 @@ def test_a_state_used_twice_averages_and_one_unused_stays(rng):
         jnp.sum(
           c
           * optax_ghm.harmonize(
-            jnp.ones(3), state, density=density, axis=(), scale=1.0
+            jnp.ones(3), state, density=density, axis=(), reduction='sum'
           )
         )
         for c in cotangents
@@ -257,7 +261,7 @@ def test_bad_cotangents_show_and_harm_no_other():
   state = BINNED.init()
 
   def loss(x, state):
-    x = optax_ghm.harmonize(x, state, density=BINNED, axis=(), scale=1.0)
+    x = optax_ghm.harmonize(x, state, density=BINNED, axis=(), reduction='sum')
     return jnp.sum(c * x)
 
   grad, state = jax.grad(loss, (0, 1))(jnp.ones(4), state)
@@ -281,11 +285,103 @@ def test_wrong_arguments_are_named():
   with pytest.raises(TypeError, match='x must be floating.*int32'):
     optax_ghm.harmonize(jnp.ones(3, jnp.int32))
   with pytest.raises(ValueError, match=r'mask of shape \(3,\).*\(4,\)'):
-    optax_ghm.harmonize(jnp.ones((4, 3)), mask=jnp.ones(3))
+    optax_ghm.harmonize(jnp.ones((4, 3)), mask=jnp.ones(3, bool))
   with pytest.raises(ValueError, match='axis'):
     optax_ghm.harmonize(jnp.ones((4, 3)), axis=2)
+  with pytest.raises(ValueError, match="'mean', 'sum' or a number, got 'none'"):
+    optax_ghm.harmonize(jnp.ones(3), reduction='none')
+  with pytest.raises(ValueError, match='momentum=0.9.*state'):
+    optax_ghm.harmonize(jnp.ones(3), density=RUNNING)
   with pytest.raises(ValueError, match='state'):
     jax.grad(lambda x: optax_ghm.harmonize(x, BINNED.init()).sum())(jnp.ones(3))
+
+
+def softmax_errors(hard, harder):
+  """Logits of two classes whose norms of p - y are 1.1 and 1.38."""
+  margins = [1.25] * hard + [3.7] * harder
+  return jnp.stack([jnp.zeros(len(margins)), jnp.array(margins)], -1)
+
+
+def cross_entropies(x, labels):
+  return optax.softmax_cross_entropy_with_integer_labels(x, labels)
+
+
+def test_trap_norms_of_softmax_do_not_pile_up_at_the_end_of_the_range():
+  """With norms in [0, 1] only, hard and harder would share the last region."""
+  x, labels = softmax_errors(90, 10), jnp.zeros(100, jnp.int32)
+
+  @jax.jit
+  def cotangent(x, state):
+    def loss(x, state):
+      x = optax_ghm.harmonize(x, state)
+      return cross_entropies(x, labels).mean()
+
+    return jax.grad(loss, (0, 1))(x, state)
+
+  error = jax.nn.softmax(x) - jax.nn.one_hot(labels, 2)
+  grad, state = cotangent(x, optax_ghm.WindowedDensity().init())
+  weights = 100 * grad[:, 0] / error[:, 0]
+  assert weights[-1] > 5 * weights[0] and state.above_range == 0
+
+
+def test_trap_a_summed_loss_that_is_taken_for_a_mean_shows():
+  x, labels = softmax_errors(90, 10), jnp.zeros(100, jnp.int32)
+
+  @functools.partial(jax.jit, static_argnames='reduction')
+  def next_state(state, reduction):
+    def loss(state):
+      x_harmonized = optax_ghm.harmonize(x, state, reduction=reduction)
+      return cross_entropies(x_harmonized, labels).sum()
+
+    return jax.grad(loss)(state)
+
+  start = optax_ghm.WindowedDensity().init()
+  assert next_state(start, 'mean').above_range == 100
+  assert next_state(start, 'sum').above_range == 0
+
+
+def test_two_softmax_classes_are_harmonized_as_one_sigmoid(rng):
+  x = jnp.asarray(rng.normal(size=50) * 3, jnp.float32)
+  y = jnp.asarray(rng.integers(0, 2, size=50))
+
+  @jax.jit
+  def binary(x):
+    x = optax_ghm.harmonize(x)
+    return optax.sigmoid_binary_cross_entropy(x, y.astype(x.dtype)).mean()
+
+  @jax.jit
+  def multi(x):
+    x = optax_ghm.harmonize(jnp.stack([jnp.zeros_like(x), x], -1))
+    return cross_entropies(x, y).mean()
+
+  np.testing.assert_allclose(
+    jax.grad(multi)(x), jax.grad(binary)(x), rtol=1e-2, atol=1e-6
+  )
+
+
+def test_weights_multiply_the_cotangent_and_count_in_the_density(rng):
+  x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+  y = jnp.asarray(rng.integers(0, 3, size=6))
+  weights = jnp.array([1.0, 2.0, 0.0, 1.0, 3.0, 0.5])
+
+  @jax.jit
+  def grads(x):
+    def loss(x, weights):
+      x = optax_ghm.harmonize(x, weights=weights)
+      return cross_entropies(x, y).mean()
+
+    return jax.grad(loss)(x, None), jax.grad(loss)(x, weights)
+
+  plain, weighed = grads(x)
+  error = jax.nn.softmax(x) - jax.nn.one_hot(y, 3)
+  density = optax_ghm.WindowedDensity(high=2**0.5, width=0.1 * 2**0.5)
+  for found, w in ((plain, None), (weighed, weights)):
+    expected, _ = optax_ghm.harmony_weights(
+      jnp.linalg.norm(error, axis=-1), density=density, weights=w
+    )
+    np.testing.assert_allclose(
+      found, expected[:, None] * error / 6, rtol=1e-4, atol=1e-7
+    )
 
 
 # The optimizer-chain form.
@@ -307,7 +403,7 @@ def test_aggregate_is_the_weighted_mean(rng):
     + np.square(np.asarray(grads['b'], np.float32))
   )
   weights, expected_state = optax_ghm.harmony_weights(
-    jnp.asarray(norms), density=optax_ghm.PARAMETER_DENSITY
+    jnp.asarray(norms), density=harmonization.PARAMETER_DENSITY
   )
   weights = np.asarray(weights)
   np.testing.assert_allclose(
@@ -366,8 +462,14 @@ def test_aggregate_masks_and_weighs(rng):
   masked, _ = tx.update(grads, tx.init({}), mask=mask)
   first, _ = tx.update(jax.tree.map(lambda g: g[:8], grads), tx.init({}))
   chex.assert_trees_all_close(masked, first, rtol=1e-5)
-  halved, _ = tx.update(grads, tx.init({}), mask=0.5 * mask.astype(jnp.float32))
+  halves = 0.5 * mask.astype(jnp.float32)
+  halved, _ = tx.update(grads, tx.init({}), weights=halves)
   chex.assert_trees_all_close(halved, first, rtol=1e-5)
+  twice = np.r_[np.arange(8), np.arange(4)]
+  repeated, _ = tx.update(jax.tree.map(lambda g: g[twice], grads), tx.init({}))
+  weights = jnp.repeat(jnp.array([2.0, 1.0, 3.0]), 4)
+  weighed, _ = tx.update(grads, tx.init({}), mask=mask, weights=weights)
+  chex.assert_trees_all_close(weighed, repeated, rtol=1e-2, atol=1e-5)
 
 
 def test_aggregate_catches_gradients_that_are_averaged_already():
@@ -390,7 +492,7 @@ def test_examples_that_share_a_state_under_vmap_carry_the_mean():
   rows = jnp.linspace(0.1, 2.0, 12).reshape(4, 3)
 
   def each(row, state):
-    x = optax_ghm.harmonize(row, state, density=density, scale=1.0)
+    x = optax_ghm.harmonize(row, state, density=density, reduction='sum')
     return jnp.sum(jnp.square(x)) / 8
 
   def loop(rows, state):

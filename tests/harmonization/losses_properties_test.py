@@ -9,6 +9,7 @@ from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
+from optax_ghm import harmonization
 from tests.support import strategies_arrays as arrays_of
 
 CASES = [  # few: each is compiled
@@ -18,18 +19,18 @@ CASES = [  # few: each is compiled
   (jnp.float32, (3, 0, 2)),
   (jnp.float64, (3, 2)),
 ]
-MASKS = st.sampled_from([0.0, 0.25, 1.0, -1.0, np.nan])
+WEIGHTS = st.sampled_from([0.0, 0.25, 1.0, -1.0, np.nan])
 MU = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Smooth(optax_ghm.ExactDensity):
+class Smooth(harmonization.ExactDensity):
   """A density without edges: rounding of a norm moves no weight by much."""
 
-  def observe(self, norms, state, mask=None, axis_name=None, train=True):
-    crowd, state = super().observe(norms, state, mask, axis_name, train)
-    density = jnp.where(crowd.mass > 0, crowd_of(norms), 0)
-    return crowd._replace(density=density.astype(jnp.float32)), state
+  def update(self, norms, state, amounts=None, axis_name=None, train=True):
+    regions, state = super().update(norms, state, amounts, axis_name, train)
+    density = jnp.where(regions.count > 0, crowd_of(norms.ravel()), 0)
+    return regions._replace(density=density), state
 
 
 def crowd_of(norms):
@@ -63,54 +64,54 @@ def softmax(x, labels):
   return loss, error, -np.expm1(-loss)
 
 
-def weights_of(g, mask, normalize=True):
-  """The harmony weights of :class:`Smooth`, in float64."""
-  valid = (mask > 0) & np.isfinite(g)
-  mass = np.where(valid, mask, 0)
+def harmony_of(g, weights):
+  """The harmony weights of :class:`Smooth`, in float64, times the weights."""
+  valid = (weights > 0) & np.isfinite(g)
+  mass = np.where(valid, weights, 0)
   beta = np.where(valid, mass.sum() / crowd_of(np.where(valid, g, 0)), 0)
-  return beta * mass.sum() / max((mass * beta).sum(), 1e-30)
+  return mass * beta * mass.sum() / max((mass * beta).sum(), 1e-30)
 
 
 @functools.partial(jax.jit, static_argnames=('loss', 'density'))
-def losses_and_grad(loss, x, y, mask, density):
+def losses_and_grad(loss, x, y, weights, density):
   def total(x):
-    losses, state = loss(x, y, density=density, mask=mask)
+    losses, state = loss(x, y, density.init(), density=density, weights=weights)
     return losses.sum(), (losses, state)
 
   (_, aux), grad = jax.value_and_grad(total, has_aux=True)(x)
   return *aux, grad
 
 
-def assert_defined(found, x, mask, defined, dtype):
-  """The weighted loss and its gradient; nothing where the mask is not."""
+def assert_defined(found, x, weights, defined, dtype):
+  """The weighted loss and its gradient; nothing where the weight is 0."""
   losses, state, grad = jax.device_get(found)
   computed = np.promote_types(dtype, np.float32)
   assert losses.dtype == computed and grad.dtype == dtype
   plain, error, g = defined
-  weights = weights_of(g, mask)
-  counts = mask > 0
+  factors = harmony_of(g, weights)
+  counts = weights > 0
   undefined = counts & np.isnan(g)
   np.testing.assert_array_equal(np.isnan(losses), undefined)
-  assert float(state.non_finite) == undefined.sum()
+  assert float(state.non_finite) == weights[undefined].sum()
   # Weights are of float32, g of cancelling probabilities.
   rtol, keep = arrays_of.rounding(jnp.float32), counts & ~undefined
-  expected = np.where(keep, weights * np.where(keep, plain, 0), 0)
+  expected = np.where(keep, factors * np.where(keep, plain, 0), 0)
   arrays_of.assert_close(losses[~undefined], expected[~undefined], rtol, rtol)
-  weights, keep, undefined = (
+  factors, keep, undefined = (
     u.reshape(u.shape + (1,) * (x.ndim - u.ndim))
-    for u in (weights, keep, undefined)
+    for u in (factors, keep, undefined)
   )
-  expected = np.where(keep, weights * np.where(keep, error, 0), 0)
+  expected = np.where(keep, factors * np.where(keep, error, 0), 0)
   sound = np.broadcast_to(~undefined, x.shape)
   rtol = max(rtol, arrays_of.rounding(dtype))
-  atol = rtol * max(weights.max(initial=1), 1)
+  atol = rtol * max(factors.max(initial=1), 1)
   arrays_of.assert_close(np.asarray(grad)[sound], expected[sound], rtol, atol)
 
 
 ELEMENTWISE = {
-  'sigmoid': (optax_ghm.sigmoid_ghm_loss, sigmoid, (0, 1)),
+  'sigmoid': (optax_ghm.sigmoid_ghm_loss_with_state, sigmoid, (0, 1)),
   'smooth_l1': (
-    functools.partial(optax_ghm.smooth_l1_ghm_loss, mu=MU),
+    functools.partial(optax_ghm.smooth_l1_ghm_loss_with_state, mu=MU),
     smooth_l1,
     (-4, 4),
   ),
@@ -128,18 +129,18 @@ def test_elementwise_losses_are_their_formula(name, case, layout, data):
   x = data.draw(arrays_of.arrays(dtype, shape, arrays_of.numbers(dtype)))
   bounded = st.integers(low * 8, high * 8).map(lambda n: n / 8)
   y = data.draw(arrays_of.arrays(dtype, shape, bounded))
-  mask = data.draw(arrays_of.arrays(np.float32, shape, MASKS))
-  check_elementwise(loss, formula, x, y, mask, dtype, layout)
+  weights = data.draw(arrays_of.arrays(np.float32, shape, WEIGHTS))
+  check_elementwise(loss, formula, x, y, weights, dtype, layout)
 
 
-def check_elementwise(loss, formula, x, y, mask, dtype, layout='jax'):
+def check_elementwise(loss, formula, x, y, weights, dtype, layout='jax'):
   with arrays_of.x64(dtype):
-    given_ = [arrays_of.laid_out(u, layout) for u in (x, y, mask)]
+    given_ = [arrays_of.laid_out(u, layout) for u in (x, y, weights)]
     found = losses_and_grad(loss, *given_, Smooth())
-  x, y, mask = (np.asarray(u, np.float64) for u in (x, y, mask))
+  x, y, weights = (np.asarray(u, np.float64) for u in (x, y, weights))
   largest = float(jnp.finfo(np.promote_types(dtype, np.float32)).max)
   defined = formula(x, y, largest)
-  assert_defined(found, x, mask, defined, dtype)
+  assert_defined(found, x, weights, defined, dtype)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_the_ends_of_float32(name, x, y):
 def of_mu(d, mu):
   return optax_ghm.smooth_l1_ghm_loss(
     d, jnp.zeros_like(d), mu=mu, density=Smooth()
-  )[0]
+  )
 
 
 @given(mu=st.floats(1e-30, 1e30), d=st.sampled_from([0.0, 1.0, -1e30, 1e-30]))
@@ -181,8 +182,14 @@ def test_smooth_l1_of_any_mu(mu, d):
 
 @given(x=st.floats(-9, 9), y=st.sampled_from([0, 1, True, 0.25]))
 def test_python_scalars_are_losses_of_one_example(x, y):
-  for loss, formula, _ in ELEMENTWISE.values():
-    losses, _ = loss(x, y)
+  for loss, (_, formula, _) in (
+    (optax_ghm.sigmoid_ghm_loss, ELEMENTWISE['sigmoid']),
+    (
+      functools.partial(optax_ghm.smooth_l1_ghm_loss, mu=MU),
+      ELEMENTWISE['smooth_l1'],
+    ),
+  ):
+    losses = loss(x, y)
     expected, *_ = formula(np.float32(x).astype(float), float(y), 1e38)
     assert losses.shape == () and losses.dtype == jnp.float32
     arrays_of.assert_close(losses, expected, 2e-6, 1e-6)
@@ -208,15 +215,17 @@ def test_softmax_losses_are_their_formula(case, layout, data):
   labels = data.draw(
     hnp.arrays(np.int32, shape[:-1], elements=st.integers(-1, shape[-1]))
   )
-  mask = data.draw(arrays_of.arrays(np.float32, shape[:-1], MASKS))
+  weights = data.draw(arrays_of.arrays(np.float32, shape[:-1], WEIGHTS))
   with arrays_of.x64(dtype):
-    given_ = [arrays_of.laid_out(u, layout) for u in (x, labels, mask)]
+    given_ = [arrays_of.laid_out(u, layout) for u in (x, labels, weights)]
     found = losses_and_grad(
-      optax_ghm.softmax_ghm_loss_with_integer_labels, *given_, Smooth()
+      optax_ghm.softmax_ghm_loss_with_integer_labels_with_state,
+      *given_,
+      Smooth(),
     )
-  x, mask = (np.asarray(u, np.float64) for u in (x, mask))
+  x, weights = (np.asarray(u, np.float64) for u in (x, weights))
   defined = softmax(x, labels)
-  assert_defined(found, x, mask, defined, dtype)
+  assert_defined(found, x, weights, defined, dtype)
 
 
 INTEGERS = [np.int8, np.uint8, np.uint32]
@@ -225,8 +234,8 @@ INTEGERS = [np.int8, np.uint8, np.uint32]
 @pytest.mark.parametrize(
   'loss',
   [
-    optax_ghm.sigmoid_ghm_loss_with_integer_labels,
-    optax_ghm.softmax_ghm_loss_with_integer_labels,
+    optax_ghm.sigmoid_ghm_loss_with_integer_labels_with_state,
+    optax_ghm.softmax_ghm_loss_with_integer_labels_with_state,
   ],
 )
 @given(dtype=st.sampled_from(INTEGERS), data=st.data())
@@ -235,23 +244,29 @@ def test_labels_may_be_of_any_integers(loss, dtype, data):
   some = st.integers(max(info.min, -400), min(info.max, 400))
   labels = data.draw(hnp.arrays(dtype, 4, elements=some))
   x = np.linspace(-3, 3, 4 * classes, dtype=np.float32).reshape(4, classes)
-  mask = np.ones(4, np.float32)
-  found = losses_and_grad(loss, x, labels, mask, Smooth())
-  wide = losses_and_grad(loss, x, labels.astype(np.int32), mask, Smooth())
+  weights = np.ones(4, np.float32)
+  found = losses_and_grad(loss, x, labels, weights, Smooth())
+  wide = losses_and_grad(loss, x, labels.astype(np.int32), weights, Smooth())
   jax.tree.map(np.testing.assert_array_equal, found, wide)
 
 
 LOSSES = {
-  'sigmoid': (optax_ghm.sigmoid_ghm_loss, np.float32),
-  'one_hot': (optax_ghm.sigmoid_ghm_loss_with_integer_labels, np.int32),
-  'softmax': (optax_ghm.softmax_ghm_loss_with_integer_labels, np.int32),
-  'smooth_l1': (optax_ghm.smooth_l1_ghm_loss, np.float32),
+  'sigmoid': (optax_ghm.sigmoid_ghm_loss_with_state, np.float32),
+  'one_hot': (
+    optax_ghm.sigmoid_ghm_loss_with_integer_labels_with_state,
+    np.int32,
+  ),
+  'softmax': (
+    optax_ghm.softmax_ghm_loss_with_integer_labels_with_state,
+    np.int32,
+  ),
+  'smooth_l1': (optax_ghm.smooth_l1_ghm_loss_with_state, np.float32),
 }
 
 
 @pytest.mark.parametrize('name', LOSSES)
 @given(data=st.data())
-def test_what_is_masked_has_no_part_in_anything(name, data):
+def test_what_weighs_nothing_has_no_part_in_anything(name, data):
   loss, targets = LOSSES[name]
   integers = targets is np.int32
   x = data.draw(
@@ -259,14 +274,14 @@ def test_what_is_masked_has_no_part_in_anything(name, data):
   )
   shape = (4,) if integers else (4, 3)
   y = data.draw(hnp.arrays(targets, shape, elements=st.integers(0, 1)))
-  mask = data.draw(arrays_of.arrays(np.float32, (4,), MASKS))
-  mask = mask if integers else mask[:, None]
-  out = ~(mask > 0)
+  weights = data.draw(arrays_of.arrays(np.float32, (4,), WEIGHTS))
+  weights = weights if integers else weights[:, None]
+  out = ~(weights > 0)
   other_x = np.where(out.reshape(4, 1), np.float32(7), x)
   other_y = np.where(out.reshape(-1, *[1] * (y.ndim - 1)), targets(9), y)
   density = optax_ghm.WindowedDensity(width=0.25, cells=8)
   found, other = (
-    losses_and_grad(loss, *given_, mask, density)
+    losses_and_grad(loss, *given_, weights, density)
     for given_ in ((x, y), (other_x, other_y))
   )
   jax.tree.map(np.testing.assert_array_equal, found, other)
@@ -284,8 +299,10 @@ def test_compiled_or_not_losses_are_the_same(name, data):
     arrays_of.arrays(np.float32, (4, 3), arrays_of.numbers(np.float32))
   )
   y = data.draw(hnp.arrays(targets, shape, elements=st.integers(0, 1)))
-  mask = np.ones(shape, np.float32)
-  losses, state, _ = losses_and_grad(loss, x, y, mask, Smooth())
-  eager, eager_state = loss(x, y, density=Smooth(), mask=mask)
+  weights = np.ones(shape, np.float32)
+  losses, state, _ = losses_and_grad(loss, x, y, weights, Smooth())
+  eager, eager_state = loss(
+    x, y, Smooth().init(), density=Smooth(), weights=weights
+  )
   np.testing.assert_allclose(losses, eager, rtol=1e-5, atol=1e-6)
   jax.tree.map(np.testing.assert_array_equal, state, eager_state)
