@@ -103,14 +103,14 @@ def case(model, shape, programs, quick=False):
 
   def step(carried, x, labels, *, tx, **extra):
     params, state, taps = carried
-    sinks = jax.tree.map(jnp.zeros_like, taps)
+    empty_taps = jax.tree.map(jnp.zeros_like, taps)
 
-    def loss(params, sinks):
-      logits = tapped.apply({'params': params}, x, taps=sinks)
+    def loss(params, empty_taps):
+      logits = tapped.apply({'params': params}, x, taps=empty_taps)
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
       return losses.mean()
 
-    grads, taps = jax.grad(loss, argnums=(0, 1))(params, sinks)
+    grads, taps = jax.grad(loss, argnums=(0, 1))(params, empty_taps)
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state, taps
 

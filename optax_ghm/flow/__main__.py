@@ -1,4 +1,4 @@
-"""``python -m optax_ghm.flow report RECORD``: the page of a saved record."""
+"""The command line: ``python -m optax_ghm.flow report RECORD``."""
 
 import argparse
 import io
@@ -7,13 +7,14 @@ import sys
 
 from optax_ghm.flow._page import write_page
 from optax_ghm.flow._record import Record
-from optax_ghm.flow._report import print_report, printable
+from optax_ghm.flow._report import print_report
+from optax_ghm.flow._verdict import printable
 
 
 def main(arguments: list[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   parser = argparse.ArgumentParser(
-    prog='python -m optax_ghm.flow', description='Reports on gradient flow.'
+    prog='python -m optax_ghm.flow', description='Reports how gradients flow.'
   )
   commands = parser.add_subparsers(dest='command', required=True)
   report = commands.add_parser(
@@ -35,18 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     if output.exists() and any(map(output.samefile, args.records)):
       raise ValueError(f'{output} is a record: give another --output.')
     write_page(output, records, args.title)
-  except (OSError, ValueError) as error:
+  except (ImportError, OSError, ValueError) as error:
     print(printable(str(error)), file=sys.stderr)
     return 1
   try:
     print_report(records)
-  except ImportError:
-    print('(install rich for the tables)', file=sys.stderr)
+  except ImportError as error:
+    print(f'(no tables: {error})', file=sys.stderr)
   print(printable(f'written: {output}'))
   return 0
 
 
 if __name__ == '__main__':
   if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors='backslashreplace')  # names may be any text
+    sys.stdout.reconfigure(errors='backslashreplace')  # names can be any text
   sys.exit(main())

@@ -1,4 +1,4 @@
-"""What is wrong with the gradients, with the evidence, and what to try."""
+"""The diagnosis: what is wrong with the gradients, and what to try."""
 
 from optax_ghm.flow import (
   _record,
@@ -13,16 +13,17 @@ from optax_ghm.flow import (
 def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
   """Says what is wrong with the gradients of a training, if anything.
 
-  Verdicts are about the last 20 recorded steps and need evidence: a slope over
-  depth, 5 layers with kernels; updates, dead units and running averages, 10
-  recorded steps; a spike, 10 steps before it. With taps alone, or a watched
-  optimizer alone, the verdicts are those that can be told from it.
+  Verdicts are about the last 20 recorded steps. Some of them need evidence: 5
+  layers with kernels for a trend over depth; 10 recorded steps for updates,
+  dead units and running averages; 10 earlier steps for a spike. A record with
+  only taps, or only a watched optimizer, gets the verdicts that its statistics
+  allow.
 
   Args:
-    record: of the training; one step of it is enough to begin with.
+    record: of the training, with one step or more.
 
   Returns:
-    The verdicts, the gravest first; an empty list if nothing is wrong.
+    The verdicts, the gravest first, or an empty list if nothing is wrong.
 
   Examples:
     >>> import jax
@@ -33,7 +34,7 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     ...   for name in names:
     ...     x = flow.tap(x / 2, taps[name])
     ...   return jnp.sum(x)
-    >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), flow.Taps.of(names))
+    >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), flow.Taps.empty(names))
     >>> record = flow.Record()
     >>> record.add(0, taps=taps)
     >>> for verdict in flow.diagnose(record):
@@ -41,23 +42,22 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     vanishing: the norm falls by 0.30 decades per layer towards the input,
     2.1 over 8 layers (R² 1.00): 2 at layer 7, 0.016 at layer 0
   """
-  if not len(record):
-    return []
   tapped, watched = record.having('tapped'), record.having('watched')
   verdicts = []
   for rule, measured in (
     (_rules_finite.not_finite, record),
     (_rules_finite.disconnected, tapped),
+    (_rules_finite.no_gradient, tapped),
     (_rules_depth.trend_over_depth, tapped),
     (_rules_updates.dead_units, watched),
     (_rules_updates.update_sizes, watched),
     (_rules_updates.spikes, watched if len(watched) else tapped),
-    (_rules_batch_norm.odd_batches, record),
+    (_rules_batch_norm.batch_norms, record),
   ):
     if len(measured):
       verdicts += rule(measured)
   kinds = {verdict.kind for verdict in verdicts}
-  if 'no gradient' in kinds:  # which explains them
+  if 'no gradient' in kinds:  # the reason for small updates
     verdicts = [v for v in verdicts if v.kind != 'small updates']
   both = watched.having('tapped')
   if len(both) and not kinds & {'not finite', 'no gradient'}:
@@ -66,7 +66,7 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
 
 
 def evidence(record: _record.Record) -> str:
-  """How much a verdict, or that there is none, rests on."""
+  """How many recorded steps the verdicts are based on."""
   counts = {
     'steps with taps': len(record.having('tapped')),
     'with a watched optimizer': len(record.having('watched')),

@@ -1,62 +1,51 @@
 """The report as one HTML page that needs nothing else."""
 
 import html
+import io
 import os
+import re
+import warnings
 from collections.abc import Mapping
 
-import numpy as np
-
-from optax_ghm.flow import _diagnose, _plot, _record, _rules_depth, _svg, _tap
-
-COLUMNS = 120
-"""Most columns of a heat map; more steps share one, the worst is shown."""
-
+from optax_ghm.flow import _diagnose, _optional, _plot, _record
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1d1d22;
-  --quiet: #66666e; --line: #dcdce2; --bad: #b3003c; --card: #f5f5f8; }
+  --dim: #66666e; --bad: #b3003c; --card: #f5f5f8; }
 @media (prefers-color-scheme: dark) { :root { --back: #16161a; --text: #e6e6ea;
-  --quiet: #a0a0aa; --line: #3a3a42; --bad: #ff7098; --card: #212127; } }
+  --dim: #a0a0aa; --bad: #ff7098; --card: #212127; } }
 body { background: var(--back); color: var(--text); margin: 0 auto;
   max-width: 60rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; }
 h1, h2, h3 { line-height: 1.2; margin: 1.5em 0 .5em; }
 h3 { font-size: 1rem; }
-.chart { overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 30rem; height: auto; }
-svg text { fill: var(--quiet); font-size: 11px; }
+figure { margin: 0; overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 40rem; height: auto; }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
+svg text { font-family: inherit !important; }
 svg image { image-rendering: pixelated; }
-.grid { stroke: var(--line); }
-.guide { stroke: var(--quiet); stroke-dasharray: 6 4; }
-.line { fill: none; stroke-width: 1.8; }
-.keys { color: var(--quiet); font-size: .8rem; margin: .2rem 0 0; }
-.keys span { margin-right: 1rem; white-space: nowrap; }
-.keys i { display: inline-block; width: .8em; height: .8em;
-  margin: 0 .3em 0 0; }
 .verdict { background: var(--card); border-left: 4px solid var(--bad);
   padding: .5rem .8rem; margin: .6rem 0; overflow-wrap: anywhere; }
 .verdict b { color: var(--bad); }
-.verdict small, footer { color: var(--quiet); }
+small { color: var(--dim); }
 .well { background: var(--card); padding: .5rem .8rem; }
 """
 
-
-_SCRIPT = """
-for (const svg of document.querySelectorAll('svg[data-cells]')) {
-  const cells = svg.dataset.cells.split('\\n').map(row => row.split('\\t'));
-  const [left, top, width, height] = svg.dataset.box.split(' ').map(Number);
-  const out = svg.parentElement.nextElementSibling.querySelector('output');
-  svg.addEventListener('pointermove', event => {
-    const box = svg.getBoundingClientRect();
-    const scale = svg.viewBox.baseVal.width / box.width;
-    const x = ((event.clientX - box.left) * scale - left) / width;
-    const y = ((event.clientY - box.top) * scale - top) / height;
-    if (x < 0 || x >= 1 || y < 0 || y >= 1) { out.textContent = ''; return; }
-    const row = cells[1 + Math.floor(y * (cells.length - 1))];
-    const j = 1 + Math.floor(x * (row.length - 1));
-    out.textContent = `${row[0]} at ${cells[0][j]}: ${row[j]}`;
-  });
+# A color that nothing else has, to be replaced by the color of the page's text.
+_TEXT_COLOR = '#010203'
+_DRAWING = {
+  'svg.fonttype': 'none',
+  'svg.hashsalt': 'optax_ghm',
+  'text.color': _TEXT_COLOR,
+  'axes.edgecolor': _TEXT_COLOR,
+  'axes.labelcolor': _TEXT_COLOR,
+  'axes.facecolor': 'none',
+  'xtick.color': _TEXT_COLOR,
+  'ytick.color': _TEXT_COLOR,
+  'figure.facecolor': 'none',
+  'savefig.facecolor': 'none',
+  'legend.facecolor': 'none',
+  'legend.framealpha': 0,
 }
-"""
 
 
 def write_page(
@@ -66,19 +55,18 @@ def write_page(
 ) -> None:
   """Writes one self-contained HTML page: verdicts and pictures.
 
-  For every record the verdicts of :func:`optax_ghm.flow.diagnose`, a heat map
-  of log10 norms of the gradients over layers and steps, their profile over
-  depth, update ratios over time beside the usual 1e-3, magnitudes over time
-  where histograms were kept, and the loss, if one was added. It opens from
-  disk, asks nothing of the network, and follows the reader's light or dark
-  theme. What is not finite has a color of its own.
+  For every record, the page has the verdicts of
+  :func:`optax_ghm.flow.diagnose`, the loss, if one was added, and the pictures
+  of :func:`optax_ghm.flow.figure`. It opens from disk, asks nothing of the
+  network, runs no script, and takes on the reader's light or dark theme.
 
   Args:
     path: of the file to write.
-    records: one, or several by name, to compare.
+    records: one record, or several by name, to compare.
     title: of the page.
 
   Raises:
+    ImportError: if ``matplotlib`` is not installed.
     ValueError: if there is no record, or nothing is recorded in one.
 
   Examples:
@@ -88,7 +76,8 @@ def write_page(
     >>> from optax_ghm import flow
     >>> def loss(x, taps):
     ...   return jnp.sum(jnp.square(flow.tap(x, taps['hidden'])))
-    >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), flow.Taps.of(['hidden']))
+    >>> empty = flow.Taps.empty(['hidden'])
+    >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), empty)
     >>> record = flow.Record()
     >>> record.add(0, taps=taps)
     >>> path = pathlib.Path(tempfile.mkdtemp()) / 'flow.html'
@@ -101,20 +90,16 @@ def write_page(
   if not records:
     raise ValueError('there is no record to show.')
   sections = ''.join(_section(name, record) for name, record in records.items())
-  policy = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
-    " script-src 'unsafe-inline'"
-  )
+  policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
   page = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     f'<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n'
     f'<body><h1>{html.escape(title)}</h1>\n{sections}'
-    '<footer><small>optax_ghm.flow</small></footer>'
-    f'<script>{_SCRIPT}</script></body></html>\n'
+    '<footer><small>optax_ghm.flow</small></footer></body></html>\n'
   )
-  # A name from a file may hold half of a surrogate pair.
+  # A name that was read from a file may hold half of a surrogate pair.
   with open(path, 'w', encoding='utf-8', errors='backslashreplace') as file:
     file.write(page)
 
@@ -125,8 +110,8 @@ def _section(name, record):
     raise ValueError(f'nothing is recorded{f" in {name}" if name else ""}.')
   parts = [f'<section><h2>{html.escape(name)}</h2>' if name else '<section>']
   parts.append(
-    f'<p class="keys">{len(steps)} recorded steps, {steps[0]} to'
-    f' {steps[-1]}</p>'
+    f'<p><small>{len(steps)} recorded steps, {steps[0]} to {steps[-1]}</small>'
+    '</p>'
   )
   verdicts = _diagnose.diagnose(record)
   if not verdicts:
@@ -141,116 +126,40 @@ def _section(name, record):
       f' {html.escape(verdict.suggestion)}<br>'
       f'<small>{html.escape(verdict.source)}</small></div>'
     )
-  loss = record.scalars.get('loss')
-  if loss is not None and len(steps) > 1:
-    given = record.has_scalar('loss')
-    parts.append('<h3>Loss</h3>')
-    parts.append(
-      _svg.line_chart(
-        {'loss': (steps[given], loss[given])}, x_label='step', y_label='loss'
-      )
-    )
-  if record.layers and not np.isnan(record.layer_stats['calls']).all():
-    parts += _of_layers(record, steps)
-  if record.leaves and not np.isnan(record.leaf_stats['elements']).all():
-    parts += _of_leaves(record, steps)
+  for title, draw in _plot.pictures(record).items():
+    heading = html.escape(title[:1].upper() + title[1:])
+    parts.append(f'<h3>{heading}</h3><figure>{_svg(draw, heading)}</figure>')
   return ''.join(parts) + '</section>\n'
 
 
-def _of_layers(record, steps):
-  stats = record.layer_stats
-  tapped = ~np.isnan(stats['calls']).all(1)
-  norms, at = stats['norm'][tapped], steps[tapped]
-  with np.errstate(divide='ignore'):
-    logs = np.where(norms == 0, 0.0, np.log10(norms))
-  names = [layer.name or '(the model)' for layer in record.layers]
-  values, nothing, columns = _binned(logs, norms == 0, at)
-  parts = [
-    '<h3>Gradient norm at the layers, from the input (top) to the loss</h3>',
-    _svg.heat_map(
-      values.T,
-      rows=names,
-      columns=columns,
-      label='log10 of the gradient norm',
-      nothing=nothing.T,
-    ),
-  ]
-  profile = _rules_depth.depth_profile(record)
-  depth = np.arange(len(profile.layers))
-  shown = np.flatnonzero(tapped)
-  if len(depth) > 1:
-    shown = sorted({shown[0], shown[len(shown) // 2], shown[-1]})
-    parts += [
-      '<h3>Over depth</h3>',
-      _svg.line_chart(
-        {f'step {steps[t]}': (depth, profile.log_norms[t]) for t in shown},
-        x_label='layers with a kernel, from the input',
-        y_label='log10 of the gradient norm',
-      ),
-    ]
-  histograms = record.histograms
-  if histograms is not None:
-    chosen = profile.layers if len(profile.layers) else np.arange(len(names))
-    chosen = chosen[[0, len(chosen) // 2, -1]]
-    lowest, octaves = _tap.LOWEST, _tap.OCTAVES
-    for i in dict.fromkeys(int(i) for i in chosen):
-      counts = np.nan_to_num(histograms[tapped][:, i])
-      share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-      used = np.flatnonzero(share.any(0))
-      if not len(used):
-        continue
-      cells = np.arange(used[-1], used[0] - 1, -1)
-      values, nothing, columns = _binned(
-        share[:, cells], share[:, cells] == 0, at
-      )
-      parts += [
-        f'<h3>Magnitudes at {html.escape(names[i])}</h3>',
-        _svg.heat_map(
-          values.T,
-          rows=[f'{2.0 ** (lowest + octaves * c):.0e} and up' for c in cells],
-          columns=columns,
-          label='share of the numbers',
-          nothing=nothing.T,
-        ),
-      ]
-  return parts
+def _svg(draw, label):
+  """A picture as an SVG element that can stand in HTML beside others."""
+  matplotlib = _optional.load('matplotlib', _plot.PLOT_EXTRA)
+  module = _optional.load('matplotlib.figure', _plot.PLOT_EXTRA)
+  with matplotlib.rc_context(), warnings.catch_warnings():
+    # The browser has the glyphs that matplotlib's font lacks.
+    warnings.filterwarnings('ignore', 'Glyph .* missing')
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update(_DRAWING)
+    figure = module.Figure(figsize=(9, 4), layout='constrained')
+    draw(figure.subplots())
+    file = io.StringIO()
+    no_metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+    figure.savefig(file, format='svg', metadata=no_metadata)
+  text = file.getvalue()
+  body = text[text.index('</metadata>' if '</metadata>' in text else '<defs') :]
+  body = re.sub(r'<style.*?</style>', '', body, flags=re.DOTALL)
+  referred = set(re.findall(r'#(\w+)', body))
 
+  def adapt(tag):
+    """Elements of several pictures would share the names of their kinds."""
+    tag = tag[0].replace(_TEXT_COLOR, 'currentColor')
+    return re.sub(
+      r' id="([^"]+)"', lambda m: m[0] if m[1] in referred else '', tag
+    )
 
-def _of_leaves(record, steps):
-  with np.errstate(divide='ignore', invalid='ignore'):
-    logs = np.log10(record.leaf_stats['update_ratio'])
-  watched = ~np.isnan(record.leaf_stats['elements']).all(1)
-  kernels = [i for i, leaf in enumerate(record.leaves) if leaf.rank >= 2]
-  if not kernels or watched.sum() < 2:
-    return []
-  logs = logs[watched][:, kernels]
-  values, _, at = _binned(logs, np.zeros(logs.shape, bool), steps[watched])
-  lines = {
-    record.leaves[i].name: (np.array(at, float), values[:, j])
-    for j, i in enumerate(kernels)
-  }
-  return [
-    '<h3>Update norm over parameter norm</h3>',
-    _svg.line_chart(
-      lines,
-      x_label='step; the dashed line is the usual 1e-3',
-      y_label='log10 of the ratio',
-      guide=float(np.log10(_plot.RATIO_GUIDE)),
-    ),
-  ]
-
-
-def _binned(values, nothing, steps):
-  """At most COLUMNS columns: the last of each bin, or what is not finite."""
-  bins = np.array_split(np.arange(len(steps)), min(len(steps), COLUMNS))
-  bad = ~np.isfinite(values)
-  rows, empty = [], []
-  for members in bins:
-    last = members[-1]
-    first_bad = members[np.argmax(bad[members], axis=0)]
-    cell = np.arange(values.shape[1])
-    picked = np.where(bad[members].any(0), first_bad, last)
-    rows.append(values[picked, cell])
-    empty.append(nothing[picked, cell])
-  labels = [str(steps[members[-1]]) for members in bins]
-  return np.array(rows), np.array(empty), labels
+  width, height = 72 * figure.get_size_inches()
+  return (
+    f'<svg role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}">'
+    + re.sub(r'<[^>]*>', adapt, body)
+  )

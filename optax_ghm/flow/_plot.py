@@ -1,27 +1,35 @@
-"""The pictures, as a matplotlib figure."""
+"""The pictures of a record, drawn by matplotlib."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optax_ghm.flow import _record, _rules_depth, _tap
+from optax_ghm.flow import _optional, _record, _rules_depth, _tap, _verdict
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-RATIO_GUIDE = 1e-3
-"""What a step usually changes of a parameter's norm."""
+PLOT_EXTRA = 'optax_ghm[plot]'
+TYPICAL_RATIO = 1e-3
+MOST_NAMES = 20
+"""Layers with a name beside the heat map, and lines with one in the legend."""
 
 
 def figure(record: _record.Record) -> 'Figure':
-  """Heat map, depth profile, update ratios and histogram in one figure.
+  """Draws the gradients of a record in one figure.
+
+  The figure shows the norms of the gradient over layers and steps, their
+  profile over depth, update ratios over time, and the magnitudes at the first
+  layer with a kernel. Non-finite numbers are red. Pictures of what the record
+  does not hold are empty.
 
   Args:
-    record: of the training; what it does not hold is left empty.
+    record: of the training.
 
   Returns:
-    A matplotlib figure, not registered with pyplot: a notebook shows it,
-    ``savefig`` writes it. What is not finite is red.
+    A matplotlib figure, which pyplot does not know: a notebook shows it, and
+    ``savefig`` writes it.
 
   Raises:
     ImportError: if ``matplotlib`` is not installed.
@@ -33,94 +41,160 @@ def figure(record: _record.Record) -> 'Figure':
     >>> from optax_ghm import flow
     >>> def loss(x, taps):
     ...   return jnp.sum(jnp.square(flow.tap(x, taps['hidden'])))
-    >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), flow.Taps.of(['hidden']))
+    >>> empty = flow.Taps.empty(['hidden'])
+    >>> taps = jax.grad(loss, argnums=1)(jnp.ones(4), empty)
     >>> record = flow.Record()
     >>> record.add(0, taps=taps)
     >>> len(flow.figure(record).axes)
     5
   """
-  from matplotlib.colors import LogNorm  # noqa: PLC0415
-  from matplotlib.figure import Figure  # noqa: PLC0415
-
-  steps = record.steps
-  if not len(steps):
+  if not len(record):
     raise ValueError('nothing is recorded.')
-  figure = Figure(figsize=(12, 8), layout='constrained')
-  axes = figure.subplots(2, 2)
-
-  ax = axes[0, 0]
-  ax.set_title('gradient norm at the layers')
-  if record.layers:
-    norms = record.layer_stats['norm']
-    seen = norms[np.isfinite(norms) & (norms > 0)]
-    low, high = (seen.min(), seen.max()) if len(seen) else (1, 1)
-    mesh = ax.pcolormesh(
-      np.arange(len(steps) + 1) - 0.5,
-      np.arange(len(record.layers) + 1) - 0.5,
-      np.ma.masked_where(~(np.isfinite(norms) & (norms > 0)), norms).T,
-      norm=LogNorm(low, max(high, low * 10)),
-    )
-    figure.colorbar(mesh, ax=ax)
-    bad = ~np.isfinite(norms) & ~np.isnan(record.layer_stats['calls'])
-    ax.plot(*np.nonzero(bad), 's', color='red', markersize=3)
-    ax.invert_yaxis()
-    every = max(len(record.layers) // 20, 1)
-    shown = range(0, len(record.layers), every)
-    ax.set_yticks(
-      list(shown),
-      [_text(record.layers[i].name or '(the model)') for i in shown],
-    )
-    _label_steps(ax, steps)
-
-  ax = axes[0, 1]
-  ax.set_title('over depth')
-  ax.set_xlabel('layers with a kernel, from the input')
-  ax.set_ylabel('log10 of the gradient norm')
-  profile = _rules_depth.depth_profile(record)
-  if len(profile.layers):
-    for t in sorted({0, len(steps) // 2, len(steps) - 1}):
-      ax.plot(profile.log_norms[t], 'o-', label=f'step {steps[t]}')
-    ax.legend()
-
-  ax = axes[1, 0]
-  ax.set_title('update norm over parameter norm')
-  ratio = record.leaf_stats['update_ratio']
-  for i, leaf in enumerate(record.leaves):
-    positive = np.where(ratio[:, i] > 0, ratio[:, i], np.nan)
-    if leaf.rank >= 2 and np.isfinite(positive).any():
-      ax.plot(steps, positive, label=_text(leaf.name))
-  ax.axhline(RATIO_GUIDE, color='gray', linestyle='--')
-  ax.set_yscale('log')
-  ax.set_xlabel('step')
-  if 0 < len(ax.get_legend_handles_labels()[0]) <= 12:
-    ax.legend(fontsize='small')
-
-  ax = axes[1, 1]
-  histograms = record.histograms
-  ax.set_title('magnitudes at the first layer')
-  if histograms is not None:
-    at = int(profile.layers[0]) if len(profile.layers) else 0
-    name = _text(record.layers[at].name or '(the model)')
-    ax.set_title(f'magnitudes at {name}')
-    edges = _tap.LOWEST + _tap.OCTAVES * np.arange(_tap.CELLS + 1)
-    ax.pcolormesh(
-      np.arange(len(steps) + 1) - 0.5,
-      edges * np.log10(2),
-      np.log1p(np.nan_to_num(histograms[:, at])).T,
-    )
-    ax.set_ylabel('log10 of the magnitude')
-    _label_steps(ax, steps)
+  module = _optional.load('matplotlib.figure', PLOT_EXTRA)
+  figure = module.Figure(figsize=(12, 8), layout='constrained')
+  found = pictures(record)
+  first_layer = next((t for t in found if t.startswith('magnitudes')), '')
+  titles = ('gradient norm at the layers', 'over depth')
+  titles += ('update norm over parameter norm', first_layer)
+  for ax, title in zip(figure.subplots(2, 2).flat, titles, strict=True):
+    ax.set_title(text(title))
+    if title in found:
+      found[title](ax)
   return figure
 
 
-def _label_steps(ax, steps):
-  every = max(len(steps) // 6, 1)
-  shown = range(0, len(steps), every)
-  ax.set_xticks(list(shown), [str(steps[i]) for i in shown])
+def pictures(record: _record.Record) -> dict[str, Callable[[Any], None]]:
+  """Functions that draw on matplotlib axes, by the title of the picture.
+
+  Args:
+    record: of the training.
+
+  Returns:
+    The pictures of what the record holds.
+  """
+  found: dict[str, Callable[[Any], None]] = {}
+  if record.has_scalar('loss').sum() > 1:
+    found['loss'] = lambda ax: _draw_loss(ax, record)
+  tapped, watched = record.having('tapped'), record.having('watched')
+  if len(tapped):
+    found['gradient norm at the layers'] = lambda ax: _draw_norms(ax, tapped)
+    profile = _rules_depth.depth_profile(tapped)
+    depth = profile.layers
+    if len(depth) > 1:
+      found['over depth'] = lambda ax: _draw_profile(ax, tapped, profile)
+    with_histogram = tapped.having('histogram')
+    if len(with_histogram):
+      depth = depth if len(depth) else np.arange(len(record.layers))
+      for i in depth[[0, len(depth) // 2, -1]].tolist():
+        found[f'magnitudes at {_name(record, i)}'] = lambda ax, i=i: (
+          _draw_magnitudes(ax, with_histogram, i)
+        )
+  if len(watched) > 1 and any(leaf.rank >= 2 for leaf in record.leaves):
+    found['update norm over parameter norm'] = lambda ax: _draw_ratios(
+      ax, watched
+    )
+  return found
+
+
+def text(name: str) -> str:
+  """The text, escaped so that matplotlib sees no formulas and no controls."""
+  return _verdict.printable(name).replace('$', r'\$')
+
+
+def _name(record, i):
+  return record.layers[i].name or '(the model)'
+
+
+def _draw_loss(ax, record):
+  given = record.has_scalar('loss')
+  _line(ax, record.steps[given], record.scalars['loss'][given])
   ax.set_xlabel('step')
 
 
-def _text(name):
-  """A name as it is: no mathematics, and a legend entry in any case."""
-  name = name.replace('$', r'\$')
-  return f' {name}' if name.startswith('_') else name
+def _draw_norms(ax, record):
+  from matplotlib.colors import LogNorm  # noqa: PLC0415
+
+  norms = record.layer_stats['norm'].T
+  shown = np.isfinite(norms) & (norms > 0)
+  low = norms[shown].min() if shown.any() else 1.0
+  high = norms[shown].max() if shown.any() else 1.0
+  mesh = ax.pcolormesh(
+    np.arange(norms.shape[1] + 1) - 0.5,
+    np.arange(len(norms) + 1) - 0.5,
+    np.ma.masked_where(~shown, norms),
+    norm=LogNorm(low, max(high, low * 10)),
+    rasterized=True,
+  )
+  bar = ax.figure.colorbar(mesh, ax=ax)
+  bar.solids.set_rasterized(True)
+  ax.set_facecolor('gray')
+  rows, columns = np.nonzero(~np.isfinite(norms))
+  ax.plot(columns, rows, 's', color='red', markersize=3, rasterized=True)
+  ax.invert_yaxis()
+  some = range(0, len(norms), -(-len(norms) // MOST_NAMES))
+  ax.set_yticks(some, [text(_name(record, i)[-40:]) for i in some])
+  ax.set_ylabel('from the input to the loss')
+  _label_steps(ax, record, 'gray: no gradient, red: not finite')
+
+
+def _draw_profile(ax, record, profile):
+  depth = np.arange(len(profile.layers))
+  for t in sorted({0, len(record) // 2, len(record) - 1}):
+    label = f'step {record.steps[t]}'
+    _line(ax, depth, profile.log_norms[t], 'o-', label=label)
+  ax.set_xlabel('layers with a kernel, from the input')
+  ax.set_ylabel('log10 of the gradient norm')
+  ax.legend()
+
+
+def _draw_ratios(ax, record):
+  ratios = record.leaf_stats['update_ratio']
+  kernels = [i for i, leaf in enumerate(record.leaves) if leaf.rank >= 2]
+  for i in kernels:
+    name = text(record.leaves[i].name)
+    # A label that begins with an underscore would not be in the legend.
+    label = f' {name}' if name.startswith('_') else name
+    values = np.where(ratios[:, i] == 0, np.nan, ratios[:, i])
+    many = len(kernels) > MOST_NAMES
+    _line(ax, record.steps, values, label=label, rasterized=many)
+  ax.axhline(TYPICAL_RATIO, color='gray', linestyle='--')
+  ax.set_yscale('log')
+  ax.set_xlabel(f'step; the dashed line is at {TYPICAL_RATIO:g}')
+  if len(kernels) <= MOST_NAMES:
+    ax.legend(fontsize='small')
+
+
+def _draw_magnitudes(ax, record, layer):
+  counts = np.nan_to_num(record.histograms[:, layer].T).clip(0)
+  octaves = _tap.OCTAVES_PER_CELL * np.arange(len(counts) + 1)
+  edges = (_tap.LOWEST_EXPONENT + octaves) * np.log10(2)
+  ax.pcolormesh(
+    np.arange(counts.shape[1] + 1) - 0.5,
+    edges,
+    np.log1p(counts),
+    rasterized=True,
+  )
+  used = np.flatnonzero(counts.any(1))
+  if len(used):
+    ax.set_ylim(*edges[[used[0], used[-1] + 1]])
+  ax.set_ylabel('log10 of the magnitude')
+  _label_steps(ax, record, 'the brighter, the more')
+
+
+def _line(ax, x, y, *style, **options):
+  """A line, with a red mark at the top for every value that is not finite."""
+  bad = ~np.isfinite(y)
+  # Matplotlib overflows where the range of an axis does.
+  shown = np.where(bad, np.nan, np.clip(y, -1e300, 1e300))
+  ax.plot(x, shown, *style, **options)
+  if bad.any():
+    top = np.ones(bad.sum())
+    at_top = ax.get_xaxis_transform()
+    ax.plot(x[bad], top, 'x', color='red', transform=at_top, clip_on=False)
+
+
+def _label_steps(ax, record, legend):
+  steps = record.steps
+  some = range(0, len(steps), max(len(steps) // 6, 1))
+  ax.set_xticks(some, [str(steps[i]) for i in some])
+  ax.set_xlabel(f'step ({legend})')

@@ -4,22 +4,23 @@ import numpy as np
 
 from optax_ghm.flow import _verdict
 
-CONSTANT_SHARE = 0.5
-"""Of the features of a batch norm: more that do not vary are too many."""
+MAX_CONSTANT_SHARE = 0.5
+"""The share of constant features that is too large."""
 
 
-DRIFT = 0.5
-"""Of batch statistics from the running ones: what 4 examples have by chance."""
+MAX_DRIFT = 0.5
+"""The drift of averages that is too large: 4 examples have as much by chance.
+"""
 
 
-def odd_batches(record):
-  """Features that do not vary, and running averages that are far off."""
-  verdicts, stats = [], record.norm_stats
+def batch_norms(record):
+  """Finds features that do not vary and running averages that are far off."""
+  verdicts, stats = [], record.batch_norm_stats
   for kind, columns, limit, evidence, suggestion, source in (
     (
       'constant features',
       ('constant',),
-      CONSTANT_SHARE,
+      MAX_CONSTANT_SHARE,
       'half or more of the features at {names} have a variance below epsilon,'
       ' {worst:.0%} at the worst: they are no longer normalized',
       'their input is off or saturated for all examples (dead units before'
@@ -29,38 +30,34 @@ def odd_batches(record):
     (
       'running averages',
       ('mean_drift', 'std_drift'),
-      DRIFT,
+      MAX_DRIFT,
       'at {names} the batches are off the running averages by {worst:.2g}'
       ' standard deviations, or a factor exp({worst:.2g}) of it: evaluation'
       ' will see another network than training does',
-      'let the averages settle (train on, or a smaller decay), recalibrate them'
-      ' before evaluating (recalibrate in optax_ghm.linen and .nnx), use larger'
-      ' batches, or BatchRenorm.',
+      'let the averages settle (train on, or a smaller momentum), recalibrate'
+      ' them before evaluating (recalibrate in optax_ghm.linen and .nnx), use'
+      ' larger batches, or BatchRenorm.',
       'Ioffe 2017; Wu & Johnson 2021',
     ),
   ):
     worst = np.max([stats[column] for column in columns], axis=0)
-    found, values = [], []
-    for i in range(len(record.norms)):
-      measured = np.flatnonzero(~np.isnan(worst[:, i]))[-_verdict.RECENT :]
-      if len(measured) < _verdict.LEAST_STEPS:
-        continue
-      median = float(np.median(worst[measured, i]))
-      if median > limit:
-        found.append(i)
-        values.append(median)
-    if found:
-      names = tuple(record.norms[i] for i in found)
-      with np.errstate(invalid='ignore'):
-        holds = ~(worst[:, found] <= limit).all(1)
-      verdicts.append(
-        _verdict.Verdict(
-          kind,
-          names,
-          _verdict.since(record, holds),
-          evidence.format(names=_verdict.listed(names), worst=max(values)),
-          suggestion,
-          source,
-        )
+    medians = {}
+    for i in range(len(record.batch_norms)):
+      recent = worst[~np.isnan(worst[:, i]), i][-_verdict.RECENT_STEPS :]
+      if len(recent) >= _verdict.MIN_STEPS and np.median(recent) > limit:
+        medians[i] = float(np.median(recent))
+    if not medians:
+      continue
+    names = tuple(record.batch_norms[i] for i in medians)
+    largest = max(medians.values())
+    verdicts.append(
+      _verdict.Verdict(
+        kind,
+        names,
+        _verdict.since(record, ~(worst[:, list(medians)] <= limit).all(1)),
+        evidence.format(names=_verdict.listed(names), worst=largest),
+        suggestion,
+        source,
       )
+    )
   return verdicts

@@ -6,60 +6,58 @@ from optax_ghm.flow import _verdict
 
 
 def not_finite(record):
-  steps, at_layers = record.steps, record.layer_stats['non_finite']
-  at_leaves = record.leaf_stats['non_finite']
-  bad_layers, bad_leaves = at_layers > 0, at_leaves > 0
-  # Counts may say 0 of what overflowed in float32, the norms not.
-  bad_layers |= np.isinf(record.layer_stats['norm'])
-  bad_leaves |= ~np.isfinite(record.leaf_stats['gradient_norm']) & ~np.isnan(
-    record.leaf_stats['elements']
+  """Finds where the first non-finite number was made."""
+  steps, layers, leaves = record.steps, record.layer_stats, record.leaf_stats
+  # A number that overflows in a statistic is counted as finite.
+  bad_layers = (layers['non_finite'] > 0) | np.isinf(layers['norm'])
+  bad_leaves = (leaves['non_finite'] > 0) | (
+    ~np.isfinite(leaves['gradient_norm']) & ~np.isnan(leaves['elements'])
   )
-  bad_values = {
+  bad_scalars = {
     name: ~np.isfinite(values) & record.has_scalar(name)
     for name, values in record.scalars.items()
   }
-  bad = bad_layers.any(1) | bad_leaves.any(1)
-  for values in bad_values.values():
-    bad = bad | values
+  bad = np.any(
+    [bad_layers.any(1), bad_leaves.any(1), *bad_scalars.values()], axis=0
+  )
   if not bad.any():
     return []
   t = int(np.argmax(bad))
   if bad_layers[t].any():
     # The backward pass meets the layers from the last to the first.
     i = int(np.flatnonzero(bad_layers[t])[-1])
-    name = _verdict.called(record, i)
-    reached = np.nan_to_num(record.layer_stats['calls'][t]) > 0
-    behind = [j for j in range(i + 1, len(record.layers)) if reached[j]]
+    name = _verdict.layer_name(record, i)
     where = (
-      f'{at_layers[t, i]:.0f} of {record.layer_stats["elements"][t, i]:.0f}'
+      f'{layers["non_finite"][t, i]:.0f} of {layers["elements"][t, i]:.0f}'
       f' numbers of the gradient at the output of {name}'
     )
-    if behind:
-      layers = (_verdict.called(record, behind[0]), name)
+    reached = np.flatnonzero(layers['calls'][t] > 0)
+    later = reached[reached > i]
+    if len(later):
+      names = (_verdict.layer_name(record, later[0]), name)
       where += (
-        f'; at the output of {layers[0]}, where the backward pass came from,'
+        f'; at the output of {names[0]}, where the backward pass came from,'
         ' all were finite: it was made in the backward pass between the two,'
-        f' by {layers[0]} or what stands before it'
+        f' by {names[0]} or what stands before it'
       )
     else:
-      layers = (name,)
+      names = (name,)
       where += ', the last layer: it came from the loss'
   elif bad_leaves[t].any():
-    layers = tuple(record.leaves[i].name for i in np.flatnonzero(bad_leaves[t]))
-    where = f'the gradients of {len(layers)} of {len(record.leaves)} parameters'
-    if len(record.layers) and not np.isnan(at_layers[t]).any():
+    names = tuple(record.leaves[i].name for i in np.flatnonzero(bad_leaves[t]))
+    where = f'the gradients of {len(names)} of {len(record.leaves)} parameters'
+    if record.layers and not np.isnan(layers['non_finite'][t]).any():
       where += ', while it was finite at the outputs of all layers'
   else:
-    layers = tuple(name for name, values in bad_values.items() if values[t])
-    where = f'{", ".join(layers)}; the gradients are finite'
-  count = int(bad.sum())
+    names = tuple(name for name, values in bad_scalars.items() if values[t])
+    where = f'{", ".join(names)}; the gradients are finite'
   return [
     _verdict.Verdict(
       'not finite',
-      layers,
+      names,
       int(steps[t]),
-      f'at {count} of {len(steps)} recorded steps, first at step {steps[t]}:'
-      f' {where}',
+      f'at {bad.sum()} of {len(steps)} recorded steps, first at step'
+      f' {steps[t]}: {where}',
       'look there for a division, root, logarithm or power at 0, also in the'
       ' branch of a where that is not taken (give that branch a safe argument),'
       ' and for 16-bit overflow; optax_ghm.calibrated leaves out such steps.',
@@ -69,19 +67,16 @@ def not_finite(record):
 
 
 def disconnected(record):
-  """What no gradient, or only an exact zero, reaches."""
-  calls = record.layer_stats['calls'][-_verdict.RECENT :]
+  """Finds layers that no backward pass reaches."""
+  missed = record.layer_stats['calls'] == 0
   verdicts = []
-  never = calls.sum(0) == 0
-  for run in _verdict.runs(never):
-    names = tuple(_verdict.called(record, i) for i in run)
+  for run in _verdict.neighbors(missed[-_verdict.RECENT_STEPS :].all(0)):
+    names = tuple(_verdict.layer_name(record, i) for i in run)
     verdicts.append(
       _verdict.Verdict(
         'disconnected',
         names,
-        _verdict.since(
-          record, (record.layer_stats['calls'] == 0)[:, run].all(1)
-        ),
+        _verdict.since(record, missed[:, run].all(1)),
         f'no backward pass arrives at the output of {_verdict.listed(names)}',
         'look between its output and the loss for stop_gradient, a detour'
         ' through NumPy or integers, an output that is not used, or a function'
@@ -89,22 +84,27 @@ def disconnected(record):
         'optax_ghm.flow.tap: calls is 0 where nothing is differentiated',
       )
     )
+  return verdicts
+
+
+def no_gradient(record):
+  """Finds layers whose gradient arrives, but is exactly 0."""
   stats = record.layer_stats
+  recent = slice(-_verdict.RECENT_STEPS, None)
+  reached = ~(stats['calls'][recent] == 0).all(0)
   only_zeros = (
     (stats['calls'] > 0)
     & (stats['zeros'] == stats['elements'])
     & (stats['elements'] > 0)
   )
-  recent = only_zeros[-_verdict.RECENT :]
-  silent = recent.all(0)
-  for run in _verdict.runs(silent):
-    names = tuple(_verdict.called(record, i) for i in run)
-    later = [i for i in range(run[-1] + 1, len(record.layers)) if not never[i]]
-    where = (
-      f'; at {_verdict.called(record, later[0])}, after it, there is one'
-      if later
-      else ''
-    )
+  verdicts = []
+  for run in _verdict.neighbors(only_zeros[recent].all(0)):
+    names = tuple(_verdict.layer_name(record, i) for i in run)
+    later = np.flatnonzero(reached[run[-1] + 1 :])
+    where = ''
+    if len(later):
+      name = _verdict.layer_name(record, run[-1] + 1 + later[0])
+      where = f'; at {name}, after it, there is one'
     verdicts.append(
       _verdict.Verdict(
         'no gradient',
@@ -112,7 +112,7 @@ def disconnected(record):
         _verdict.since(record, only_zeros[:, run].all(1)),
         f'the gradient at the output of {_verdict.listed(names)} is exactly'
         f' 0{where}',
-        'what follows is off for every example (ReLUs that are dead, a gate or'
+        'the layers after it are off for every example (dead ReLUs, a gate or'
         ' a mask that is 0, a saturated float), or a kernel there is 0: look'
         ' at its biases and learning rate, try a leaky activation.',
         'Lu et al., Dying ReLU and Initialization, 2019',
@@ -122,53 +122,45 @@ def disconnected(record):
 
 
 def conflict(record):
-  """Where what passes a layer and what its parameters get do not agree."""
-  layers, leaves = record.layer_stats, record.leaf_stats
-  if not record.layers or not record.leaves:
-    return []
-  both = np.arange(len(record))[-_verdict.RECENT :]
-  arrives = (layers['norm'][both] > 0) | ~np.isfinite(layers['norm'][both])
-  gets = (leaves['gradient_norm'][both] > 0) | ~np.isfinite(
-    leaves['gradient_norm'][both]
-  )
-  frozen, elsewhere = [], []
+  """Finds layers and parameters of which only one has a gradient."""
+  recent = slice(-_verdict.RECENT_STEPS, None)
+  # NaN is not 0 either.
+  at_layers = record.layer_stats['norm'][recent] != 0
+  at_leaves = record.leaf_stats['gradient_norm'][recent] != 0
+  frozen, unexplained = set(), set()
   for i, layer in enumerate(record.layers):
     own = _own_leaves(record, layer)
-    if not own:
-      continue
-    if arrives[:, i].all():
-      frozen += [j for j in own if not gets[:, j].any()]
-    if '[' not in layer.name and not arrives[:, i].any():
-      elsewhere += [j for j in own if gets[:, j].all()]
+    if at_layers[:, i].all():
+      frozen |= {j for j in own if not at_leaves[:, j].any()}
+    if '[' not in layer.name and not at_layers[:, i].any():
+      unexplained |= {j for j in own if at_leaves[:, j].all()}
   verdicts = []
-  if frozen:
-    names = tuple(record.leaves[j].name for j in sorted(set(frozen)))
-    verdicts.append(
-      _verdict.Verdict(
-        'conflict',
-        names,
-        int(record.steps[both[0]]),
-        f'a gradient arrives at the layer of {_verdict.listed(names)}, but its'
-        ' own is exactly 0',
-        'the parameter is frozen by stop_gradient, is not used, or is only'
-        ' multiplied by zeros: look at the input of the layer.',
-        'chain rule: a kernel gradient is input times output gradient',
+  for found, evidence, suggestion in (
+    (
+      frozen,
+      'a gradient arrives at the layer of {names}, but its own is exactly 0',
+      'the parameter is frozen by stop_gradient, is not used, or is only'
+      ' multiplied by zeros: look at the input of the layer.',
+    ),
+    (
+      unexplained,
+      '{names} has a gradient although none arrives at the output of its layer',
+      'it comes by another way: a penalty on the weights, weights that are'
+      ' shared, or a call of the layer that is not tapped.',
+    ),
+  ):
+    if found:
+      names = tuple(record.leaves[j].name for j in sorted(found))
+      verdicts.append(
+        _verdict.Verdict(
+          'conflict',
+          names,
+          int(record.steps[recent][0]),
+          evidence.format(names=_verdict.listed(names)),
+          suggestion,
+          'chain rule: a kernel gradient is input times output gradient',
+        )
       )
-    )
-  if elsewhere:
-    names = tuple(record.leaves[j].name for j in sorted(set(elsewhere)))
-    verdicts.append(
-      _verdict.Verdict(
-        'conflict',
-        names,
-        int(record.steps[both[0]]),
-        f'{_verdict.listed(names)} has a gradient although none arrives at the'
-        ' output of its layer',
-        'it comes by another way: a penalty on the weights, weights that are'
-        ' shared, or a call of the layer that is not tapped.',
-        'chain rule: a kernel gradient is input times output gradient',
-      )
-    )
   return verdicts
 
 

@@ -1,75 +1,76 @@
-"""What the optimizer's statistics tell: dead units, odd updates, spikes."""
+"""Rules about updates, dead units and spikes."""
 
 import numpy as np
 
 from optax_ghm.flow import _record, _verdict
 
-UPDATE_RATIOS = (1e-5, 1e-1)
-"""Between them, a step's change of a kernel over its norm is usual."""
+MIN_RATIO, MAX_RATIO = 1e-5, 1e-1
+"""Healthy medians of the norm of a kernel's update over the kernel's norm."""
 
 
-THROWN = 10.0
-"""One step whose change is this many times the kernel is one too many."""
+MAX_RATIO_OF_ONE_STEP = 10.0
+"""A single update of this many times the kernel is too large."""
 
 
-DEAD_SHARE = 0.5
+MAX_DEAD_SHARE = 0.5
+"""The share of dead units of a layer that is too large."""
 
 
-SPIKE, SPIKE_SIGMAS, SPIKE_HISTORY = 10.0, 8.0, 10
+SPIKE_RATIO, SPIKE_SIGMAS, SPIKE_HISTORY = 10.0, 8.0, 10
+"""A spike is as many times the median and as many standard deviations of the
+logarithm above it, of at least so many steps before."""
 
 
 def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
-  """Kernels that hardly move, or are thrown about."""
+  """Finds kernels whose updates are much too small or too large."""
   stats = record.leaf_stats
   ratio = stats['update_ratio']
   kernels = np.array([leaf.rank >= 2 for leaf in record.leaves], bool)
   usable = np.isfinite(ratio) & (stats['update_norm'] > 0) & kernels
-  low, high = UPDATE_RATIOS
-  found: dict[str, list[tuple[int, float, str]]] = {'small': [], 'large': []}
+  found: dict[str, dict[int, tuple[float, str]]] = {'small': {}, 'large': {}}
   for i in map(int, np.flatnonzero(usable.any(0))):
-    recent = np.flatnonzero(usable[:, i])[-_verdict.RECENT :]
-    median, largest = np.median(ratio[recent, i]), ratio[usable[:, i], i].max()
-    enough = len(recent) >= _verdict.LEAST_STEPS
+    values = ratio[usable[:, i], i]
+    recent = values[-_verdict.RECENT_STEPS :]
+    median = float(np.median(recent))
     how = f'median of {len(recent)} recorded steps'
-    if enough and median < low:
-      found['small'].append((i, float(median), how))
-    elif enough and median > high:
-      found['large'].append((i, float(median), how))
-    elif not enough and largest > THROWN:  # else the median knows better
-      at = record.steps[usable[:, i]][ratio[usable[:, i], i].argmax()]
-      found['large'].append((i, float(largest), f'at step {at}'))
+    if len(recent) < _verdict.MIN_STEPS:
+      if values.max() > MAX_RATIO_OF_ONE_STEP:
+        at = record.steps[usable[:, i]][values.argmax()]
+        found['large'][i] = float(values.max()), f'at step {at}'
+    elif median < MIN_RATIO:
+      found['small'][i] = median, how
+    elif median > MAX_RATIO:
+      found['large'][i] = median, how
   verdicts = []
-  for size, found_here, extreme, bad, advice in (
+  for size, worst_of, bad, suggestion in (
     (
       'small',
-      found['small'],
       min,
-      ratio < low,
+      ratio < MIN_RATIO,
       'raise the learning rate, of these parameters at least.',
     ),
     (
       'large',
-      found['large'],
       max,
-      ratio > high,
+      ratio > MAX_RATIO,
       'lower the learning rate or warm it up, or bound the updates'
       ' (optax_ghm.clip_by_parameter_norm).',
     ),
   ):
-    if not found_here:
+    if not found[size]:
       continue
-    at = [i for i, _, _ in found_here]
+    at = list(found[size])
     names = tuple(record.leaves[i].name for i in at)
-    _, size_, how = extreme(found_here, key=lambda u: u[1])
+    worst, how = worst_of(found[size].values(), key=lambda u: u[0])
     holds = (usable & bad)[:, at].any(1) | ~usable[:, at].any(1)
     verdicts.append(
       _verdict.Verdict(
         f'{size} updates',
         names,
         _verdict.since(record, holds),
-        f'a step changes {_verdict.listed(names)} by {size_:.1e} of its norm'
-        f' ({how}); 1e-3 is usual',
-        advice,
+        f'a step changes {_verdict.listed(names)} by {worst:.1e} of its norm'
+        f' ({how}); 1e-3 is typical',
+        suggestion,
         'Karpathy, CS231n notes, "Ratio of weights:updates"',
       )
     )
@@ -77,28 +78,26 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
 
 
 def dead_units(record: _record.Record) -> list[_verdict.Verdict]:
-  """Units without a gradient for long."""
+  """Finds layers many of whose units have had no gradient for long."""
   stats = record.leaf_stats
   with np.errstate(invalid='ignore', divide='ignore'):
     share = stats['dead_units'] / stats['units']
-    # All of a leaf: nothing arrives there, which is another verdict.
-    is_dead = (share >= DEAD_SHARE) & (stats['gradient_norm'] > 0)
-  watched = np.flatnonzero(~np.isnan(stats['elements']).any(1))
-  if not len(watched) or not is_dead[watched[-1]].any():
+  # Without any gradient at the leaf, the verdict is "no gradient".
+  is_dead = (share >= MAX_DEAD_SHARE) & (stats['gradient_norm'] > 0)
+  found = np.flatnonzero(is_dead[-1])
+  if not len(found):
     return []
-  last = watched[-1]
-  found = np.flatnonzero(is_dead[last])
-  worst = max(found, key=lambda i: share[last, i])
+  worst = max(found, key=lambda i: share[-1, i])
   leaves = [record.leaves[i].name for i in found]
   names = tuple(dict.fromkeys(u.rpartition('/')[0] or u for u in leaves))
   return [
     _verdict.Verdict(
       'dead units',
       names,
-      _verdict.since(record, is_dead[: last + 1, found].any(1)),
+      _verdict.since(record, is_dead[:, found].any(1)),
       f'half or more of the units of {_verdict.listed(names)} have had no'
-      f' gradient for 10 measured steps: {stats["dead_units"][last, worst]:.0f}'
-      f' of {stats["units"][last, worst]:.0f} by {record.leaves[worst].name}',
+      f' gradient for 10 measured steps: {stats["dead_units"][-1, worst]:.0f}'
+      f' of {stats["units"][-1, worst]:.0f} by {record.leaves[worst].name}',
       'their activation is off for all examples: lower the learning rate,'
       ' start biases at 0, try a leaky activation or normalization.',
       'Maas et al. 2013; Lu et al., Dying ReLU and Initialization, 2019',
@@ -107,45 +106,40 @@ def dead_units(record: _record.Record) -> list[_verdict.Verdict]:
 
 
 def spikes(record: _record.Record) -> list[_verdict.Verdict]:
-  """Steps whose gradient is many times the usual one."""
-  norms = record.leaf_stats['gradient_norm']
-  what = 'of all parameters together'
+  """Finds steps whose gradient is many times that of the steps before."""
+  norms, what = record.leaf_stats['gradient_norm'], 'of all parameters together'
   if not norms.shape[1] or np.isnan(norms).all():
     norms, what = record.layer_stats['norm'][:, -1:], 'at the last layer'
-  if not norms.shape[1]:
-    return []
   with np.errstate(over='ignore', invalid='ignore'):
     total = np.sqrt((norms**2).sum(1))
-  found, largest = [], 0.0
+  found = {}
   for t in range(SPIKE_HISTORY, len(total)):
-    before = total[max(t - _verdict.RECENT, 0) : t]
+    before = total[max(t - _verdict.RECENT_STEPS, 0) : t]
     before = before[np.isfinite(before)]
     if len(before) < SPIKE_HISTORY or not np.isfinite(total[t]):
       continue
-    usual = float(np.median(before))
-    if usual == 0:
+    median = float(np.median(before))
+    if median == 0:
       continue
-    low, high = np.quantile(
-      np.log(np.maximum(before, _verdict.LEAST)), [0.25, 0.75]
-    )
+    logs = np.log(np.maximum(before, _verdict.SMALLEST_FLOAT32))
+    low, high = np.quantile(logs, [0.25, 0.75])
     sigma = (high - low) / 1.349  # of a normal distribution with such quartiles
-    times = float(total[t] / usual)
-    if times > SPIKE and np.log(times) > SPIKE_SIGMAS * sigma:
-      found.append(t)
-      largest = max(largest, times)
+    times = float(total[t] / median)
+    if times > SPIKE_RATIO and np.log(times) > SPIKE_SIGMAS * sigma:
+      found[t] = times
   if not found:
     return []
-  steps = record.steps
+  at = record.steps[list(found)]
   return [
     _verdict.Verdict(
       'spikes',
       (),
-      int(steps[found[0]]),
-      f'at {len(found)} of {len(steps)} recorded steps the norm {what} was more'
-      f' than {SPIKE:.0f} times the median of the {_verdict.RECENT} before,'
-      ' far beyond their spread, up to'
-      f' {largest:.0f} times, the last time at step {steps[found[-1]]}',
-      'look at the batches of these steps; clip by what is usual'
+      int(at[0]),
+      f'at {len(found)} of {len(record)} recorded steps the norm {what} was'
+      f' more than {SPIKE_RATIO:.0f} times the median of the'
+      f' {_verdict.RECENT_STEPS} before, far beyond their variation, up to'
+      f' {max(found.values()):.0f} times, the last time at step {at[-1]}',
+      'look at the batches of these steps; clip by what the steps before were'
       ' (optax_ghm.calibrated, clip_by_zscore) or leave them out'
       ' (optax_ghm.skip_spikes).',
       'Pascanu et al. 2013; Chowdhery et al., PaLM, 2022',

@@ -1,4 +1,4 @@
-"""Taps: what the gradient is where it passes an activation."""
+"""The tap: statistics of the gradient where it passes an activation."""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ghm._core import arrays, norms
+from optax_ghm._core import arrays
 from optax_ghm._core.identity import identity
 
-LOWEST, OCTAVES, CELLS = -96, 2, 64
-"""The histogram: cell i counts magnitudes from 2^(LOWEST + OCTAVES * i)."""
+HISTOGRAM_CELLS, OCTAVES_PER_CELL, LOWEST_EXPONENT = 64, 2, -96
+"""Cell i of a histogram begins at 2^(LOWEST_EXPONENT + i * OCTAVES_PER_CELL).
+"""
 
-
+# float32 holds the squares of numbers from 1e-19 to 1e19 only, so squares are
+# summed in three units: one for small numbers, 1, and one for large numbers.
 _SMALL, _LARGE = 2.0**-80, 2.0**96
-"""Units in which squares of small and of large numbers are summed."""
-
 
 COLUMNS = (
   'calls',
@@ -31,32 +31,36 @@ COLUMNS = (
 
 
 class TapStats(NamedTuple):
-  r"""Statistics of the cotangents that went through a tap.
+  r"""Statistics of the cotangents that passed a tap.
 
-  The gradient with respect to a sink, which is such statistics too, all zero.
-  Whatever adds gradients up (a module called twice, micro-batches, shards, the
-  examples of ``jax.vmap``) adds these up as well, and all of them stay those of
-  all the cotangents together; of ``largest`` that is an upper bound.
+  :func:`empty_tap` makes statistics that are all zero. The gradient with
+  respect to them is the filled statistics. Whatever adds gradients up (a module
+  that is called twice, micro-batches, shards, the examples of ``jax.vmap``)
+  adds statistics up as well, and the sums describe all cotangents together.
+  ``largest`` is then an upper bound.
 
-  Behind the names are few arrays, since every result of a compiled step costs
-  something. Leading axes, of layers in a ``scan`` say, lead in all of them.
+  The statistics are kept in few arrays, because every result of a compiled step
+  takes time. Leading axes, such as the layers of a ``scan``, come first in all
+  of the arrays, which may be arrays of NumPy as well.
 
   Attributes:
-    numbers: (..., 9), float32: what the properties of this class read.
+    numbers: (..., 9), float32. The properties of this class read its columns.
     histogram: (..., 64), float32, or None: how many magnitudes lie in
-      :math:`[4^{i-48}, 4^{i-47})`; the first and the last cell hold what is
-      beyond. Zeros and what is not finite are in none.
-    example_squares: (..., examples, 3), float32, or None: the sums of squares
-      of every example, first axis of the cotangent, in units of 2^-80, 1 and
-      2^96.
+      :math:`[4^{i-48}, 4^{i-47})`. The first and the last cell also hold
+      whatever is beyond. Zeros and non-finite numbers are in no cell.
+    example_squares: (..., examples, 3), float32, or None: the sum of squares of
+      every example (first axis of the cotangent), in units of 2^-160, 1 and
+      2^192.
 
   Examples:
     >>> import jax
     >>> import jax.numpy as jnp
     >>> from optax_ghm import flow
-    >>> def loss(x, sink):
-    ...   return jnp.sum(jnp.square(flow.tap(x, sink)))
-    >>> stats = jax.grad(loss, argnums=1)(jnp.array([1.5, 2.0]), flow.sink())
+    >>> def loss(x, stats):
+    ...   return jnp.sum(jnp.square(flow.tap(x, stats)))
+    >>> stats = jax.grad(loss, argnums=1)(
+    ...   jnp.array([1.5, 2.0]), flow.empty_tap()
+    ... )
     >>> print(stats.norm, stats.largest, stats.calls, stats.zeros)
     5.0 4.0 1.0 0.0
   """
@@ -67,55 +71,57 @@ class TapStats(NamedTuple):
 
   @property
   def calls(self) -> jax.Array:
-    """How many cotangents were added up; 0 where none arrived."""
+    """The number of cotangents; 0 if none arrived."""
     return self._column('calls')
 
   @property
   def elements(self) -> jax.Array:
-    """How many numbers they had; a complex one is two."""
+    """The number of elements in all cotangents; a complex element is two."""
     return self._column('elements')
 
   @property
   def sum(self) -> jax.Array:
-    """The sum of all numbers."""
+    """The sum of all elements."""
     return self._column('sum')
 
   @property
   def zeros(self) -> jax.Array:
-    """How many are 0."""
+    """The number of elements that are 0."""
     return self._column('zeros')
 
   @property
   def non_finite(self) -> jax.Array:
-    """How many are NaN or infinite; the sums and norms then are so too."""
+    """The number of NaN and infinities, with which sum and norm are so too."""
     return self._column('non_finite')
 
   @property
   def norm(self) -> jax.Array:
-    """Euclidean norm, right from 1e-38 to the end of float32."""
+    """The Euclidean norm of all elements."""
     start = COLUMNS.index('small_squares')
     return _root(self.numbers[..., start : start + 3])
 
   @property
   def rms(self) -> jax.Array:
-    """Root mean square; 0 where none arrived."""
-    return self.norm / jnp.sqrt(jnp.maximum(self.elements, 1))
+    """The root mean square; 0 if no cotangent arrived."""
+    xp = self.numbers.__array_namespace__()
+    return self.norm / xp.sqrt(xp.maximum(self.elements, 1))
 
   @property
   def largest(self) -> jax.Array:
-    """Largest magnitude; for ``calls`` > 1, the least known upper bound."""
-    total = self._column('largest')
-    return jnp.where(self.calls > 1, jnp.minimum(total, self.norm), total)
+    """The largest magnitude, or for ``calls`` > 1 an upper bound of it."""
+    xp = self.numbers.__array_namespace__()
+    bound = self._column('largest')
+    return xp.where(self.calls > 1, xp.minimum(bound, self.norm), bound)
 
   @property
   def example_norms(self) -> jax.Array:
-    """Euclidean norm of every example, (..., examples).
+    """The Euclidean norm of every example, (..., examples).
 
     Raises:
-      ValueError: if they were not asked for.
+      ValueError: if the empty tap was made without ``examples``.
     """
     if self.example_squares is None:
-      raise ValueError('this sink was made without examples.')
+      raise ValueError('this tap was made without examples.')
     return _root(self.example_squares)
 
   def _column(self, name):
@@ -123,31 +129,43 @@ class TapStats(NamedTuple):
 
 
 def _root(squares):
-  small, middle, large = (jnp.sqrt(squares[..., i]) for i in range(3))
-  return norms.norm(jnp.stack([small * _SMALL, middle, large * _LARGE], -1), -1)
+  """The root of the three sums together, without overflow."""
+  xp = squares.__array_namespace__()
+  lengths = xp.stack(
+    [
+      xp.sqrt(squares[..., i]) * unit
+      for i, unit in enumerate((_SMALL, 1.0, _LARGE))
+    ],
+    axis=-1,
+  )
+  largest = xp.max(lengths, axis=-1, keepdims=True)
+  normal = (largest >= 2.0**-126) & (largest < xp.inf)
+  # XLA divides by way of the reciprocal, which is 0 for more than 2^126.
+  unit = xp.where(normal, xp.minimum(largest, 2.0**120), 1)
+  return unit[..., 0] * xp.sqrt(xp.sum(xp.square(lengths / unit), axis=-1))
 
 
-def sink(
+def empty_tap(
   *,
   histogram: bool = False,
   examples: int | None = None,
   stack: tuple[int, ...] = (),
 ) -> TapStats:
-  """What :func:`tap` writes to: statistics of nothing yet, all zero.
+  """Statistics that are all zero, for :func:`tap` to fill.
 
   Args:
-    histogram: whether to keep one of the magnitudes.
-    examples: how many examples there are, to keep the norm of each.
-    stack: sizes of leading axes, for sinks that a loop over layers slices.
+    histogram: whether to count the magnitudes in a histogram.
+    examples: the number of examples, if the norm of each is wanted.
+    stack: sizes of leading axes, for a loop over layers that slices them.
 
   Returns:
-    The sink; its gradient is the statistics.
+    The empty statistics. Their gradient is the filled statistics.
 
   Examples:
     >>> from optax_ghm import flow
-    >>> flow.sink(examples=32).example_norms.shape
+    >>> flow.empty_tap(examples=32).example_norms.shape
     (32,)
-    >>> flow.sink(stack=(12,)).norm.shape
+    >>> flow.empty_tap(stack=(12,)).norm.shape
     (12,)
   """
 
@@ -156,48 +174,47 @@ def sink(
 
   return TapStats(
     numbers=zeros(len(COLUMNS)),
-    histogram=zeros(CELLS) if histogram else None,
+    histogram=zeros(HISTOGRAM_CELLS) if histogram else None,
     example_squares=None if examples is None else zeros(examples, 3),
   )
 
 
-def tap(x: Any, sink: TapStats) -> Any:
-  r"""Identity; the gradient of ``sink`` is the statistics of the cotangent.
+def tap(x: Any, stats: TapStats) -> Any:
+  r"""Identity whose gradient with respect to ``stats`` describes the cotangent.
 
   .. math::
     y = x, \qquad \bar x = \bar y, \qquad \bar s = \text{statistics}(\bar y)
 
   Every other gradient is what it is without the tap, bit for bit as long as the
-  compiler adds in the same order. The statistics are float32 and come of one
-  pass over the cotangent, with, in a sharded ``jit``, two all-reduces of their
-  own size. Under ``jit``, ``vmap``, ``scan``, ``remat``, ``cond`` and
-  ``shard_map`` they follow the rules of any gradient: sinks that are scanned
-  over get the statistics of their own step, one that is shared gets those of
-  all. Where no gradient passes, ``calls`` is 0.
+  compiler adds in the same order. The statistics are float32 and take one pass
+  over the cotangent and, in a sharded ``jit``, two all-reduces of their own
+  size. Under ``jit``, ``vmap``, ``scan``, ``remat``, ``cond`` and ``shard_map``
+  they obey the rules of any gradient: statistics that are scanned over are
+  those of their own step, statistics that are shared are those of all steps.
+  ``calls`` is 0 where no gradient passes.
 
   Statistics are not linear in the cotangent, so forward mode (``jax.jvp``,
   ``jax.hessian``) raises.
 
   Args:
-    x: array or pytree of arrays; what is neither floating nor complex passes
-      untapped.
-    sink: from :func:`sink`, a new one in every step: what is in it has no
-      influence.
+    x: array or pytree of arrays. Leaves that are neither floating nor complex
+      pass untapped.
+    stats: empty statistics from :func:`empty_tap`. Their values are not used.
 
   Returns:
     ``x``.
 
   Raises:
-    ValueError: if the sink was made for another number of examples.
+    ValueError: if the statistics are for another number of examples.
 
   Examples:
     >>> import jax
     >>> import jax.numpy as jnp
     >>> from optax_ghm import flow
-    >>> def loss(w, sink):
-    ...   hidden = flow.tap(w * jnp.arange(4.0), sink)
+    >>> def loss(w, stats):
+    ...   hidden = flow.tap(w * jnp.arange(4.0), stats)
     ...   return jnp.sum(jax.nn.relu(hidden - 1))
-    >>> grad, stats = jax.grad(loss, argnums=(0, 1))(1.0, flow.sink())
+    >>> grad, stats = jax.grad(loss, argnums=(0, 1))(1.0, flow.empty_tap())
     >>> print(grad, stats.zeros, stats.elements)
     5.0 2.0 4.0
 
@@ -209,70 +226,68 @@ def tap(x: Any, sink: TapStats) -> Any:
   tapped = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
   if not tapped:
     return x
-  if sink.example_squares is not None:
-    examples = sink.example_squares.shape[0]
+  if stats.example_squares is not None:
+    examples = stats.example_squares.shape[0]
     for leaf in tapped:
       if leaf.shape[:1] != (examples,):
         raise ValueError(
-          f'the sink is for {examples} examples along the first axis, got an'
+          f'the tap is for {examples} examples along the first axis, got an'
           f' array of shape {leaf.shape}.'
         )
-  # Shards that share a sink add up: that is what the gradient of pcast does.
+  # The gradient of pcast adds up the statistics of shards that share a tap.
   axes = frozenset().union(*map(arrays.varying_axes, tapped))
-  axes -= arrays.varying_axes(sink.numbers)
+  axes -= arrays.varying_axes(stats.numbers)
   if axes:
-    sink = jax.tree.map(
-      lambda u: jax.lax.pcast(u, tuple(sorted(axes)), to='varying'), sink
+    stats = jax.tree.map(
+      lambda u: jax.lax.pcast(u, tuple(sorted(axes)), to='varying'), stats
     )
-  passed = iter(_tap(None, tapped, sink))
+  passed = iter(_tap(None, tapped, stats))
   return structure.unflatten(
     next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
   )
 
 
 @identity
-def _tap(static, cotangents, sink):
+def _tap(static, cotangents, stats):
   del static
-  several = [_measure(u, sink) for u in jax.tree.leaves(cotangents)]
-  return cotangents, functools.reduce(_together, several)
+  return cotangents, functools.reduce(
+    _merge, [_measure(u, stats) for u in jax.tree.leaves(cotangents)]
+  )
 
 
-def _measure(cotangent, sink):
-  """The statistics of one array, of what the sink has room for."""
-  x = cotangent
+def _measure(x, stats):
+  """The statistics of one array, as many as ``stats`` has room for."""
   if jnp.iscomplexobj(x):
     x = jnp.stack([x.real, x.imag], axis=-1)
   x = x.astype(jnp.float32)
   x = x[None] if x.ndim == 0 else x
-  # By example, so that what is then added over examples is one small array.
-  of_example = tuple(range(1, x.ndim))
+  # First by example, so that only one small array is summed over examples.
+  inner_axes = tuple(range(1, x.ndim))
   magnitude = jnp.abs(x)
-  largest = jnp.max(magnitude, of_example, initial=0)
-  squares = _squares(x, largest, of_example)
-  columns = {
-    'elements': jnp.full_like(largest, x.size // max(len(x), 1)),
-    'sum': jnp.sum(x, of_example),
-    'small_squares': squares[:, 0],
-    'squares': squares[:, 1],
-    'large_squares': squares[:, 2],
-    'zeros': jnp.sum((x == 0).astype(jnp.float32), of_example),
-    'non_finite': jnp.sum((~jnp.isfinite(x)).astype(jnp.float32), of_example),
-  }
-  sums = jnp.sum(jnp.stack(list(columns.values()), axis=-1), axis=0)
+  largest = jnp.max(magnitude, inner_axes, initial=0)
+  squares = _squares(x, largest, inner_axes)
+  columns = [
+    jnp.full_like(largest, x.size // max(len(x), 1)),
+    jnp.sum(x, inner_axes),
+    *(squares[:, i] for i in range(3)),
+    jnp.sum((x == 0).astype(jnp.float32), inner_axes),
+    jnp.sum((~jnp.isfinite(x)).astype(jnp.float32), inner_axes),
+  ]
+  sums = jnp.sum(jnp.stack(columns, axis=-1), axis=0)
   most = jnp.max(largest, initial=0)
   return TapStats(
     numbers=jnp.concatenate([jnp.ones_like(sums[:1]), sums, most[None]]),
-    histogram=None if sink.histogram is None else _histogram(magnitude),
-    example_squares=None if sink.example_squares is None else squares,
+    histogram=None if stats.histogram is None else _histogram(magnitude),
+    example_squares=None if stats.example_squares is None else squares,
   )
 
 
-def _squares(x, largest, of_example):
+def _squares(x, largest, inner_axes):
   """Sums of squares by example, each in the unit that its size asks for."""
   unit = jnp.where(largest < 2.0**-40, jnp.float32(_SMALL), 1)
   unit = jnp.where(largest > 2.0**40, _LARGE, unit)
-  reciprocal = jnp.expand_dims(1 / unit, of_example)
-  total = jnp.sum(jnp.square(x * reciprocal), of_example)
+  reciprocal = jnp.expand_dims(1 / unit, inner_axes)
+  total = jnp.sum(jnp.square(x * reciprocal), inner_axes)
   return jnp.stack(
     [jnp.where(unit == each, total, 0) for each in (_SMALL, 1, _LARGE)], -1
   )
@@ -282,34 +297,24 @@ def _histogram(magnitude):
   """How many magnitudes are in each cell, by the exponents of float32."""
   bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
   exponent = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 23)) - 127
-  cell = jnp.clip((exponent - LOWEST) // OCTAVES, 0, CELLS - 1)
+  cell = (exponent - LOWEST_EXPONENT) // OCTAVES_PER_CELL
+  cell = jnp.clip(cell, 0, HISTOGRAM_CELLS - 1)
   counted = (magnitude > 0) & (magnitude < jnp.inf)
   replicated = jax.sharding.NamedSharding(
     jax.typeof(cell).sharding.mesh, jax.sharding.PartitionSpec()
   )
-  return (
-    jnp.zeros([CELLS], jnp.float32)
-    .at[cell]
-    .add(
-      counted.astype(jnp.float32),
-      mode='promise_in_bounds',
-      out_sharding=replicated,
-    )
+  empty = jnp.zeros([HISTOGRAM_CELLS], jnp.float32)
+  return empty.at[cell].add(
+    counted.astype(jnp.float32),
+    mode='promise_in_bounds',
+    out_sharding=replicated,
   )
 
 
-def _together(one, other):
+def _merge(one, other):
   """The statistics of two arrays of one call."""
-  numbers = one.numbers + other.numbers
-  numbers = numbers.at[COLUMNS.index('calls')].set(1)
-  return TapStats(
-    numbers=numbers.at[COLUMNS.index('largest')].set(
-      jnp.maximum(one.numbers[-1], other.numbers[-1])
-    ),
-    **{
-      name: None
-      if getattr(one, name) is None
-      else getattr(one, name) + getattr(other, name)
-      for name in ('histogram', 'example_squares')
-    },
-  )
+  total = jax.tree.map(jnp.add, one, other)
+  most = jnp.maximum(one.numbers[-1], other.numbers[-1])
+  numbers = total.numbers.at[COLUMNS.index('calls')].set(1)
+  numbers = numbers.at[COLUMNS.index('largest')].set(most)
+  return total._replace(numbers=numbers)

@@ -1,4 +1,4 @@
-"""What a verdict is, and how all of them are worded."""
+"""Verdicts, and what all rules share."""
 
 import dataclasses
 from typing import Any
@@ -7,33 +7,34 @@ import numpy as np
 
 from optax_ghm.flow import _record
 
-RECENT = 20
-"""Verdicts are about the last so many recorded steps."""
+RECENT_STEPS = 20
+"""Verdicts are about the last recorded steps, at most this many."""
 
 
-LEAST_STEPS = 10
-"""Recorded steps that verdicts need about what only shows over time."""
+MIN_STEPS = 10
+"""Recorded steps that a verdict about updates or batch norms needs."""
 
 
-LEAST = 2.0**-149
-"""The least float32: what stands for 0 in a logarithm."""
+SMALLEST_FLOAT32 = 2.0**-149
+"""Stands for 0 in logarithms."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """Something that is wrong.
+  """Something that is wrong with the gradients.
 
   Attributes:
     kind: ``'not finite'``, ``'disconnected'``, ``'no gradient'``,
       ``'vanishing'``, ``'exploding'``, ``'dead units'``, ``'small updates'``,
       ``'large updates'``, ``'spikes'``, ``'conflict'``, ``'constant features'``
       or ``'running averages'``.
-    layers: names of the layers or parameters that it is about.
-    since: the first recorded step of those at which it has been so without
-      interruption; for spikes and what is not finite, that of the first.
+    layers: names of the affected layers or parameters.
+    since: number of the first recorded step from which on it has been wrong
+      without interruption. For spikes and non-finite numbers, which come and
+      go, it is the first step of all.
     evidence: the figures.
     suggestion: what to try.
-    source: where that comes from.
+    source: where the rule or the suggestion comes from.
   """
 
   kind: str
@@ -45,32 +46,34 @@ class Verdict:
 
 
 def since(record: _record.Record, holds: Any) -> int:
-  """The first step of the last unbroken row of steps at which it holds."""
+  """The step at which the last unbroken run of True in ``holds`` begins."""
   start = len(holds)
   while start > 0 and holds[start - 1]:
     start -= 1
   return int(record.steps[min(start, len(holds) - 1)])
 
 
-def runs(mask: np.ndarray) -> list[list[int]]:
-  """Neighbours in depth, as lists of indices."""
-  runs, last = [], None
-  for i in np.flatnonzero(mask):
-    if last is not None and i == last + 1:
-      runs[-1].append(int(i))
-    else:
-      runs.append([int(i)])
-    last = i
-  return runs
+def neighbors(mask: np.ndarray) -> list[list[int]]:
+  """The indices of True, one list for every unbroken run."""
+  at = np.flatnonzero(mask)
+  runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+  return [run.tolist() for run in runs if len(run)]
 
 
-def called(record: _record.Record, i: int) -> str:
-  """The name of a layer."""
+def layer_name(record: _record.Record, i: int) -> str:
+  """The name of a layer in a sentence."""
   return record.layers[i].name or 'the model'
 
 
 def listed(names: tuple[str, ...]) -> str:
-  """A few names, and how many there are."""
+  """Up to four names, or the first, the last and how many there are."""
   if len(names) > 4:
     return f'{names[0]}, {names[1]}, … {names[-1]} ({len(names)} in all)'
   return ', '.join(names)
+
+
+def printable(text: str) -> str:
+  """The text, with an escape sequence for every unprintable character."""
+  return ''.join(
+    c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
+  )

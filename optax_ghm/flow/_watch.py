@@ -1,4 +1,4 @@
-"""Watching an optimizer: gradients, updates and parameters, leaf by leaf."""
+"""Statistics of gradients, updates and parameters, leaf by leaf."""
 
 from typing import Any, NamedTuple
 
@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm._core import leaf_rows, scopes, trees
-from optax_ghm._core.arrays import at_least_float32, is_split
-from optax_ghm._core.norms import global_norm, group_norms
+from optax_ghm._core import arrays, leaf_rows, norms, scopes, trees
 
-PATIENCE = 10
-"""A unit is dead after so many measured steps in a row without a gradient."""
+DEAD_AFTER = 10
+"""Measured steps in a row without a gradient that make a unit dead."""
 
 
 COLUMNS = (
@@ -34,10 +32,11 @@ class WatchState(NamedTuple):
 
   Attributes:
     measured: (leaves, 10), float32: a row for every parameter that has a
-      gradient, in the order of ``jax.tree.leaves``; :func:`leaf_names` names
+      gradient, in the order of ``jax.tree.leaves``. :func:`leaf_names` names
       the rows, and the properties of this class read the columns.
-    quiet: of every unit, how many measured steps in a row it had no gradient.
-    watched: the state of the optimizer.
+    zero_steps: (units,), float32: for how many measured steps in a row the
+      gradient of every unit has been 0.
+    inner_state: the state of the watched optimizer.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -53,66 +52,86 @@ class WatchState(NamedTuple):
   """
 
   measured: jax.Array
-  quiet: jax.Array
-  watched: optax.OptState
+  zero_steps: jax.Array
+  inner_state: optax.OptState
 
   @property
   def gradient_norm(self) -> jax.Array:
-    """Of what came in."""
+    """The norm of the gradient."""
     return self._column('gradient_norm')
 
   @property
   def update_norm(self) -> jax.Array:
-    """Of what went out; 0 where the squares are below float32, inf beyond."""
+    """The norm of the update: 0 below 1e-19, inf above 1e19."""
     return self._column('update_norm')
 
   @property
   def parameter_norm(self) -> jax.Array:
-    """Of the parameters before the step."""
+    """The norm of the parameter before the step."""
     return self._column('parameter_norm')
 
   @property
   def update_ratio(self) -> jax.Array:
-    """Update norm over parameter norm; inf for parameters that are all 0."""
+    """Update norm over parameter norm; inf for a parameter that is all 0."""
     return self.update_norm / self.parameter_norm
 
   @property
   def elements(self) -> jax.Array:
-    """How many numbers the leaf has."""
+    """The number of elements of the parameter."""
     return self._column('elements')
 
   @property
   def zeros(self) -> jax.Array:
-    """How many of its gradient are 0."""
+    """The number of elements of the gradient that are 0."""
     return self._column('zeros')
 
   @property
   def non_finite(self) -> jax.Array:
-    """How many of its gradient are NaN or infinite."""
+    """The number of elements of the gradient that are NaN or infinite."""
     return self._column('non_finite')
 
   @property
   def units(self) -> jax.Array:
-    """How many units are looked at, none of embeddings and biased kernels."""
+    """The number of units; 0 for embeddings and for kernels with a bias."""
     return self._column('units')
 
   @property
   def dead_units(self) -> jax.Array:
-    """Those without any gradient in the last 10 measured steps or more."""
+    """The number of units without a gradient for 10 measured steps or more."""
     return self._column('dead_units')
 
   @property
   def signal_to_noise(self) -> jax.Array:
-    """See :func:`watch`; 0 unless asked for."""
+    """The signal to noise ratio of Adam's moments; 0 without ``moments``."""
     return self._column('signal_to_noise')
 
   @property
   def cosine(self) -> jax.Array:
-    """See :func:`watch`; 0 unless asked for."""
+    """The cosine of gradient and first moment; 0 without ``moments``."""
     return self._column('cosine')
 
   def _column(self, name):
     return self.measured[..., COLUMNS.index(name)]
+
+
+class Leaf(NamedTuple):
+  """A parameter that a watched optimizer measures.
+
+  Attributes:
+    name: path of the parameter, joined by slashes.
+    rank: number of axes.
+  """
+
+  name: str
+  rank: int
+
+
+def leaves(params: Any) -> tuple[Leaf, ...]:
+  """The parameters that have a gradient, in the order of their rows."""
+  return tuple(
+    Leaf(trees.path_name(path), leaf.ndim)
+    for path, leaf in trees.counted_with_path(params)
+  )
 
 
 def leaf_names(params: Any) -> list[str]:
@@ -130,7 +149,7 @@ def leaf_names(params: Any) -> list[str]:
     >>> flow.leaf_names({'dense': {'kernel': jnp.ones((2, 2))}, 'step': 3})
     ['dense/kernel']
   """
-  return [trees.path_name(path) for path, _ in trees.counted_with_path(params)]
+  return [leaf.name for leaf in leaves(params)]
 
 
 def watch(
@@ -140,34 +159,34 @@ def watch(
 
   For every leaf with gradient g, update u and parameter w, the state holds
   :math:`\lVert g \rVert`, :math:`\lVert u \rVert`, :math:`\lVert w \rVert`, the
-  zeros and the non-finite numbers of g, and how many units are dead: entries of
-  a bias, or where there is none, columns of a kernel
-  (:func:`optax_ghm.flax_unit_axes`), whose gradient was 0 in the last 10
-  measured steps.
+  number of zeros and of non-finite elements of g, and the number of dead units.
+  A unit is an element of a bias or, where there is no bias, a column of a
+  kernel (:func:`optax_ghm.calibration.flax_unit_axes`). It is dead if its
+  gradient was 0 in the last 10 measured steps.
 
-  With ``moments``, also, of Adam's own moments after the step,
+  With ``moments``, the state also describes the moments of Adam after the step:
 
   .. math::
     \text{signal to noise} = \frac{\sum \mu^2}{\sum \nu}, \qquad
     \text{cosine} = \frac{\langle g, \mu \rangle}
       {\lVert g \rVert \lVert \mu \rVert}
 
-  Some 1 / (1 - b2) steps after the start, they are both 1 for a gradient that
-  never changes, and for one that is pure noise (1 - b1) / (1 + b1) = 0.05 and
+  Some 1 / (1 - b2) steps after the start, both are 1 for a gradient that never
+  changes. For pure noise they are (1 - b1) / (1 + b1) = 0.05 and
   :math:`\sqrt{1 - b_1^2}` = 0.44.
 
-  Updates are those of the optimizer, bit for bit. To measure every n-th step
-  only, make ``update``'s extra argument ``measure`` False in the others. It is
-  a Python bool, a static argument of the step: two steps are compiled, and the
-  one that does not measure does nothing more than the optimizer.
+  The updates are those of the optimizer, bit for bit. To measure every n-th
+  step only, set the extra argument ``measure`` of ``update`` to False in the
+  other steps. It is a Python bool, a static argument of the step: two steps are
+  compiled, and the step that does not measure costs what the optimizer costs.
 
   Args:
     optimizer: any Optax transformation.
-    moments: whether to measure those; they are read from the only fields ``mu``
-      and ``nu`` in the optimizer's state.
+    moments: whether to measure the moments. The state of the optimizer must
+      have one field ``mu`` and one field ``nu``.
 
   Returns:
-    The optimizer, watched. ``update`` needs ``params``.
+    The watched optimizer. Its ``update`` needs ``params``.
 
   Raises:
     ValueError: in ``init``, if there are no such moments; in ``update``, if
@@ -197,18 +216,18 @@ def watch(
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
-    watched = optimizer.init(params)
+    inner_state = optimizer.init(params)
     if moments:
-      _moments(watched, params)
-    leaves, units = trees.counted(params), 0
-    for leaf, axes in zip(leaves, _unit_axes(params), strict=True):
+      _moments(inner_state, params)
+    counted, units = trees.counted(params), 0
+    for leaf, axes in zip(counted, _unit_axes(params), strict=True):
       if axes is not None:
         units += leaf.size // int(np.prod([leaf.shape[i] for i in axes]))
-    # orbax cannot save what has no cell.
+    # At least one element each, because orbax cannot save empty arrays.
     return WatchState(
-      measured=jnp.zeros([max(len(leaves), 1), len(COLUMNS)], jnp.float32),
-      quiet=jnp.zeros([max(units, 1)], jnp.float32),
-      watched=watched,
+      measured=jnp.zeros([max(len(counted), 1), len(COLUMNS)], jnp.float32),
+      zero_steps=jnp.zeros([max(units, 1)], jnp.float32),
+      inner_state=inner_state,
     )
 
   def update_fn(updates, state, params=None, *, measure=True, **extra_args):
@@ -220,79 +239,73 @@ def watch(
         f' step, got {measure!r}.'
       )
     gradients = updates
-    updates, watched = optimizer.update(
-      updates, state.watched, params, **extra_args
+    updates, inner_state = optimizer.update(
+      updates, state.inner_state, params, **extra_args
     )
     if not measure or not trees.counted(gradients):
-      return updates, state._replace(watched=watched)
-    columns, quiet = _measure(gradients, updates, params, state.quiet)
+      return updates, state._replace(inner_state=inner_state)
+    columns, zero_steps = _measure(gradients, updates, params, state.zero_steps)
     if moments:
-      columns |= _of_moments(gradients, watched)
-    rows = columns['gradient_norm'].shape
+      columns |= _measure_moments(gradients, inner_state)
+    missing = np.zeros(columns['gradient_norm'].shape)
+    measured = [
+      jnp.asarray(columns.get(name, missing), jnp.float32) for name in COLUMNS
+    ]
     return updates, WatchState(
-      measured=jnp.stack(
-        [
-          jnp.asarray(columns.get(name, np.zeros(rows)), jnp.float32)
-          for name in COLUMNS
-        ],
-        axis=1,
-      ),
-      quiet=quiet,
-      watched=watched,
+      jnp.stack(measured, axis=1), zero_steps, inner_state
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _measure(gradients, updates, params, quiet):
-  """The columns that any optimizer has, and the next ``quiet``."""
-  leaves = trees.counted(gradients)
-  gradient_norm = _each_norm(leaves)
+def _measure(gradients, updates, params, zero_steps):
+  """The columns that any optimizer has, and the next ``zero_steps``."""
+  counted = trees.counted(gradients)
+  gradient_norm = _each_norm(counted)
 
-  is_quiet, units = [], []
-  for leaf, axes in zip(leaves, _unit_axes(gradients), strict=True):
+  is_zero, units = [], []
+  for leaf, axes in zip(counted, _unit_axes(gradients), strict=True):
     if axes is not None:
-      is_quiet.append(_replicated(jnp.all(leaf == 0, axes)).ravel())
-    units.append(0 if axes is None else is_quiet[-1].size)
-  if is_quiet:
-    while len(is_quiet) > 1:  # XLA compiles a few dozen at a time soonest
-      is_quiet = [
-        jnp.concatenate(is_quiet[i : i + leaf_rows.TOGETHER])
-        for i in range(0, len(is_quiet), leaf_rows.TOGETHER)
+      is_zero.append(arrays.replicated(jnp.all(leaf == 0, axes)).ravel())
+    units.append(0 if axes is None else is_zero[-1].size)
+  if is_zero:
+    while len(is_zero) > 1:  # in pieces, which XLA compiles faster
+      is_zero = [
+        jnp.concatenate(is_zero[i : i + leaf_rows.TOGETHER])
+        for i in range(0, len(is_zero), leaf_rows.TOGETHER)
       ]
-    quiet = jnp.where(is_quiet[0], quiet + 1, 0)
-  of_leaf = np.repeat(np.arange(len(leaves)), units)
-  is_dead = (quiet[: len(of_leaf)] >= PATIENCE).astype(jnp.float32)
-  elements = np.array([leaf.size for leaf in leaves], np.float32)
+    zero_steps = jnp.where(is_zero[0], zero_steps + 1, 0)
+  leaf_of_unit = np.repeat(np.arange(len(counted)), units)
+  is_dead = zero_steps[: len(leaf_of_unit)] >= DEAD_AFTER
+  dead_units = jnp.zeros(len(counted), jnp.float32)
+  elements = np.array([leaf.size for leaf in counted], np.float32)
   return {
     'gradient_norm': gradient_norm,
-    # In one sum where it is made: to rescale them, all would be written out.
+    # One sum where the update is made: rescaling would store all updates.
     'update_norm': jnp.sqrt(_by_leaf(_squares, trees.counted(updates))),
-    'parameter_norm': group_norms(
-      trees.counted(params), np.arange(len(leaves)), len(leaves)
+    'parameter_norm': norms.group_norms(
+      trees.counted(params), np.arange(len(counted)), len(counted)
     ),
     'elements': elements,
-    'zeros': elements - _by_leaf(_non_zero, leaves),
-    'non_finite': _by_leaf(_non_finite, leaves),
+    'zeros': elements
+    - _by_leaf(
+      lambda x, axes: jnp.sum((x != 0).astype(jnp.float32), axes), counted
+    ),
+    'non_finite': _by_leaf(_non_finite, counted),
     'units': np.array(units, np.float32),
-    'dead_units': jnp.zeros(len(leaves), jnp.float32).at[of_leaf].add(is_dead),
-  }, quiet
+    'dead_units': dead_units.at[leaf_of_unit].add(is_dead.astype(jnp.float32)),
+  }, zero_steps
 
 
-def _by_leaf(reduce, leaves):
-  """A sum over every leaf, small ones of a size together."""
-  arrays, order = leaf_rows.rows(leaves, np.arange(len(leaves)))
-  sums = [reduce(rows, tuple(range(1, rows.ndim))) for rows in arrays]
+def _by_leaf(reduce, counted):
+  """A sum over every leaf, with small leaves of one size in one array."""
+  joined, order = leaf_rows.rows(counted, np.arange(len(counted)))
+  sums = [reduce(rows, tuple(range(1, rows.ndim))) for rows in joined]
   return jnp.concatenate(sums)[np.argsort(order)]
 
 
 def _squares(x, axes):
-  x = x.astype(at_least_float32(x.dtype))
-  return jnp.sum((x.conj() * x).real, axes, dtype=jnp.float32)
-
-
-def _non_zero(x, axes):
-  return jnp.sum((x != 0).astype(jnp.float32), axes)
+  return _inner(x, x, axes)
 
 
 def _non_finite(x, axes):
@@ -301,28 +314,31 @@ def _non_finite(x, axes):
 
   if x.size <= leaf_rows.TOGETHER * leaf_rows.SMALL:
     return count()
-  # Only if there are any, which their sum of squares, known by now, tells.
+  # The sum of squares, which is known by now, tells whether there are any.
   fine = jnp.all(jnp.isfinite(_squares(x, axes)))
   return jax.lax.cond(fine, lambda: jnp.zeros(x.shape[:1], jnp.float32), count)
 
 
-def _each_norm(leaves):
-  """Of every gradient, as soon as it is there: none is kept for the others."""
-  small = [i for i, leaf in enumerate(leaves) if leaf.size <= leaf_rows.SMALL]
-  together = group_norms(
-    [leaves[i] for i in small], np.arange(len(small)), len(small)
+def _each_norm(counted):
+  """The norm of every leaf, each as soon as the leaf is there.
+
+  One program for all large leaves would keep every gradient until the last.
+  """
+  small = [i for i, leaf in enumerate(counted) if leaf.size <= leaf_rows.SMALL]
+  joined = norms.group_norms(
+    [counted[i] for i in small], np.arange(len(small)), len(small)
   )
-  norms = dict(zip(small, together, strict=True))
-  for i, leaf in enumerate(leaves):
-    if i not in norms:
-      norms[i] = global_norm(leaf)
-  return jnp.stack([norms[i].astype(jnp.float32) for i in range(len(leaves))])
+  found = dict(zip(small, joined, strict=True))
+  for i, leaf in enumerate(counted):
+    if i not in found:
+      found[i] = norms.global_norm(leaf)
+  return jnp.stack([found[i].astype(jnp.float32) for i in range(len(counted))])
 
 
-def _moments(watched, params):
-  """Adam's, from the state of an optimizer."""
+def _moments(inner_state, params):
+  """Adam's moments in the state of an optimizer."""
   found = [
-    [value for _, value in optax.tree.get_all_with_path(watched, name)]
+    [value for _, value in optax.tree.get_all_with_path(inner_state, name)]
     for name in ('mu', 'nu')
   ]
   if any(len(values) != 1 for values in found) or any(
@@ -337,8 +353,8 @@ def _moments(watched, params):
   return [values[0] for values in found]
 
 
-def _of_moments(gradients, watched):
-  mu, nu = _moments(watched, gradients)
+def _measure_moments(gradients, inner_state):
+  mu, nu = _moments(inner_state, gradients)
   signal_to_noise, cosine = [], []
   for g, m, v in zip(*map(trees.counted, (gradients, mu, nu)), strict=True):
     squares = _inner(m, m)
@@ -351,11 +367,10 @@ def _of_moments(gradients, watched):
   }
 
 
-def _inner(x, y):
-  dtype = at_least_float32(x.dtype)
-  return jnp.sum(
-    (x.astype(dtype).conj() * y.astype(dtype)).real, dtype=jnp.float32
-  )
+def _inner(x, y, axes=None):
+  dtype = arrays.at_least_float32(x.dtype)
+  products = x.astype(dtype).conj() * y.astype(dtype)
+  return jnp.sum(products.real, axes, dtype=jnp.float32)
 
 
 def _ratio(x, y):
@@ -363,29 +378,24 @@ def _ratio(x, y):
 
 
 def _unit_axes(tree):
-  """What a unit of every leaf sums over; None for leaves without units.
+  """The axes that a unit of every leaf sums over; None without units.
 
-  Those are embeddings, since unused tokens rest without being dead, and kernels
-  with a bias, whose gradient says the same at less cost.
+  Embeddings have no units, since the gradient of an unused token is 0 without
+  any harm, and neither have kernels with a bias, whose gradient says the same
+  at less cost.
   """
-  leaves = [
+  counted = [
     (path, trees.path_name(path), leaf)
     for path, leaf in trees.counted_with_path(tree)
   ]
-  names = {name for _, name, _ in leaves}
-  every: list[tuple[int, ...] | None] = []
-  for path, name, leaf in leaves:
+  names = {name for _, name, _ in counted}
+  unit_axes: list[tuple[int, ...] | None] = []
+  for path, name, leaf in counted:
     parent, _, own = name.rpartition('/')
     if not scopes.is_kernel(path, leaf):
-      every.append(())
+      unit_axes.append(())
     elif own == 'embedding' or f'{parent}/bias'.removeprefix('/') in names:
-      every.append(None)
+      unit_axes.append(None)
     else:
-      every.append(scopes.flax_unit_axes(path, leaf))
-  return every
-
-
-def _replicated(x):
-  if not is_split(x):
-    return x
-  return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+      unit_axes.append(scopes.flax_unit_axes(path, leaf))
+  return unit_axes

@@ -1,22 +1,25 @@
-"""Where a record's numbers can also go, step by step, as they arrive."""
+"""Writers: where else the numbers of a record go, step by step."""
 
-import importlib
 import json
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
+from optax_ghm.flow import _optional
+
 Writer = Callable[[int, dict[str, float]], None]
-"""Takes the step and its numbers by name."""
+"""A function of the step and its numbers by name."""
 
 
-def json_lines(path: str | os.PathLike) -> Writer:
+def json_lines_writer(path: str | os.PathLike) -> Writer:
   """Appends one JSON object per step to a file.
 
+  JSON has no non-finite numbers, so they become the strings ``'NaN'``,
+  ``'Infinity'`` and ``'-Infinity'``.
+
   Args:
-    path: of the file. What is not finite is the string ``'NaN'``,
-      ``'Infinity'`` or ``'-Infinity'``, since JSON has no such numbers.
+    path: of the file.
 
   Returns:
     A writer for :class:`optax_ghm.flow.Record`.
@@ -25,7 +28,7 @@ def json_lines(path: str | os.PathLike) -> Writer:
     >>> import pathlib, tempfile
     >>> from optax_ghm import flow
     >>> path = pathlib.Path(tempfile.mkdtemp()) / 'flow.jsonl'
-    >>> record = flow.Record(writers=[flow.json_lines(path)])
+    >>> record = flow.Record(writers=[flow.json_lines_writer(path)])
     >>> record.add(0, loss=0.5)
     >>> len(record)
     1
@@ -47,11 +50,11 @@ def _json_number(x):
   return 'NaN' if math.isnan(x) else 'Infinity' if x > 0 else '-Infinity'
 
 
-def tensorboard(logdir: str | os.PathLike) -> Writer:
-  """Writes scalars for TensorBoard, with its own package.
+def tensorboard_writer(logdir: str | os.PathLike) -> Writer:
+  """Writes scalars for TensorBoard, with the package ``tensorboard``.
 
   Args:
-    logdir: the folder that TensorBoard is pointed at.
+    logdir: folder of the event files.
 
   Returns:
     A writer for :class:`optax_ghm.flow.Record`.
@@ -62,9 +65,9 @@ def tensorboard(logdir: str | os.PathLike) -> Writer:
   Examples:
     >>> from optax_ghm import flow
     >>> def train(logdir):
-    ...   record = flow.Record(writers=[flow.tensorboard(logdir)])
+    ...   record = flow.Record(writers=[flow.tensorboard_writer(logdir)])
   """
-  summary = importlib.import_module('tensorboard.summary')
+  summary = _optional.load('tensorboard.summary', 'tensorboard')
   writer = summary.Writer(os.fspath(logdir))
 
   def write(step, numbers):
@@ -75,11 +78,11 @@ def tensorboard(logdir: str | os.PathLike) -> Writer:
   return write
 
 
-def wandb(run: Any = None) -> Writer:
+def wandb_writer(run: Any = None) -> Writer:
   """Logs to Weights & Biases.
 
   Args:
-    run: what ``wandb.init`` returned; None is the current run.
+    run: the run that ``wandb.init`` returned, or None for the current run.
 
   Returns:
     A writer for :class:`optax_ghm.flow.Record`.
@@ -91,10 +94,10 @@ def wandb(run: Any = None) -> Writer:
   Examples:
     >>> from optax_ghm import flow
     >>> def train(run):
-    ...   record = flow.Record(writers=[flow.wandb(run)])
+    ...   record = flow.Record(writers=[flow.wandb_writer(run)])
   """
   if run is None:
-    run = importlib.import_module('wandb').run
+    run = _optional.load('wandb', 'wandb').run
     if run is None:
       raise ValueError('there is no active run: call wandb.init first.')
 
@@ -104,11 +107,13 @@ def wandb(run: Any = None) -> Writer:
   return write
 
 
-def mlflow(run_id: str | None = None) -> Writer:
+def mlflow_writer(run_id: str | None = None) -> Writer:
   """Logs metrics to MLflow.
 
+  MLflow allows no brackets in names: ``blocks[0]`` becomes ``blocks_0``.
+
   Args:
-    run_id: of the run; None is the active one.
+    run_id: identifier of the run, or None for the active run.
 
   Returns:
     A writer for :class:`optax_ghm.flow.Record`.
@@ -119,12 +124,11 @@ def mlflow(run_id: str | None = None) -> Writer:
   Examples:
     >>> from optax_ghm import flow
     >>> def train():
-    ...   record = flow.Record(writers=[flow.mlflow()])
+    ...   record = flow.Record(writers=[flow.mlflow_writer()])
   """
-  package = importlib.import_module('mlflow')
+  package = _optional.load('mlflow', 'mlflow')
 
   def write(step, numbers):
-    # MLflow takes no brackets in names.
     clean = {
       name.replace('[', '_').replace(']', ''): x for name, x in numbers.items()
     }

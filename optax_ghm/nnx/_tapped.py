@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,25 +17,26 @@ from optax_ghm.nnx import _subclass
 
 @dataclasses.dataclass(frozen=True)
 class Tapped:
-  """Calls models with their layers tapped, the models themselves unchanged.
+  """Taps the layers of models, which themselves stay unchanged.
 
-  ``Tapped().apply(model, x, taps=taps)`` is ``model(x)``: the gradient with
-  respect to ``taps`` is the statistics of the cotangents at the outputs of all
-  modules (:func:`optax_ghm.flow.tap`). Works for modules in ``nnx.scan`` (the
-  statistics of every step of a scanned stack, along leading axes; all together
-  where the steps share a module), ``nnx.remat``, ``nnx.vmap``, ``nnx.jit`` and
-  ``nnx.cond``. While ``apply`` runs, the modules of this model are of a
-  subclass and hold a sink each, a ``nnx.Param``, so that it goes where
-  parameters go, and what had been jitted untapped is traced anew. Therefore the
-  model has to come in as an argument of what is differentiated: one that the
-  loss closes over may not be changed there.
+  A tap at the output of every module measures the cotangent there
+  (:func:`optax_ghm.flow.tap`). :meth:`value_and_grad` takes a loss as it is;
+  :meth:`init` and :meth:`apply` are its two steps.
+
+  Modules in ``nnx.scan``, ``nnx.remat``, ``nnx.vmap``, ``nnx.jit`` and
+  ``nnx.cond`` are tapped as well. A scanned stack has statistics for every
+  step, along leading axes, or for all steps together if they share a module.
+  During the call, the modules of the model are of a subclass and hold their
+  taps in a ``nnx.Param``, which goes where parameters go. For JAX they are
+  other types, so functions that were compiled without taps are traced again.
 
   Attributes:
-    where: which modules to tap: called with the path (names joined by slashes,
-      empty for the model itself) and the module; None is all of them.
-    histogram: see :func:`optax_ghm.flow.sink`.
-    examples: the same. Every tapped module must then have the examples along
-      the first axis of what it returns.
+    where: which modules to tap, as a function of their path (names joined by
+      slashes, empty for the model itself) and the module; None taps all.
+    histogram: whether to count the magnitudes in a histogram.
+    examples: the number of examples, if the norm of each is wanted. Every
+      tapped module must then have the examples along the first axis of its
+      output.
 
   Examples:
     >>> from flax import nnx
@@ -44,12 +46,10 @@ class Tapped:
     >>> model = nnx.Sequential(
     ...   nnx.Linear(2, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 1, rngs=rngs)
     ... )
-    >>> x = jnp.ones((4, 2))
-    >>> tapped = ghm_nnx.Tapped()
-    >>> sinks = tapped.init(model, x)
-    >>> def loss(model, taps):
-    ...   return jnp.mean(jnp.square(tapped.apply(model, x, taps=taps)))
-    >>> grads, taps = nnx.grad(loss, argnums=(0, 1))(model, sinks)
+    >>> def loss_fn(model, x):
+    ...   return jnp.mean(jnp.square(model(x)))
+    >>> step = nnx.jit(ghm_nnx.Tapped().value_and_grad(loss_fn))
+    >>> value, grads, taps = step(model, jnp.ones((4, 2)))
     >>> list(taps)
     ['layers/0', 'layers/2', '']
     >>> int(taps['layers/0'].elements)
@@ -60,6 +60,48 @@ class Tapped:
   histogram: bool = False
   examples: int | None = None
 
+  def value_and_grad(
+    self, loss_fn: Callable[..., Any], argnums: Any = 0, has_aux: bool = False
+  ) -> Callable[..., tuple[Any, Any, _taps.Taps]]:
+    """A function that returns the value, the gradients and the taps of a loss.
+
+    The loss calls the model as it would without taps. Several calls add up. The
+    loss is traced twice, the first time to find its layers.
+
+    Args:
+      loss_fn: the loss. The model is its first argument.
+      argnums: what to differentiate, as in ``nnx.value_and_grad``.
+      has_aux: whether the loss returns a pair (loss, auxiliary data).
+
+    Returns:
+      A function of the arguments of ``loss_fn`` that returns (value, gradients,
+      filled taps). With ``has_aux`` the value is (loss, auxiliary data). Value
+      and gradients are those of ``nnx.value_and_grad``. The function raises
+      ``ValueError`` if there is no module to tap.
+    """
+    several = isinstance(argnums, Sequence)
+    numbers = tuple(argnums) if several else (argnums,)
+
+    def with_taps(*args):
+      *args, taps = args
+      return self.apply(*args, taps=taps, method=loss_fn)
+
+    def value_and_grad(*args, **kwargs):
+      # By position, as nnx.value_and_grad wants them: the taps are the last.
+      bound = inspect.signature(loss_fn).bind(*args, **kwargs)
+      if bound.kwargs:
+        raise TypeError(
+          f'arguments of the loss must not be keyword-only: {bound.kwargs}'
+        )
+      args = bound.args
+      empty = self.init(*args, method=loss_fn)
+      value, (*grads, taps) = nnx.value_and_grad(
+        with_taps, argnums=(*numbers, len(args)), has_aux=has_aux
+      )(*args, empty)
+      return value, tuple(grads) if several else grads[0], taps
+
+    return value_and_grad
+
   def init(
     self,
     model: nnx.Module,
@@ -67,17 +109,18 @@ class Tapped:
     method: str | Callable[..., Any] = '__call__',
     **kwargs: Any,
   ) -> _taps.Taps:
-    """The sinks of all modules that have a ``__call__``.
+    """Makes the empty taps of all modules that have a ``__call__``.
 
     Args:
-      model: the model; nothing of it changes.
-      *args: as for the model; shapes are enough for arrays.
-      method: see :meth:`apply`.
-      **kwargs: as for the model.
+      model: the model, which does not change.
+      *args: arguments of the model. Shapes are enough for arrays.
+      method: the name of the method to call, or a function of the model and the
+        other arguments.
+      **kwargs: keyword arguments of the model.
 
     Returns:
-      The sinks, in the order in which the modules return; last those that are
-      not called, whose statistics will say that no gradient arrives.
+      The empty taps, in the order in which the modules return. Modules that are
+      not called are last. Their statistics will say that no gradient arrives.
 
     Raises:
       ValueError: if there is no module that ``where`` takes.
@@ -90,13 +133,15 @@ class Tapped:
     }
     stacks: dict[str, tuple[int, ...] | None] = {}  # in the order of returns
 
-    def found(name, module):
+    def discover(name, module):
       taken = self.where is None or self.where(name, modules[name])
       stacks.setdefault(name, _stack(module, modules[name], strict=taken))
 
     def run(state, args, kwargs):
       copy = nnx.merge(graph, state)
-      with _watched(copy, {name: _Discovery(name, found) for name in modules}):
+      with _holding(
+        copy, {name: _Discovery(name, discover) for name in modules}
+      ):
         _method(copy, method)(*args, **kwargs)
 
     _taps.trace(run, jax.eval_shape(lambda state: state, state), args, kwargs)
@@ -106,10 +151,10 @@ class Tapped:
       if self.where is not None and not self.where(name, module):
         continue
       stack, around = stacks.get(name, ()), name
-      while stack is None:  # nothing to tell by: as the module around it
+      while stack is None:  # without variables: as the module around it
         around = around.rpartition('/')[0]
         stack = stacks.get(around) if around else ()
-      stats[name] = _tap.sink(
+      stats[name] = _tap.empty_tap(
         histogram=self.histogram, examples=self.examples, stack=stack
       )
       own = [v for v in vars(module).values() if isinstance(v, nnx.Param)]
@@ -129,38 +174,39 @@ class Tapped:
     method: str | Callable[..., Any] = '__call__',
     **kwargs: Any,
   ) -> Any:
-    """What the model returns.
+    """Calls the model; the gradient of ``taps`` is the filled taps.
 
     Args:
-      model: the model.
-      *args: as for the model.
-      taps: the sinks from :meth:`init`; None is the model itself.
-      method: the name of the method to call, or a function of the model and
-        ``args``.
-      **kwargs: as for the model.
+      model: the model, an argument of the function that is differentiated: one
+        that the function closes over may not change in it.
+      *args: arguments of the model.
+      taps: empty taps from :meth:`init`, or None for a call without taps.
+      method: the name of the method to call, or a function of the model and the
+        other arguments.
+      **kwargs: keyword arguments of the model.
 
     Returns:
-      The same as the model.
+      What the model returns.
     """
     if taps is None:
       return _method(model, method)(*args, **kwargs)
-    with _watched(model, {name: _Sink(taps[name]) for name in taps}):
+    with _holding(model, {name: _Tap(taps[name]) for name in taps}):
       return _method(model, method)(*args, **kwargs)
 
 
 _HELD = '_flow'
 
 
-class _Sink(nnx.Param):
-  """A sink, sliced and carried by transformations as parameters are."""
+class _Tap(nnx.Param):
+  """A tap, which transformations slice as they slice parameters."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Discovery:
-  """Stands where a sink will be, and tells which module is called, and how."""
+  """Stands in for a tap, to be told which module is called, and how."""
 
   name: str
-  found: Callable[..., Any]
+  discover: Callable[..., Any]
 
 
 def _method(model, method):
@@ -172,7 +218,7 @@ def _method(model, method):
 def _stack(inside, outside, strict):
   """The leading axes that the variables of a module have lost on the way in.
 
-  None if it has no variables.
+  None for a module without variables.
   """
   kind = nnx.Param if nnx.state(outside, nnx.Param) else nnx.Variable
   inside, outside = (
@@ -188,31 +234,31 @@ def _stack(inside, outside, strict):
 
 
 @contextlib.contextmanager
-def _watched(model, by_name):
-  """For a while, the modules of these names hold these, and heed them."""
-  held = []
+def _holding(model, by_name):
+  """Makes the modules of these names hold something that their calls use."""
+  changed = []
   try:
     for path, module in list(nnx.iter_modules(model)):
-      what = by_name.get('/'.join(map(str, path)))
-      if what is not None:
-        held.append((module, type(module)))
+      held = by_name.get('/'.join(map(str, path)))
+      if held is not None:
+        changed.append((module, type(module)))
         object.__setattr__(
-          module, '__class__', _subclass.subclass(type(module), _watch)
+          module, '__class__', _subclass.subclass(type(module), _call)
         )
-        setattr(module, _HELD, what)
+        setattr(module, _HELD, held)
     yield
   finally:
-    for module, kind in held:
+    for module, kind in changed:
       if hasattr(module, _HELD):
         delattr(module, _HELD)
       object.__setattr__(module, '__class__', kind)
 
 
-def _watch(call, module, args, kwargs):
+def _call(call, module, args, kwargs):
   output = call(module, *args, **kwargs)
   held = getattr(module, _HELD)
-  if isinstance(held, _Sink):
+  if isinstance(held, _Tap):
     return _tap.tap(output, held.get_value())
   if any(map(arrays.is_inexact, jax.tree.leaves(output))):
-    held.found(held.name, module)
+    held.discover(held.name, module)
   return output

@@ -33,11 +33,13 @@ def recorded(steps=12, **norms):
 
 def test_statistics_are_kept_by_name_and_column():
   record = recorded(3, a=stats(mean_drift=0.25), b=stats(constant=0.5))
-  assert record.norms == ('a', 'b')
+  assert record.batch_norms == ('a', 'b')
   np.testing.assert_array_equal(
-    record.norm_stats['mean_drift'], np.float32([[0.25, 0.1]] * 3)
+    record.batch_norm_stats['mean_drift'], np.float32([[0.25, 0.1]] * 3)
   )
-  np.testing.assert_array_equal(record.norm_stats['constant'], [[0, 0.5]] * 3)
+  np.testing.assert_array_equal(
+    record.batch_norm_stats['constant'], [[0, 0.5]] * 3
+  )
   assert record.scalars['batch_norm/constant/b'].tolist() == [0.5] * 3
 
 
@@ -45,26 +47,26 @@ def test_steps_without_them_have_nan():
   record = flow.Record()
   record.add(0, loss=1.0)
   record.add(1, batch_norm={'a': stats()})
-  assert np.isnan(record.norm_stats['mean_drift'][0]).all()
-  assert not np.isnan(record.norm_stats['mean_drift'][1]).any()
-  assert flow.Record().norm_stats['clipped'].shape == (0, 0)
+  assert np.isnan(record.batch_norm_stats['mean_drift'][0]).all()
+  assert not np.isnan(record.batch_norm_stats['mean_drift'][1]).any()
+  assert flow.Record().batch_norm_stats['clipped'].shape == (0, 0)
 
 
 def test_a_stack_of_them_has_a_row_each():
   record = recorded(
     1, blocks=flow.BatchNormStats(jnp.arange(15.0).reshape(3, 5))
   )
-  assert record.norms == ('blocks[0]', 'blocks[1]', 'blocks[2]')
-  assert record.norm_stats['constant'].tolist() == [[4, 9, 14]]
+  assert record.batch_norms == ('blocks[0]', 'blocks[1]', 'blocks[2]')
+  assert record.batch_norm_stats['constant'].tolist() == [[4, 9, 14]]
 
 
 def test_they_are_saved_and_loaded(tmp_path):
   record = recorded(a=stats(mean_drift=0.25))
   record.save(tmp_path / 'run.npz')
   loaded = flow.Record.load(tmp_path / 'run.npz')
-  assert loaded.norms == ('a',)
-  for name, values in record.norm_stats.items():
-    np.testing.assert_array_equal(loaded.norm_stats[name], values)
+  assert loaded.batch_norms == ('a',)
+  for name, values in record.batch_norm_stats.items():
+    np.testing.assert_array_equal(loaded.batch_norm_stats[name], values)
 
 
 def test_anything_else_is_refused():
@@ -81,12 +83,12 @@ def test_what_a_linen_step_leaves_is_named_by_the_module():
   )
   record = flow.Record()
   record.add(0, batch_norm=updated['batch_norm_stats'])
-  assert record.norms == ('layers_1',)
+  assert record.batch_norms == ('layers_1',)
   single = BatchNorm(False)
   _, updated = single.apply(single.init(jax.random.key(1), x), x, mutable=True)
   record = flow.Record()
   record.add(0, batch_norm=updated['batch_norm_stats'])
-  assert record.norms == ('',)
+  assert record.batch_norms == ('',)
 
 
 def test_what_an_nnx_step_leaves_is_named_by_the_module():
@@ -98,8 +100,8 @@ def test_what_an_nnx_step_leaves_is_named_by_the_module():
   model(jax.random.normal(jax.random.key(0), (8, 2)))
   record = flow.Record()
   record.add(0, batch_norm=nnx.state(model, optax_ghm.nnx.BatchNormStats))
-  assert record.norms == ('layers/1',)
-  assert record.norm_stats['mean_to_std'][0, 0] > 0
+  assert record.batch_norms == ('layers/1',)
+  assert record.batch_norm_stats['mean_to_std'][0, 0] > 0
 
 
 def test_healthy_batches_get_no_verdict():

@@ -749,17 +749,17 @@ def trained_with(model, penalty=0.0):
   tapped, tx = Tapped(model), flow.watch(optax.sgd(0.01))
   with jax.numpy_rank_promotion('allow'):
     variables = model.init(jax.random.key(0), x)
-    sinks = tapped.init(variables, x)
+    empty_taps = tapped.init(variables, x)
 
-    def loss(variables, sinks):
-      logits = tapped.apply(variables, x, taps=sinks)
+    def loss(variables, empty_taps):
+      logits = tapped.apply(variables, x, taps=empty_taps)
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
       squares = [jnp.sum(jnp.square(p)) for p in jax.tree.leaves(variables)]
       return losses.mean() + penalty * sum(squares)
 
     @jax.jit
     def step(variables, state):
-      grads, found = jax.grad(loss, argnums=(0, 1))(variables, sinks)
+      grads, found = jax.grad(loss, argnums=(0, 1))(variables, empty_taps)
       updates, state = tx.update(grads, state, variables)
       return optax.apply_updates(variables, updates), state, found
 

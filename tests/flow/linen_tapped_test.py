@@ -82,7 +82,7 @@ def whole_cotangents(apply, variables):
 def run_both(model, variables, *args, tapped=None, **kwargs):
   """(output, gradients), untapped and tapped, and the statistics."""
   tapped = tapped or Tapped(model)
-  sinks = tapped.init(variables, *args, **kwargs)
+  empty_taps = tapped.init(variables, *args, **kwargs)
 
   def plain(variables):
     output = model.apply(variables, *args, **kwargs)
@@ -97,8 +97,8 @@ def run_both(model, variables, *args, tapped=None, **kwargs):
   )(variables)
   (_, same), (found, taps) = jax.jit(
     jax.value_and_grad(with_taps, argnums=(0, 1), has_aux=True, allow_int=True)
-  )(variables, sinks)
-  assert list(taps) == list(sinks) and taps.layers == sinks.layers
+  )(variables, empty_taps)
+  assert list(taps) == list(empty_taps) and taps.layers == empty_taps.layers
   return (output, grads), (same, found), taps
 
 
@@ -276,15 +276,15 @@ def test_batch_norm_and_dropout(x):
 
 
 @pytest.mark.parametrize('mutable', [True, ['params'], nn.DenyList('params')])
-def test_whatever_is_mutable_no_sink_leaks(x, mutable):
+def test_whatever_is_mutable_no_tap_leaks(x, mutable):
   model, rngs = Normed(), RNGS
   variables = model.init({'params': jax.random.key(0), **RNGS}, x)
   if mutable == ['params']:
     model, rngs = Normed(train=False), None
   tapped = Tapped(model)
-  sinks = tapped.init(variables, x, rngs=rngs, mutable=mutable)
+  empty_taps = tapped.init(variables, x, rngs=rngs, mutable=mutable)
   plain = model.apply(variables, x, rngs=rngs, mutable=mutable)
-  same = tapped.apply(variables, x, taps=sinks, rngs=rngs, mutable=mutable)
+  same = tapped.apply(variables, x, taps=empty_taps, rngs=rngs, mutable=mutable)
   assert_bit_for_bit(same, plain)
 
 
@@ -361,7 +361,7 @@ def test_where_that_takes_none_is_an_error(x):
     Tapped(model, where=lambda *_: False).init(variables, x)
 
 
-def test_sinks_need_only_shapes(x):
+def test_empty_taps_need_only_shapes(x):
   model = Mlp()
   variables = model.init(jax.random.key(0), x)
   shapes = jax.eval_shape(lambda v: v, (variables, x))
@@ -369,7 +369,7 @@ def test_sinks_need_only_shapes(x):
   assert_bit_for_bit(taps, Tapped(model).init(variables, x))
 
 
-def test_options_reach_every_sink(x):
+def test_options_reach_every_tap(x):
   model = Mlp()
   variables = model.init(jax.random.key(0), x)
   taps = Tapped(model, histogram=True, examples=7).init(variables, x)
@@ -497,7 +497,7 @@ SCANS = {
 
 
 @pytest.mark.parametrize('lift', SCANS.values(), ids=SCANS)
-def test_scanned_layers_have_a_sink_each(x, lift):
+def test_scanned_layers_have_taps_of_their_own(x, lift):
   model = Stack(lift)
   variables = model.init(jax.random.key(0), x)
   tapped = Tapped(model, histogram=True, examples=BATCH)
@@ -759,13 +759,13 @@ def test_a_module_jitted_untapped_is_traced_anew(x):
   variables = model.init(jax.random.key(0), x)
   plain = model.apply(variables, x)
   tapped = Tapped(model)
-  sinks = tapped.init(variables, x)
+  empty_taps = tapped.init(variables, x)
 
   def loss(taps):
     return wavy(tapped.apply(variables, x, taps=taps))
 
   for _ in range(2):
-    taps = jax.grad(loss)(sinks)
+    taps = jax.grad(loss)(empty_taps)
     assert {int(s.calls) for s in taps.values()} == {1}
     np.testing.assert_array_equal(model.apply(variables, x), plain)
   expected = whole_cotangents(lambda v: Stack(()).apply(v, x), variables)
@@ -777,12 +777,12 @@ def test_taps_under_vmap_of_the_gradient(x):
   model = Mlp()
   variables = model.init(jax.random.key(0), x)
   tapped = Tapped(model)
-  sinks = tapped.init(variables, x)
+  empty_taps = tapped.init(variables, x)
 
   def loss(taps, x):
     return wavy(tapped.apply(variables, x[None], taps=taps))
 
-  each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(sinks, x)
+  each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(empty_taps, x)
   expected = whole_cotangents(lambda v: model.apply(v, x), variables)
   for name, ((whole,),) in expected.items():
     for i in range(BATCH):
@@ -793,11 +793,128 @@ def test_two_models_of_the_same_class_do_not_meet(x):
   model = Mlp()
   variables = model.init(jax.random.key(0), x)
   tapped = Tapped(model)
-  sinks = tapped.init(variables, x)
+  empty_taps = tapped.init(variables, x)
 
   def loss(taps):
     inner = tapped.apply(variables, x, taps=taps)
     return wavy(inner) + wavy(model.apply(variables, x))
 
-  taps = jax.grad(loss)(sinks)
+  taps = jax.grad(loss)(empty_taps)
   assert {int(s.calls) for s in taps.values()} == {1}
+
+
+# ---- In one line.
+
+
+def check_in_one_line(model, variables, loss_fn, *args, **kwargs):
+  """Against jax.value_and_grad, and taps that are found in two steps."""
+  taps = kwargs.pop('taps')
+  plain = jax.jit(jax.value_and_grad(loss_fn, **kwargs))
+  in_one_line = jax.jit(Tapped(model).value_and_grad(loss_fn, **kwargs))
+  value, grads, found = in_one_line(variables, *args)
+  assert_bit_for_bit((value, grads), plain(variables, *args))
+  assert found.layers == taps.layers
+  for name, stats in taps.items():
+    np.testing.assert_allclose(
+      found[name].numbers, stats.numbers, rtol=1e-6, err_msg=name
+    )
+
+
+@pytest.mark.parametrize(
+  'model',
+  [Mlp(), SetUp(), Shared(), Several(), Boxed(), Stack((nn.remat, scanned()))],
+  ids=repr,
+)
+def test_a_loss_needs_no_change(model, x):
+  variables = model.init(jax.random.key(0), x)
+  *_, taps = run_both(model, variables, x)
+
+  def loss_fn(variables, x):
+    return wavy(model.apply(variables, x))
+
+  check_in_one_line(model, variables, loss_fn, x, taps=taps)
+
+
+def test_params_alone_auxiliary_data_and_dropout(x):
+  model = Normed()
+  variables = model.init({'params': jax.random.key(0), **RNGS}, x)
+  kwargs = {'rngs': RNGS, 'mutable': ['batch_stats']}
+  *_, taps = run_both(model, variables, x, **kwargs)
+
+  def loss_fn(params, moving, x):
+    logits, updated = model.apply(
+      {'params': params, 'batch_stats': moving}, x, **kwargs
+    )
+    # The sum of squares sees the parameters alone.
+    squares = sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(params))
+    aux = updated, len(jax.tree.leaves(params))
+    return wavy((logits, updated)) + squares, aux
+
+  params, moving = variables['params'], variables['batch_stats']
+  check_in_one_line(
+    model, params, loss_fn, moving, x, has_aux=True, argnums=(0, 2), taps=taps
+  )
+
+
+def test_several_calls_add_up_and_other_models_are_left_alone(x):
+  one, other = Mlp(), SetUp()
+  of_one, of_other = (m.init(jax.random.key(0), x) for m in (one, other))
+
+  @jax.jit
+  @Tapped(one).value_and_grad
+  def step(of_one, x):
+    hidden = other.apply(of_other, x, method='encode')
+    return wavy(one.apply(of_one, x)) + wavy(one.apply(of_one, hidden))
+
+  _, _, taps = step(of_one, x)
+  assert set(taps) == {'Dense_0', 'Dense_1', 'head', ''}
+  assert {float(stats.calls) for stats in taps.values()} == {2}
+
+
+def test_methods_that_are_functions_are_tapped(x):
+  model = SetUp()
+  variables = model.init(jax.random.key(0), x)
+
+  def loss_fn(variables):
+    return wavy(
+      model.apply(variables, x, method=lambda m, x: m.decoder(m.encode(x)))
+    )
+
+  _, _, taps = jax.jit(Tapped(model).value_and_grad(loss_fn))(variables)
+  assert list(taps)[0] == 'encoder' and 'decoder/head' in taps
+  assert {float(stats.calls) for stats in taps.values()} == {1}
+
+
+def test_a_compiled_step_is_traced_once(x):
+  model, traces = Mlp(), []
+  variables = model.init(jax.random.key(0), x)
+
+  def loss_fn(variables, x):
+    traces.append(x)
+    return wavy(model.apply(variables, x))
+
+  step = jax.jit(Tapped(model).value_and_grad(loss_fn))
+  for i in range(3):
+    step(variables, i + x)
+  assert len(traces) == 2  # to find the layers, and to differentiate
+
+
+@pytest.mark.parametrize('wrap', [jax.jit, jax.checkpoint])
+def test_a_call_that_is_not_traced_again_is_an_error(x, wrap):
+  model = Mlp()
+  variables = model.init(jax.random.key(0), x)
+
+  @wrap
+  def forward(variables, x):
+    return model.apply(variables, x)
+
+  step = Tapped(model).value_and_grad(lambda *args: wavy(forward(*args)))
+  with pytest.raises(ValueError, match=r'jax\.jit and jax\.checkpoint'):
+    step(variables, x)
+
+
+def test_a_loss_without_the_model_is_an_error(x):
+  other = SetUp()
+  variables = other.init(jax.random.key(0), x)
+  with pytest.raises(ValueError, match='no module was called'):
+    Tapped(Mlp()).value_and_grad(lambda v: wavy(other.apply(v, x)))(variables)

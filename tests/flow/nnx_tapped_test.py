@@ -117,7 +117,7 @@ def run_nnx(model, tapped, *args, **kwargs):
   Under ``nnx.jit`` and ``nnx.grad``.
   """
   one, other = nnx.clone(model), nnx.clone(model)
-  sinks = tapped.init(model, *args, **kwargs)
+  empty_taps = tapped.init(model, *args, **kwargs)
 
   @nnx.jit
   def plain(model):
@@ -136,7 +136,7 @@ def run_nnx(model, tapped, *args, **kwargs):
     return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(model, taps)
 
   (_, output), grads = plain(one)
-  (_, same), (found, taps) = with_taps(other, sinks)
+  (_, same), (found, taps) = with_taps(other, empty_taps)
   assert nnx.graphdef(other) == nnx.graphdef(one)
   assert kinds(other) == kinds(model)
   assert attributes(other) == attributes(model)
@@ -155,7 +155,7 @@ def not_random(path, value):
 def run_jax(model, tapped, *args, **kwargs):
   """The same under ``jax.jit`` and ``jax.grad``."""
   graph, params, rest = nnx.split(model, nnx.Param, ...)
-  sinks = tapped.init(model, *args, **kwargs)
+  empty_taps = tapped.init(model, *args, **kwargs)
 
   def loss(params, taps, rest):
     copy = nnx.merge(graph, params, fresh(rest))
@@ -169,7 +169,7 @@ def run_jax(model, tapped, *args, **kwargs):
   )
   (_, same), (found, taps) = jax.jit(
     jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-  )(params, sinks, rest)
+  )(params, empty_taps, rest)
   return (aux, grads), (same, found), taps
 
 
@@ -328,9 +328,11 @@ def test_batch_norm_and_dropout(x):
 def test_statistics_and_random_streams_move_on_as_without_taps(x):
   one, other = Normed(nnx.Rngs(0)), Normed(nnx.Rngs(0))
   tapped = Tapped()
-  sinks = tapped.init(other, x)
+  empty_taps = tapped.init(other, x)
   for _ in range(2):
-    np.testing.assert_array_equal(one(x), tapped.apply(other, x, taps=sinks))
+    np.testing.assert_array_equal(
+      one(x), tapped.apply(other, x, taps=empty_taps)
+    )
   assert one.drop.rngs.count[...] == other.drop.rngs.count[...] > 0
   np.testing.assert_array_equal(one.norm.mean[...], other.norm.mean[...])
   assert one.norm.mean[...].any()
@@ -392,7 +394,7 @@ def test_where_that_takes_none_is_an_error(x):
     Tapped(where=lambda *_: False).init(Mlp(nnx.Rngs(0)), x)
 
 
-def test_sinks_need_only_shapes(x):
+def test_empty_taps_need_only_shapes(x):
   model = Mlp(nnx.Rngs(0))
   shapes = jax.eval_shape(lambda x: x, x)
   assert_bit_for_bit(Tapped().init(model, shapes), Tapped().init(model, x))
@@ -427,9 +429,9 @@ def test_the_model_afterwards_is_as_before(x):
   model = Normed(nnx.Rngs(0))
   before = about(model)
   tapped = Tapped()
-  sinks = tapped.init(model, x)
+  empty_taps = tapped.init(model, x)
   assert_untouched(model, before)
-  tapped.apply(model, x, taps=sinks)
+  tapped.apply(model, x, taps=empty_taps)
   assert_untouched(model, before)
 
 
@@ -438,13 +440,13 @@ def test_the_model_is_as_before_also_when_the_call_raised(x, where):
   model = Mlp(nnx.Rngs(0))
   before = about(model)
   tapped = Tapped()
-  sinks = tapped.init(model, x)
+  empty_taps = tapped.init(model, x)
   wrong = jnp.ones((BATCH, WIDTH + 1))
   with pytest.raises(TypeError):
     if where == 'init':
       tapped.init(model, wrong)
     else:
-      tapped.apply(model, wrong, taps=sinks)
+      tapped.apply(model, wrong, taps=empty_taps)
   assert_untouched(model, before)
   model(x)
 
@@ -456,7 +458,7 @@ def test_the_model_is_as_before_also_when_the_call_raised(x, where):
     if where == 'init':
       tapped.init(model, x, method=broken)
     else:
-      tapped.apply(model, x, taps=sinks, method=broken)
+      tapped.apply(model, x, taps=empty_taps, method=broken)
   assert_untouched(model, before)
 
 
@@ -475,7 +477,7 @@ def test_while_it_runs_modules_are_still_of_their_class(x):
 def test_other_instances_stay_untapped(x):
   model, other = Mlp(nnx.Rngs(0)), Mlp(nnx.Rngs(1))
   tapped = Tapped()
-  sinks = tapped.init(model, x)
+  empty_taps = tapped.init(model, x)
   call = Mlp.__call__
 
   def method(model, x):
@@ -486,7 +488,7 @@ def test_other_instances_stay_untapped(x):
   def grad(model, taps):
     return wavy(tapped.apply(model, x, taps=taps, method=method))
 
-  _, taps = grad(model, sinks)
+  _, taps = grad(model, empty_taps)
   assert {int(s.calls) for s in taps.values()} == {1}
   assert Mlp.__call__ is call
 
@@ -495,9 +497,9 @@ def test_a_model_from_outside_of_a_gradient_is_as_before(x):
   model = Mlp(nnx.Rngs(0))
   before = about(model)
   tapped = Tapped()
-  sinks = tapped.init(model, x)
+  empty_taps = tapped.init(model, x)
   with contextlib.suppress(errors.TraceContextError):
-    jax.grad(lambda s: wavy(tapped.apply(model, x, taps=s)))(sinks)
+    jax.grad(lambda s: wavy(tapped.apply(model, x, taps=s)))(empty_taps)
   assert_untouched(model, before)
   model(x)
 
@@ -558,7 +560,7 @@ class Unrolled(nnx.Module):
   [(run_nnx, {}), (run_jax, {}), (run_nnx, {'remat': True})],
   ids=['nnx', 'jax', 'remat'],
 )
-def test_scanned_layers_have_a_sink_each(x, run, kwargs):
+def test_scanned_layers_have_taps_of_their_own(x, run, kwargs):
   model = Stack(nnx.Rngs(0), **kwargs)
   before, after, taps = run(model, Tapped(histogram=True, examples=BATCH), x)
   assert_bit_for_bit(after, before)
@@ -599,7 +601,7 @@ def test_a_stack_of_vectors_is_no_kernel(x):
   assert taps['norms'].calls.shape == (DEPTH,)
 
 
-def test_sinks_go_where_parameters_go(x):
+def test_empty_taps_go_where_parameters_go(x):
   model = Stack(nnx.Rngs(0))
 
   def method(model, x):
@@ -701,7 +703,7 @@ def test_a_function_jitted_untapped_is_traced_anew(x):
   model = Mlp(nnx.Rngs(0))
   plain = jitted(model, x)
   tapped = Tapped()
-  sinks = tapped.init(model, x, method=jitted)
+  empty_taps = tapped.init(model, x, method=jitted)
   np.testing.assert_array_equal(jitted(model, x), plain)
 
   @nnx.grad(argnums=(0, 1))
@@ -710,7 +712,7 @@ def test_a_function_jitted_untapped_is_traced_anew(x):
 
   expected = whole_cotangents(model, x)
   for _ in range(2):
-    _, taps = grad(model, sinks)
+    _, taps = grad(model, empty_taps)
     for name, calls in expected.items():
       assert_statistics(taps[name], *calls, rtol=1e-4)
     np.testing.assert_array_equal(jitted(model, x), plain)
@@ -727,10 +729,10 @@ def test_a_jitted_function_is_traced_once_for_all_tapped_calls(x):
 
   model = Mlp(nnx.Rngs(0))
   tapped = Tapped()
-  sinks = tapped.init(model, x, method=counted)
+  empty_taps = tapped.init(model, x, method=counted)
   counts = []
   for _ in range(3):
-    tapped.apply(model, x, taps=sinks, method=counted)
+    tapped.apply(model, x, taps=empty_taps, method=counted)
     counts.append(len(traces))
   assert counts[0] == counts[2]
 
@@ -857,16 +859,83 @@ def test_modules_without_variables_in_a_scan_follow_their_surroundings(x):
   assert taps[''].calls == 1
 
 
-def test_gradients_of_the_model_hold_no_sink(x):
+def test_gradients_of_the_model_hold_no_tap(x):
   model = Mlp(nnx.Rngs(0))
   tapped = Tapped()
-  sinks = tapped.init(model, x)
+  empty_taps = tapped.init(model, x)
 
   @nnx.grad(argnums=(0, 1))
   def grad(model, taps):
     return wavy(tapped.apply(model, x, taps=taps))
 
-  grads, _ = grad(model, sinks)
+  grads, _ = grad(model, empty_taps)
   assert jax.tree.structure(grads) == jax.tree.structure(
     nnx.state(model, nnx.Param)
   )
+
+
+# ---- In one line.
+
+
+@pytest.mark.parametrize('build', [Mlp, Shared, Several, Normed, Stack])
+def test_a_loss_needs_no_change(build, x):
+  model = build(nnx.Rngs(0))
+  (_, _, after), _, taps = run_nnx(model, Tapped(), x)
+
+  def loss_fn(model, x):
+    output = model(x)
+    return wavy(output), output
+
+  one, other = nnx.clone(model), nnx.clone(model)
+  expected = nnx.jit(nnx.value_and_grad(loss_fn, has_aux=True))(one, x)
+  in_one_line = nnx.jit(Tapped().value_and_grad(loss_fn, has_aux=True))
+  value, grads, found = in_one_line(other, x)
+  assert_bit_for_bit(
+    (value, nnx.to_pure_dict(grads)),
+    (expected[0], nnx.to_pure_dict(expected[1])),
+  )
+  state = nnx.to_pure_dict(nnx.state(other, not_random))
+  assert_bit_for_bit(state, after)
+  assert_untouched(other, about(model))
+  assert found.layers == taps.layers
+  for name, stats in taps.items():
+    np.testing.assert_allclose(
+      found[name].numbers, stats.numbers, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_what_is_differentiated_is_chosen_as_in_nnx(x):
+  model = Mlp(nnx.Rngs(0))
+  argnums = (nnx.DiffState(0, nnx.All(nnx.Param, nnx.PathContains('head'))), 1)
+
+  def loss_fn(model, x, scale=1.0):
+    return wavy(scale * model(x))
+
+  expected = nnx.grad(loss_fn, argnums=argnums)(model, x, scale=2.0)
+  _, grads, taps = Tapped().value_and_grad(loss_fn, argnums)(
+    model, x, scale=2.0
+  )
+  assert_bit_for_bit(
+    (nnx.to_pure_dict(grads[0]), grads[1]),
+    (nnx.to_pure_dict(expected[0]), expected[1]),
+  )
+  assert {float(stats.calls) for stats in taps.values()} == {1}
+  with pytest.raises(TypeError, match='keyword-only.*scale'):
+    Tapped().value_and_grad(lambda m, *, scale: wavy(scale * m(x)))(
+      model, scale=2.0
+    )
+
+
+def test_a_compiled_step_is_traced_once(x):
+  model, traces = Mlp(nnx.Rngs(0)), []
+
+  def loss_fn(model, x, rngs):
+    traces.append(x)
+    return wavy(model(x + rngs.normal(x.shape)))
+
+  step = nnx.jit(Tapped().value_and_grad(loss_fn))
+  rngs = nnx.Rngs(1)
+  for i in range(3):
+    step(model, i + x, rngs)
+    assert rngs.default.count[...] == i + 1
+  assert len(traces) == 2  # to find the layers, and to differentiate

@@ -23,8 +23,8 @@ TREE = {
 
 
 @jax.jit
-def tapped(x, dy, sink):
-  y, vjp = jax.vjp(flow.tap, x, sink)
+def tapped(x, dy, empty_tap):
+  y, vjp = jax.vjp(flow.tap, x, empty_tap)
   return y, *vjp(dy)
 
 
@@ -43,8 +43,8 @@ def test_statistics_are_those_of_all_cotangents(layout, bad, data):
   dy['single'] = dy['single'] + np.float32(bad)
   x = jax.tree.map(lambda u: np.ones(u.shape, u.dtype), dy)
   steps, none = np.arange(3), np.zeros(3, jax.dtypes.float0)
-  sink = flow.sink(histogram=True, examples=3)
-  y, dx, stats = tapped({**x, 'n': steps}, {**dy, 'n': none}, sink)
+  empty_tap = flow.empty_tap(histogram=True, examples=3)
+  y, dx, stats = tapped({**x, 'n': steps}, {**dy, 'n': none}, empty_tap)
   jax.tree.map(np.testing.assert_array_equal, y, {**x, 'n': steps})
   assert dx.pop('n').dtype == jax.dtypes.float0
   for name, u in dx.items():
@@ -133,7 +133,7 @@ def assert_same(one, other):
   for found, expected in (
     (one.layer_stats, other.layer_stats),
     (one.leaf_stats, other.leaf_stats),
-    (one.norm_stats, other.norm_stats),
+    (one.batch_norm_stats, other.batch_norm_stats),
     (one.scalars, other.scalars),
   ):
     assert found.keys() == expected.keys()
@@ -214,7 +214,7 @@ def test_json_lines_say_what_was_added(values):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'lines'
     path.touch()
-    record = flow.Record(writers=[flow.json_lines(path)])
+    record = flow.Record(writers=[flow.json_lines_writer(path)])
     for i, each in enumerate(values):
       record.add(i, **{f'_{name}': x for name, x in each.items()})
     assert len(record) == len(values)
@@ -263,7 +263,7 @@ def test_leaf_names_are_the_paths_of_what_has_a_gradient(tree):
 
 @given(names=st.lists(st.text(max_size=5), unique=True, max_size=4))
 def test_taps_are_a_pytree_under_any_names(names):
-  taps = flow.Taps.of(names)
+  taps = flow.Taps.empty(names)
   leaves, structure = jax.tree.flatten(taps)
   again = structure.unflatten(leaves)
   assert list(again) == names and len(again) == len(names)

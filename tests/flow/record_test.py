@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from optax_ghm import flow
-from optax_ghm.flow import _record, _tap
+from optax_ghm.flow import _record, _record_file, _tap, _watch
 from optax_ghm.linen import Tapped
 from tests.support.hand_made import MEASURED, NUMBERS, stats, taps, watched
 
@@ -54,19 +54,19 @@ def assert_same_records(actual, expected):
 
 
 def test_what_is_read_is_what_the_statistics_say():
-  sink = flow.sink(histogram=True)
+  empty_tap = flow.empty_tap(histogram=True)
 
   def cotangents(i):
     return [jnp.arange(6.0) * 10.0**i, jnp.array([1e-20, 1e20, -1.0]) * i]
 
   def measure(i):
-    def loss(sinks):
+    def loss(empty_taps):
       return sum(
         jnp.vdot(flow.tap(jnp.zeros_like(c), s), c)
-        for c, s in zip(cotangents(i), sinks, strict=True)
+        for c, s in zip(cotangents(i), empty_taps, strict=True)
       )
 
-    return jax.grad(loss)([sink, sink])
+    return jax.grad(loss)([empty_tap, empty_tap])
 
   record = flow.Record()
   every = [measure(i) for i in range(3)]
@@ -220,10 +220,12 @@ def _trained_steps(record, count=5):
   state, norms = tx.init(params), []
   for i in range(count):
     before = state
-    params, state, found, value = step(params, state, flow.Taps.of(['hidden']))
+    params, state, found, value = step(
+      params, state, flow.Taps.empty(['hidden'])
+    )
     norms.append(np.array(state.gradient_norm)[0])
     record.add(i, taps=found, opt_state=state, loss=value)
-    assert before.quiet.is_deleted()  # it was donated
+    assert before.zero_steps.is_deleted()  # it was donated
     copy = jnp.array(state.measured, copy=True)
     for leaf in (*jax.tree.leaves(found), value, state.measured):
       leaf.delete()  # as if donated too
@@ -267,7 +269,7 @@ def on_their_way(monkeypatch):
   arrived, log = set(), []
   monkeypatch.setattr(
     _record,
-    '_copied',
+    '_copy',
     lambda tree: jax.tree.map(lambda x: OnItsWay(float(x), arrived, log), tree),
   )
   return arrived, log
@@ -290,7 +292,7 @@ def test_adding_reads_nothing_that_has_not_arrived(on_their_way):
 
 def test_no_more_than_so_many_steps_are_on_their_way(on_their_way):
   _, log = on_their_way
-  record, most = flow.Record(), _record.PENDING
+  record, most = flow.Record(), _record.MOST_PENDING
   for i in range(most):
     record.add(i, loss=jnp.float32(i))
   assert log == ['copy'] * most
@@ -482,15 +484,15 @@ def recorded(model, where=None):
   tapped = Tapped(model, where=where)
   with jax.numpy_rank_promotion('allow'):
     variables = jax.jit(model.init)(jax.random.key(0), x)
-    sinks = tapped.init(variables, x)
+    empty_taps = tapped.init(variables, x)
 
     @jax.jit
-    def measure(variables, sinks):
+    def measure(variables, empty_taps):
       return jax.grad(
         lambda taps: jnp.sum(jnp.sin(tapped.apply(variables, x, taps=taps)))
-      )(sinks)
+      )(empty_taps)
 
-    found = measure(variables, sinks)
+    found = measure(variables, empty_taps)
   record = flow.Record()
   record.add(0, taps=found)
   return record, found
@@ -561,7 +563,7 @@ def test_a_stack_whose_own_module_is_not_tapped_comes_in_the_order_of_depth():
 
 
 def test_names_that_begin_alike_are_different_stacks():
-  block = flow.sink(stack=(2,))
+  block = flow.empty_tap(stack=(2,))
   layers = [flow.Layer(n) for n in ('lay', 'layer', 'layer/x', 'layers')]
   record = flow.Record()
   record.add(
@@ -746,7 +748,7 @@ BAD_FILES = {
   'about is no JSON': lambda path: _npz(path, about=np.array('{')),
   'about is a list': lambda path: _npz(path, about=np.array('[1]')),
   'nothing but the format': lambda path: _npz(
-    path, about=np.array(json.dumps({'format': _record.FORMAT}))
+    path, about=np.array(json.dumps({'format': _record_file.FORMAT}))
   ),
   'no steps': _without_steps,
   'begins as a zip': lambda path: path.write_bytes(b'PK\x03\x04' + b'x' * 99),
@@ -777,6 +779,6 @@ def test_a_missing_file_raises_file_not_found(tmp_path):
 
 def test_the_columns_on_disk_are_those_of_the_format():
   """What is renamed or moved needs another format."""
-  assert _record.FORMAT == 'optax_ghm.flow 1'
+  assert _record_file.FORMAT == 'optax_ghm.flow 1'
   assert NUMBERS == _tap.COLUMNS
-  assert MEASURED == flow.watching.COLUMNS
+  assert MEASURED == _watch.COLUMNS

@@ -7,7 +7,7 @@ import pytest
 
 from optax_ghm import flow
 
-SINKS = flow.Taps.of(['before', 'after'])
+EMPTY_TAPS = flow.Taps.empty(['before', 'after'])
 
 
 @jax.jit
@@ -16,7 +16,7 @@ def cut_off(x):
     y = jax.lax.stop_gradient(flow.tap(x, taps['before']))
     return jnp.sum(flow.tap(y, taps['after']))
 
-  return jax.grad(loss)(SINKS)
+  return jax.grad(loss)(EMPTY_TAPS)
 
 
 def sparse(offset, every=25, steps=600, capacity=100):

@@ -25,7 +25,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
 def measured(cotangent, **options):
   """The statistics of a given cotangent."""
   zeros = jax.tree.map(jnp.zeros_like, cotangent)
-  _, pull = jax.vjp(lambda s: flow.tap(zeros, s), flow.sink(**options))
+  _, pull = jax.vjp(lambda s: flow.tap(zeros, s), flow.empty_tap(**options))
   return pull(cotangent)[0]
 
 
@@ -214,11 +214,11 @@ def test_squares_are_in_three_units():
 
 
 def test_no_gradient_arrives_through_stop_gradient():
-  def loss(x, sink):
-    return jnp.sum(x) + jnp.sum(jax.lax.stop_gradient(flow.tap(x, sink)))
+  def loss(x, empty_tap):
+    return jnp.sum(x) + jnp.sum(jax.lax.stop_gradient(flow.tap(x, empty_tap)))
 
   stats = jax.grad(loss, argnums=1)(
-    jnp.ones(3), flow.sink(histogram=True, examples=3)
+    jnp.ones(3), flow.empty_tap(histogram=True, examples=3)
   )
   assert all(not u.any() for u in jax.tree.leaves(stats))
   assert stats.calls == 0 and stats.norm == 0 and stats.rms == 0
@@ -226,11 +226,13 @@ def test_no_gradient_arrives_through_stop_gradient():
 
 
 def test_a_gradient_of_zero_that_does_arrive_is_a_call():
-  stats = jax.grad(lambda s: jnp.sum(0 * flow.tap(jnp.ones(3), s)))(flow.sink())
+  stats = jax.grad(lambda s: jnp.sum(0 * flow.tap(jnp.ones(3), s)))(
+    flow.empty_tap()
+  )
   assert stats.calls == 1 and stats.zeros == 3
 
 
-def test_a_sink_has_only_what_was_asked_for():
+def test_a_tap_has_only_what_was_asked_for():
   plain = measured(jnp.ones((4, 2)))
   assert plain.histogram is None and plain.example_squares is None
   with pytest.raises(ValueError, match='without examples'):
@@ -240,14 +242,14 @@ def test_a_sink_has_only_what_was_asked_for():
   assert len(jax.tree.leaves(plain)) == 1
 
 
-def test_a_new_sink_is_all_zero_and_its_stack_leads():
-  sink = flow.sink(histogram=True, examples=5, stack=(2, 3))
-  assert sink.calls.shape == (2, 3)
-  assert sink.histogram.shape == (2, 3, 64)
-  assert sink.example_norms.shape == (2, 3, 5)
-  assert all(u.dtype == jnp.float32 for u in sink if u is not None)
+def test_a_new_tap_is_all_zero_and_its_stack_leads():
+  empty_tap = flow.empty_tap(histogram=True, examples=5, stack=(2, 3))
+  assert empty_tap.calls.shape == (2, 3)
+  assert empty_tap.histogram.shape == (2, 3, 64)
+  assert empty_tap.example_norms.shape == (2, 3, 5)
+  assert all(u.dtype == jnp.float32 for u in empty_tap if u is not None)
   for name in ('calls', 'elements', 'sum', 'norm', 'rms', 'largest', 'zeros'):
-    column = getattr(sink, name)
+    column = getattr(empty_tap, name)
     assert column.shape == (2, 3) and not column.any()
 
 
@@ -264,14 +266,14 @@ def test_statistics_of_a_stack_are_those_of_its_layers(rng):
 @pytest.mark.parametrize('shape', [(), (3,), (5, 4), (1, 4)])
 def test_another_number_of_examples_is_an_error(shape):
   with pytest.raises(ValueError, match='4 examples along the first axis'):
-    flow.tap(jnp.ones(shape), flow.sink(examples=4))
+    flow.tap(jnp.ones(shape), flow.empty_tap(examples=4))
 
 
 def test_every_leaf_must_have_the_examples():
   tree = {'a': jnp.ones(4), 'b': jnp.ones(3)}
   with pytest.raises(ValueError, match=r'4 examples .* \(3,\)'):
-    flow.tap(tree, flow.sink(examples=4))
-  flow.tap({'a': jnp.ones(4), 'b': jnp.arange(3)}, flow.sink(examples=4))
+    flow.tap(tree, flow.empty_tap(examples=4))
+  flow.tap({'a': jnp.ones(4), 'b': jnp.arange(3)}, flow.empty_tap(examples=4))
 
 
 def test_what_passes_is_what_came(rng):
@@ -285,7 +287,7 @@ def test_what_passes_is_what_came(rng):
     'nothing': None,
     'text': ('name', 7),
   }
-  passed = flow.tap(tree, flow.sink())
+  passed = flow.tap(tree, flow.empty_tap())
   assert passed['count'] is tree['count'] and passed['key'] is tree['key']
   assert passed['text'] == ('name', 7) and passed['nothing'] is None
   for name in ('float', 'half', 'complex'):
@@ -294,25 +296,25 @@ def test_what_passes_is_what_came(rng):
 
 def test_what_has_no_gradient_passes_untapped():
   integers = {'a': jnp.arange(3), 'b': None}
-  assert flow.tap(integers, flow.sink()) is integers
+  assert flow.tap(integers, flow.empty_tap()) is integers
   stats = jax.grad(
     lambda s: flow.tap({'x': jnp.ones(2), 'n': jnp.arange(3)}, s)['x'].sum()
-  )(flow.sink())
+  )(flow.empty_tap())
   assert stats.elements == 2
 
 
 def test_numpy_arrays_can_be_tapped():
   stats = jax.grad(lambda s: 2 * flow.tap(np.ones(3, np.float32), s).sum())(
-    flow.sink()
+    flow.empty_tap()
   )
   assert stats.sum == 6
 
 
-def network(params, x, sinks=None):
+def network(params, x, empty_taps=None):
   for i, (w, b) in enumerate(params):
     x = jnp.tanh(x @ w + b[None])
-    if sinks is not None:
-      x = flow.tap(x, sinks[i])
+    if empty_taps is not None:
+      x = flow.tap(x, empty_taps[i])
   return wavy(x)
 
 
@@ -320,39 +322,39 @@ def network(params, x, sinks=None):
 def test_every_other_gradient_is_bit_for_bit_the_same(rng, dtype):
   params = [(random(rng, (7, 7), dtype), random(rng, 7, dtype))] * 3
   x = random(rng, (5, 7), dtype)
-  sinks = [flow.sink(histogram=True, examples=5) for _ in params]
+  empty_taps = [flow.empty_tap(histogram=True, examples=5) for _ in params]
   plain = jax.jit(jax.value_and_grad(network, argnums=(0, 1)))(params, x)
   value, grads = jax.jit(jax.value_and_grad(network, argnums=(0, 1, 2)))(
-    params, x, sinks
+    params, x, empty_taps
   )
   assert_bit_for_bit((value, grads[:2]), plain)
 
 
 def test_nan_passes_bit_for_bit():
   x = jnp.array([np.nan, -np.nan, np.inf, -0.0], jnp.float32)
-  _, pull = jax.vjp(flow.tap, jnp.zeros(4), flow.sink())
+  _, pull = jax.vjp(flow.tap, jnp.zeros(4), flow.empty_tap())
   passed, _ = pull(x)
   np.testing.assert_array_equal(passed.view(jnp.int32), x.view(jnp.int32))
 
 
 @pytest.mark.parametrize('value', [7.0, np.nan, np.inf])
 @pytest.mark.parametrize('leaves', [1, 2])
-def test_what_is_in_the_sink_has_no_influence(rng, value, leaves):
+def test_what_is_in_the_tap_has_no_influence(rng, value, leaves):
   x = random(rng, (4, 3))
   tree = [x, 2 * x][:leaves]
 
-  def loss(tree, sink):
-    return wavy(flow.tap(tree, sink))
+  def loss(tree, empty_tap):
+    return wavy(flow.tap(tree, empty_tap))
 
-  sink = flow.sink(histogram=True, examples=4)
-  filled = jax.tree.map(lambda u: jnp.full_like(u, value), sink)
+  empty_tap = flow.empty_tap(histogram=True, examples=4)
+  filled = jax.tree.map(lambda u: jnp.full_like(u, value), empty_tap)
   run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-  assert_bit_for_bit(run(tree, filled), run(tree, sink))
+  assert_bit_for_bit(run(tree, filled), run(tree, empty_tap))
 
 
 def test_forward_mode_is_an_error():
   def f(x):
-    return jnp.sum(jnp.square(flow.tap(x, flow.sink())))
+    return jnp.sum(jnp.square(flow.tap(x, flow.empty_tap())))
 
   with pytest.raises(TypeError, match='custom_vjp'):
     jax.jvp(f, (jnp.ones(3),), (jnp.ones(3),))
@@ -363,15 +365,15 @@ def test_forward_mode_is_an_error():
 def test_a_gradient_of_a_gradient_is_tapped_too(rng):
   x, w = random(rng, 4), random(rng, (4, 4))
 
-  def inner(x, sink=None, noise=None):
+  def inner(x, empty_tap=None, noise=None):
     y = jnp.tanh(w @ x)
-    y = flow.tap(y, sink) if sink is not None else y + noise
+    y = flow.tap(y, empty_tap) if empty_tap is not None else y + noise
     return jnp.sum(jnp.sin(w @ y))
 
   def penalty(x, *args):
     return jnp.sum(jnp.square(jax.grad(inner)(x, *args)))
 
-  penalized, stats = jax.grad(penalty, argnums=(0, 1))(x, flow.sink())
+  penalized, stats = jax.grad(penalty, argnums=(0, 1))(x, flow.empty_tap())
   expected, cotangent = jax.grad(
     lambda x, noise: penalty(x, None, noise), argnums=(0, 1)
   )(x, jnp.zeros(4))
@@ -385,7 +387,7 @@ def test_second_order_gradients_of_the_rest_are_the_same(rng):
 
   def f(x, tapped):
     y = jnp.sin(x)
-    return jnp.sum((flow.tap(y, flow.sink()) if tapped else y) ** 3)
+    return jnp.sum((flow.tap(y, flow.empty_tap()) if tapped else y) ** 3)
 
   for tapped in (True, False):
     second = jax.grad(lambda x, t=tapped: jnp.sum(jax.grad(f)(x, t) ** 2))(x)
@@ -395,7 +397,7 @@ def test_second_order_gradients_of_the_rest_are_the_same(rng):
 
 
 def test_taps_are_a_mapping_in_the_order_of_the_forward_pass():
-  taps = flow.Taps.of(['z', 'a', 'm/1'], histogram=True, examples=3)
+  taps = flow.Taps.empty(['z', 'a', 'm/1'], histogram=True, examples=3)
   assert list(taps) == ['z', 'a', 'm/1'] == list(taps.keys())
   assert len(taps) == 3 and 'a' in taps and 'b' not in taps
   assert [layer.name for layer in taps.layers] == list(taps)
@@ -414,7 +416,7 @@ def test_taps_are_a_mapping_in_the_order_of_the_forward_pass():
 
 
 def test_taps_with_other_layers_are_another_tree():
-  one, other = flow.Taps.of(['a', 'b']), flow.Taps.of(['b', 'a'])
+  one, other = flow.Taps.empty(['a', 'b']), flow.Taps.empty(['b', 'a'])
   assert jax.tree.structure(one) != jax.tree.structure(other)
 
 
@@ -441,10 +443,10 @@ def test_an_output_that_is_not_used_changes_no_gradient():
   """Zeros in its place would be NaN behind the root at 0."""
 
   @jax.jit
-  def loss(x, sink):
-    used, _ = flow.tap((x, jnp.sqrt(x)), sink)
+  def loss(x, empty_tap):
+    used, _ = flow.tap((x, jnp.sqrt(x)), empty_tap)
     return jnp.sum(used)
 
-  x_grad, stats = jax.grad(loss, argnums=(0, 1))(jnp.zeros(2), flow.sink())
+  x_grad, stats = jax.grad(loss, argnums=(0, 1))(jnp.zeros(2), flow.empty_tap())
   np.testing.assert_array_equal(x_grad, jnp.ones(2))
   assert stats.elements == 2

@@ -29,13 +29,13 @@ def x(rng):
   return jnp.asarray(rng.normal(size=(BATCH, WIDTH)), jnp.float32)
 
 
-def hidden(w, x, sink=None, noise=None):
+def hidden(w, x, empty_tap=None, noise=None):
   y = jnp.tanh(x @ w)
-  return y + noise if sink is None else flow.tap(y, sink)
+  return y + noise if empty_tap is None else flow.tap(y, empty_tap)
 
 
-def loss(w, x, sink=None, noise=None):
-  return wavy(hidden(w, x, sink, noise) @ w)
+def loss(w, x, empty_tap=None, noise=None):
+  return wavy(hidden(w, x, empty_tap, noise) @ w)
 
 
 def cotangent(w, x):
@@ -48,31 +48,33 @@ def cotangent(w, x):
 def test_jit_gives_the_same(w, x):
   grad = jax.grad(loss, argnums=2)
   for run in (grad, jax.jit(grad)):
-    stats = run(w, x, flow.sink(histogram=True, examples=BATCH))
+    stats = run(w, x, flow.empty_tap(histogram=True, examples=BATCH))
     assert_statistics(stats, cotangent(w, x))
 
 
-def test_examples_of_vmap_that_share_a_sink_add_up(w, x):
-  def total(w, sink):
-    return jnp.sum(jax.vmap(loss, (None, 0, None))(w, x, sink))
+def test_examples_of_vmap_that_share_a_tap_add_up(w, x):
+  def total(w, empty_tap):
+    return jnp.sum(jax.vmap(loss, (None, 0, None))(w, x, empty_tap))
 
-  stats = jax.jit(jax.grad(total, argnums=1))(w, flow.sink(histogram=True))
+  stats = jax.jit(jax.grad(total, argnums=1))(w, flow.empty_tap(histogram=True))
   assert stats.calls == BATCH
   assert_statistics(stats, *cotangent(w, x))
 
 
-def test_examples_of_vmap_with_a_sink_each_stay_apart(w, x):
-  def total(sinks):
-    return jnp.sum(jax.vmap(loss, (None, 0, 0))(w, x, sinks))
+def test_examples_of_vmap_with_a_tap_each_stay_apart(w, x):
+  def total(empty_taps):
+    return jnp.sum(jax.vmap(loss, (None, 0, 0))(w, x, empty_taps))
 
-  stats = jax.jit(jax.grad(total))(flow.sink(histogram=True, stack=(BATCH,)))
+  stats = jax.jit(jax.grad(total))(
+    flow.empty_tap(histogram=True, stack=(BATCH,))
+  )
   for i, row in enumerate(cotangent(w, x)):
     assert_statistics(at(stats, i), row)
 
 
 def test_gradients_by_example_carry_statistics_by_example(w, x):
   grad = jax.jit(jax.vmap(jax.grad(loss, argnums=2), (None, 0, None)))
-  stats = grad(w, x, flow.sink())
+  stats = grad(w, x, flow.empty_tap())
   assert stats.calls.shape == (BATCH,)
   for i, row in enumerate(cotangent(w, x)):
     assert_statistics(at(stats, i), row)
@@ -81,21 +83,21 @@ def test_gradients_by_example_carry_statistics_by_example(w, x):
 def test_vmap_of_vmap_adds_up_too(w, x):
   grid = x.reshape(2, 4, WIDTH)
 
-  def total(sink):
+  def total(empty_tap):
     each = jax.vmap(jax.vmap(loss, (None, 0, None)), (None, 0, None))
-    return jnp.sum(each(w, grid, sink))
+    return jnp.sum(each(w, grid, empty_tap))
 
-  stats = jax.grad(total)(flow.sink(histogram=True))
+  stats = jax.grad(total)(flow.empty_tap(histogram=True))
   assert_statistics(stats, *cotangent(w, x))
 
 
-def deep(w, x, sinks=None, noise=None, *, shared=None, wrap=lambda f: f):
+def deep(w, x, empty_taps=None, noise=None, *, shared=None, wrap=lambda f: f):
   @wrap
   def step(x, of_step):
-    sink, noise = of_step
-    return hidden(w, x, sink if shared is None else shared, noise), None
+    empty_tap, noise = of_step
+    return hidden(w, x, empty_tap if shared is None else shared, noise), None
 
-  return wavy(jax.lax.scan(step, x, (sinks, noise), length=STEPS)[0])
+  return wavy(jax.lax.scan(step, x, (empty_taps, noise), length=STEPS)[0])
 
 
 def deep_cotangents(w, x):
@@ -103,17 +105,17 @@ def deep_cotangents(w, x):
   return jax.grad(deep, argnums=3)(w, x, None, zeros)
 
 
-def test_scanned_sinks_have_the_statistics_of_their_step(w, x):
-  sinks = flow.sink(histogram=True, examples=BATCH, stack=(STEPS,))
-  stats = jax.jit(jax.grad(deep, argnums=2))(w, x, sinks)
+def test_scanned_taps_have_the_statistics_of_their_step(w, x):
+  empty_taps = flow.empty_tap(histogram=True, examples=BATCH, stack=(STEPS,))
+  stats = jax.jit(jax.grad(deep, argnums=2))(w, x, empty_taps)
   assert stats.calls.tolist() == [1] * STEPS
   for i, whole in enumerate(deep_cotangents(w, x)):
     assert_statistics(at(stats, i), whole)
 
 
-def test_a_sink_that_the_steps_share_has_those_of_all(w, x):
+def test_a_tap_that_the_steps_share_has_those_of_all(w, x):
   stats = jax.jit(jax.grad(lambda s: deep(w, x, shared=s)))(
-    flow.sink(histogram=True, examples=BATCH)
+    flow.empty_tap(histogram=True, examples=BATCH)
   )
   assert_statistics(stats, *deep_cotangents(w, x))
 
@@ -123,26 +125,28 @@ def test_a_sink_that_the_steps_share_has_those_of_all(w, x):
 )
 def test_a_checkpoint_taps_once(w, x, policy):
   wrapped = jax.checkpoint(loss, policy=policy)
-  stats = jax.jit(jax.grad(wrapped, argnums=2))(w, x, flow.sink())
+  stats = jax.jit(jax.grad(wrapped, argnums=2))(w, x, flow.empty_tap())
   assert stats.calls == 1
   assert_statistics(stats, cotangent(w, x))
-  sinks = flow.sink(stack=(STEPS,))
-  stats = jax.grad(lambda s: deep(w, x, s, wrap=jax.checkpoint))(sinks)
+  empty_taps = flow.empty_tap(stack=(STEPS,))
+  stats = jax.grad(lambda s: deep(w, x, s, wrap=jax.checkpoint))(empty_taps)
   for i, whole in enumerate(deep_cotangents(w, x)):
     assert_statistics(at(stats, i), whole)
 
 
 @pytest.mark.parametrize('taken', [True, False])
 def test_the_branch_not_taken_has_no_calls(w, x, taken):
-  def branched(sinks, flag):
+  def branched(empty_taps, flag):
     y = jax.lax.cond(
       flag,
-      lambda: hidden(w, x, sinks[0]),
-      lambda: hidden(2 * w, x, sinks[1]),
+      lambda: hidden(w, x, empty_taps[0]),
+      lambda: hidden(2 * w, x, empty_taps[1]),
     )
     return wavy(y @ w)
 
-  stats = jax.jit(jax.grad(branched))((flow.sink(), flow.sink()), taken)
+  stats = jax.jit(jax.grad(branched))(
+    (flow.empty_tap(), flow.empty_tap()), taken
+  )
   assert [int(s.calls) for s in stats] == [taken, not taken]
   noise = jnp.zeros_like(x)
   by = w if taken else 2 * w
@@ -154,18 +158,19 @@ def test_the_branch_not_taken_has_no_calls(w, x, taken):
 def test_micro_batches_add_up_to_the_batch(w, x):
   grad = jax.jit(jax.grad(loss, argnums=2))
   each = [
-    grad(w, part, flow.sink(histogram=True)) for part in x.reshape(4, 2, -1)
+    grad(w, part, flow.empty_tap(histogram=True))
+    for part in x.reshape(4, 2, -1)
   ]
   total = jax.tree.map(lambda *u: sum(u), *each)
   assert_statistics(total, *cotangent(w, x).reshape(4, 2, -1))
 
 
 def test_two_calls_of_one_tap_add_up(w, x):
-  def twice(sink, noise):
-    y = hidden(w, x, sink, None if noise is None else noise[0])
-    return wavy(hidden(w, y, sink, None if noise is None else noise[1]))
+  def twice(empty_tap, noise):
+    y = hidden(w, x, empty_tap, None if noise is None else noise[0])
+    return wavy(hidden(w, y, empty_tap, None if noise is None else noise[1]))
 
-  stats = jax.grad(twice)(flow.sink(histogram=True, examples=BATCH), None)
+  stats = jax.grad(twice)(flow.empty_tap(histogram=True, examples=BATCH), None)
   noise = jnp.zeros((2, *x.shape))
   assert_statistics(stats, *jax.grad(twice, argnums=1)(None, noise))
 
@@ -177,19 +182,19 @@ def test_a_custom_gradient_around_a_tap_has_its_say(w, x):
 
   halved.defvjp(lambda x: (x, None), lambda _, g: (0.5 * g,))
   full, half = (
-    jax.grad(lambda s, f=f: wavy(f(hidden(w, x, s)) @ w))(flow.sink())
+    jax.grad(lambda s, f=f: wavy(f(hidden(w, x, s)) @ w))(flow.empty_tap())
     for f in (lambda y: y, halved)
   )
   np.testing.assert_allclose(half.norm, full.norm / 2, rtol=1e-6)
 
 
-def in_shards(w, x, sink, *, outside, vary=False):
+def in_shards(w, x, empty_tap, *, outside, vary=False):
   mesh = MESHES[AxisType.Auto]
 
-  def total(w, x, sink):
+  def total(w, x, empty_tap):
     if vary:
-      sink = jax.lax.pcast(sink, 'batch', to='varying')
-    return jax.lax.psum(loss(w, x, sink), 'batch')
+      empty_tap = jax.lax.pcast(empty_tap, 'batch', to='varying')
+    return jax.lax.psum(loss(w, x, empty_tap), 'batch')
 
   def mapped(f, out):
     return jax.shard_map(
@@ -198,25 +203,25 @@ def in_shards(w, x, sink, *, outside, vary=False):
 
   grad = functools.partial(jax.grad, argnums=(0, 2))
   run = grad(mapped(total, P())) if outside else mapped(grad(total), P())
-  return jax.jit(run)(w, x, sink)
+  return jax.jit(run)(w, x, empty_tap)
 
 
 @pytest.mark.parametrize('vary', [True, False])
 @pytest.mark.parametrize('outside', [True, False])
-def test_shards_that_share_a_sink_add_up(w, x, outside, vary):
-  sink = flow.sink(histogram=True)
-  grad, stats = in_shards(w, x, sink, outside=outside, vary=vary)
+def test_shards_that_share_a_tap_add_up(w, x, outside, vary):
+  empty_tap = flow.empty_tap(histogram=True)
+  grad, stats = in_shards(w, x, empty_tap, outside=outside, vary=vary)
   assert stats.calls == 8
   assert_statistics(stats, *cotangent(w, x))
   np.testing.assert_allclose(
-    grad, jax.grad(lambda w: loss(w, x, sink))(w), rtol=1e-5, atol=1e-6
+    grad, jax.grad(lambda w: loss(w, x, empty_tap))(w), rtol=1e-5, atol=1e-6
   )
 
 
-def test_shards_with_a_sink_each_stay_apart(w, x):
-  def local(x, sink):
-    sink = jax.tree.map(lambda u: u[0], sink)
-    stats = jax.grad(lambda s: loss(w, x, s))(sink)
+def test_shards_with_a_tap_each_stay_apart(w, x):
+  def local(x, empty_tap):
+    empty_tap = jax.tree.map(lambda u: u[0], empty_tap)
+    stats = jax.grad(lambda s: loss(w, x, s))(empty_tap)
     return jax.tree.map(lambda u: u[None], stats)
 
   stats = jax.jit(
@@ -226,7 +231,7 @@ def test_shards_with_a_sink_each_stay_apart(w, x):
       in_specs=(P('batch'), P('batch')),
       out_specs=P('batch'),
     )
-  )(x, flow.sink(stack=(8,)))
+  )(x, flow.empty_tap(stack=(8,)))
   for i, row in enumerate(cotangent(w, x)):
     assert_statistics(at(stats, i), row)
 
@@ -270,11 +275,11 @@ def test_a_sharded_batch_gives_the_same_for_a_little_all_reduce(
   def untapped(w, x):
     return wavy(jnp.tanh(x @ w))
 
-  def tapped(w, x, sink):
-    return wavy(flow.tap(jnp.tanh(x @ w), sink))
+  def tapped(w, x, empty_tap):
+    return wavy(flow.tap(jnp.tanh(x @ w), empty_tap))
 
-  sink = flow.sink(**options)
-  expected = jax.jit(jax.grad(tapped, argnums=(0, 2)))(w, x, sink)
+  empty_tap = flow.empty_tap(**options)
+  expected = jax.jit(jax.grad(tapped, argnums=(0, 2)))(w, x, empty_tap)
   noise = jnp.zeros((BATCH, w.shape[1]))
   whole = jax.grad(lambda n: wavy(jnp.tanh(x @ w) + n))(noise)
   assert_statistics(expected[1], whole)
@@ -283,10 +288,10 @@ def test_a_sharded_batch_gives_the_same_for_a_little_all_reduce(
     plain = jax.jit(jax.grad(untapped)).lower(w, sharded).compile()
     compiled = (
       jax.jit(jax.grad(tapped, argnums=(0, 2)))
-      .lower(w, sharded, sink)
+      .lower(w, sharded, empty_tap)
       .compile()
     )
-    actual = jax.device_get(compiled(w, sharded, sink))
+    actual = jax.device_get(compiled(w, sharded, empty_tap))
     same = jax.device_get(plain(w, sharded))
   assert_statistics(jax.tree.map(jnp.asarray, actual[1]), whole)
   np.testing.assert_allclose(actual[0], same, rtol=1e-6)
@@ -300,15 +305,15 @@ def test_a_sharded_batch_gives_the_same_for_a_little_all_reduce(
 
 
 @pytest.mark.parametrize('kind', MESHES)
-def test_a_sharded_scan_of_sinks_gives_the_same(w, x, kind):
+def test_a_sharded_scan_of_taps_gives_the_same(w, x, kind):
   mesh = MESHES[kind]
-  sinks = flow.sink(histogram=True, stack=(STEPS,))
+  empty_taps = flow.empty_tap(histogram=True, stack=(STEPS,))
   expected = deep_cotangents(w, x)
   with jax.set_mesh(mesh):
     sharded = jax.device_put(x, NamedSharding(mesh, P('batch')))
     run = jax.jit(jax.grad(deep, argnums=2))
-    compiled = run.lower(w, sharded, sinks).compile()
-    stats = jax.device_get(compiled(w, sharded, sinks))
+    compiled = run.lower(w, sharded, empty_taps).compile()
+    stats = jax.device_get(compiled(w, sharded, empty_taps))
   assert 'all-gather' not in compiled.as_text()
   for i, whole in enumerate(expected):
     assert_statistics(jax.tree.map(jnp.asarray, at(stats, i)), whole)
@@ -319,12 +324,12 @@ def test_a_sharded_scan_of_sinks_gives_the_same(w, x, kind):
 def test_any_axis_of_an_activation_may_be_sharded(rng, kind, spec):
   x = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
   mesh = MESHES[kind]
-  sink = flow.sink(histogram=True, examples=8)
+  empty_tap = flow.empty_tap(histogram=True, examples=8)
   with jax.set_mesh(mesh):
     sharded = jax.device_put(x, NamedSharding(mesh, spec))
     run = jax.jit(jax.grad(lambda x, s: wavy(flow.tap(x, s)), argnums=(0, 1)))
-    compiled = run.lower(sharded, sink).compile()
-    grad, stats = jax.device_get(compiled(sharded, sink))
+    compiled = run.lower(sharded, empty_tap).compile()
+    grad, stats = jax.device_get(compiled(sharded, empty_tap))
   assert 'all-gather' not in compiled.as_text()
   assert_statistics(jax.tree.map(jnp.asarray, stats), grad)
 
@@ -332,22 +337,22 @@ def test_any_axis_of_an_activation_may_be_sharded(rng, kind, spec):
 def test_a_tap_in_a_jitted_function_that_is_called_twice(w, x):
   inner = jax.jit(hidden)
 
-  def twice(sinks):
-    y = inner(w, x, sinks[0])
-    return wavy(inner(w, y, sinks[1]))
+  def twice(empty_taps):
+    y = inner(w, x, empty_taps[0])
+    return wavy(inner(w, y, empty_taps[1]))
 
   def plain(noise):
     y = inner(w, x, None, noise[0])
     return wavy(inner(w, y, None, noise[1]))
 
-  stats = jax.grad(twice)([flow.sink(), flow.sink()])
+  stats = jax.grad(twice)([flow.empty_tap(), flow.empty_tap()])
   expected = jax.grad(plain)(jnp.zeros((2, *x.shape)))
   for one, whole in zip(stats, expected, strict=True):
     assert_statistics(one, whole)
 
 
-def test_donated_sinks_and_repeated_steps_give_the_same(w, x):
+def test_donated_taps_and_repeated_steps_give_the_same(w, x):
   run = jax.jit(jax.grad(loss, argnums=2), donate_argnums=2)
-  first = run(w, x, flow.sink())
+  first = run(w, x, flow.empty_tap())
   kept = jax.device_get(first)
   assert_bit_for_bit(jax.device_get(run(w, x, first)), kept)

@@ -123,7 +123,7 @@ def test_updates_and_state_are_those_of_the_optimizer_bit_for_bit(name):
   expected, inner = trained(OPTIMIZERS[name], steps, params)
   actual, state = trained(flow.watch(OPTIMIZERS[name]), steps, params)
   assert_same(actual, expected)
-  assert_same(state.watched, inner)
+  assert_same(state.inner_state, inner)
   assert state.gradient_norm.all()
 
 
@@ -137,7 +137,7 @@ def test_inside_multi_steps_it_measures_the_mean_of_the_micro_batches():
   expected, plain = trained(multi(optax.sgd(0.1)), steps, params)
   actual, state = trained(multi(flow.watch(optax.sgd(0.1))), steps, params)
   assert_same(actual, expected)
-  assert_same(state.inner_opt_state.watched, plain.inner_opt_state)
+  assert_same(state.inner_opt_state.inner_state, plain.inner_opt_state)
   mean = jax.tree.map(lambda x, y: (x + y) / 2, *steps[2:])
   np.testing.assert_allclose(
     state.inner_opt_state.gradient_norm,
@@ -453,7 +453,7 @@ def test_an_unmeasured_step_is_a_step_and_leaves_the_measurements():
   _, expected = once(plain, first, params)
   expected_updates, expected = once(plain, second, params, expected)
   assert_same(updates, expected_updates)
-  assert_same(new.watched, expected)
+  assert_same(new.inner_state, expected)
   assert_same(new[:2], state[:2])
 
 
@@ -469,7 +469,7 @@ def test_an_unmeasured_step_costs_what_the_optimizer_does():
   def updates_only(measure):
     def step(g, state, params):
       updates, new = tx.update(g, state, params, measure=measure)
-      return updates, new.watched
+      return updates, new.inner_state
 
     return step
 
@@ -477,7 +477,7 @@ def test_an_unmeasured_step_costs_what_the_optimizer_does():
     return tx.update(g, state, params, measure=True)
 
   with jax.numpy_dtype_promotion('standard'):
-    expected = _flops(plain.update, params, state.watched, params)
+    expected = _flops(plain.update, params, state.inner_state, params)
     actual = _flops(updates_only(False), params, state, params)
     more = _flops(measurements, params, state, params)
   assert actual['flops'] == expected['flops']
@@ -756,7 +756,7 @@ def test_sharded_parameters_give_the_same_numbers(rng, kind):
   np.testing.assert_allclose(
     state.measured, expected.measured, rtol=1e-5, equal_nan=True
   )
-  np.testing.assert_array_equal(state.quiet, expected.quiet)
+  np.testing.assert_array_equal(state.zero_steps, expected.zero_steps)
   assert expected.dead_units.tolist() == [1, 0, 0]
   assert expected.non_finite.tolist() == [1, 0, 0]
   for name, spec in specs.items():

@@ -46,7 +46,7 @@ def expected(i, loss):
 
 def test_json_lines_are_strict_json_of_every_step(tmp_path):
   path = tmp_path / 'flow.jsonl'
-  record_with(flow.json_lines(path))
+  record_with(flow.json_lines_writer(path))
   lines = path.read_text(encoding='utf-8').split('\n')
   assert lines.pop() == ''
   found = [strict_json(line) for line in lines]
@@ -67,7 +67,7 @@ def test_json_lines_are_appended(tmp_path):
   path = tmp_path / 'flow.jsonl'
   path.write_text('{"step": -1}\n')
   for _ in range(2):
-    record = flow.Record(writers=[flow.json_lines(str(path))])
+    record = flow.Record(writers=[flow.json_lines_writer(str(path))])
     record.add(0, loss=1.0)
     assert len(record) == 1
   lines = [strict_json(line) for line in path.read_text().splitlines()]
@@ -76,14 +76,14 @@ def test_json_lines_are_appended(tmp_path):
 
 def test_a_step_is_on_disk_as_soon_as_it_has_arrived(tmp_path):
   path = tmp_path / 'flow.jsonl'
-  write = flow.json_lines(path)
+  write = flow.json_lines_writer(path)
   write(3, {'loss': 0.25})
   assert strict_json(path.read_text()) == {'step': 3, 'loss': 0.25}
 
 
 def test_steps_that_are_numbers_of_numpy_are_written_too(tmp_path):
   path = tmp_path / 'flow.jsonl'
-  record = flow.Record(writers=[flow.json_lines(path)])
+  record = flow.Record(writers=[flow.json_lines_writer(path)])
   for step in np.arange(2):
     record.add(step, loss=1.0)
   assert record.steps.tolist() == [0, 1]
@@ -119,7 +119,7 @@ def test_tensorboard_gets_every_scalar_with_its_step(tmp_path, monkeypatch):
     sys.modules, 'tensorboard', types.ModuleType('tensorboard')
   )
   monkeypatch.setitem(sys.modules, 'tensorboard.summary', fake)
-  record_with(flow.tensorboard(tmp_path))
+  record_with(flow.tensorboard_writer(tmp_path))
   assert fake.logdirs == [str(tmp_path)] and fake.unflushed == 0
   wanted = [
     (name, value, 10 * i)
@@ -138,7 +138,7 @@ def test_the_real_tensorboard_reads_what_was_written(tmp_path):
   pytest.importorskip('tensorboard')
   from tensorboard.backend.event_processing import event_accumulator
 
-  record_with(flow.tensorboard(tmp_path))
+  record_with(flow.tensorboard_writer(tmp_path))
   events = event_accumulator.EventAccumulator(str(tmp_path))
   events.Reload()
   name = 'parameters/gradient_norm/w'
@@ -165,7 +165,7 @@ def assert_logged(logged):
 
 def test_a_run_of_wandb_gets_the_numbers_of_every_step():
   run = FakeRun()
-  record_with(flow.wandb(run))
+  record_with(flow.wandb_writer(run))
   assert_logged(run.logged)
 
 
@@ -173,11 +173,11 @@ def test_without_a_run_wandb_logs_to_the_active_one(monkeypatch):
   fake = types.ModuleType('wandb')
   fake.run = FakeRun()
   monkeypatch.setitem(sys.modules, 'wandb', fake)
-  record_with(flow.wandb())
+  record_with(flow.wandb_writer())
   assert_logged(fake.run.logged)
   fake.run = None
   with pytest.raises(ValueError, match='wandb.init'):
-    flow.wandb()
+    flow.wandb_writer()
 
 
 @pytest.mark.parametrize('run_id', [None, 'abc'])
@@ -188,7 +188,7 @@ def test_mlflow_gets_names_without_brackets(monkeypatch, run_id):
     (dict(metrics), step, run_id)
   )
   monkeypatch.setitem(sys.modules, 'mlflow', fake)
-  record = flow.Record(writers=[flow.mlflow(run_id)])
+  record = flow.Record(writers=[flow.mlflow_writer(run_id)])
   record.add(4, taps=taps([1.0, 2.0, 3.0], ['a[0][1]', 'a[0]', 'b']), loss=0.5)
   assert len(record) == 1
   assert logged == [
@@ -213,8 +213,8 @@ def test_without_the_package_it_raises_at_once(monkeypatch, name):
   monkeypatch.setitem(sys.modules, name, None)
   monkeypatch.setitem(sys.modules, 'tensorboard.summary', None)
   arguments = ['logdir'] if name == 'tensorboard' else []
-  with pytest.raises(ImportError):
-    getattr(flow, name)(*arguments)
+  with pytest.raises(ImportError, match=f'pip install .{name}'):
+    getattr(flow, f'{name}_writer')(*arguments)
 
 
 def test_no_writer_and_no_picture_is_imported_with_the_library():

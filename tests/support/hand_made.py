@@ -51,7 +51,7 @@ def stats(norm=1.0, histogram=None, **columns):
 
 
 def silent(histogram=None):
-  """What a sink says that no gradient reached."""
+  """What a empty_tap says that no gradient reached."""
   return stats(
     0.0,
     None if histogram is None else jnp.zeros_like(histogram),

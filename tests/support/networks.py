@@ -248,7 +248,7 @@ def compiled(model, optimizer, batch):
     jax.eval_shape(model.init, {'params': rngs['dropout'], **rngs}, x)
   )
   call = dict(rngs=rngs, mutable=sorted(set(shapes) - {'params'}))
-  sinks = tapped.init(shapes, x, **call)
+  empty_taps = tapped.init(shapes, x, **call)
 
   def loss(params, taps, variables, x, labels):
     logits, variables = tapped.apply(
@@ -261,7 +261,7 @@ def compiled(model, optimizer, batch):
   def step(params, variables, state, x, labels):
     (value, variables), (grads, taps) = jax.value_and_grad(
       loss, argnums=(0, 1), has_aux=True
-    )(params, sinks, variables, x, labels)
+    )(params, empty_taps, variables, x, labels)
     with jax.numpy_dtype_promotion('standard'):
       updates, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)
