@@ -140,27 +140,23 @@ class Scoped(NamedTuple):
   def sizes(self, tree: Any, axis_name: arrays.AxisName = None) -> jax.Array:
     """How many numbers each norm is of, float32."""
     leaves = trees.counted(tree)
-    sizes = np.zeros(math.prod(self.shape), np.float32)
-    if self.axes is None:
-      np.add.at(sizes, self.groups, [leaf.size for leaf in leaves])
-    else:
-      for leaf, (units, shape) in zip(leaves, self._units(leaves), strict=True):
-        sizes[units] = leaf.size / math.prod(shape)
-    return jnp.reshape(arrays.psum(sizes, axis_name), self.shape)
+    sizes = np.zeros(self.shape, np.float32)
+    for leaf, (at, shape) in zip(leaves, self._places(leaves), strict=True):
+      sizes[at] += leaf.size / math.prod(shape)
+    return arrays.psum(jnp.asarray(sizes), axis_name)
 
   def scale(self, tree: Any, factor: jax.Array) -> Any:
     """The tree times the factor of each norm; 0 where the factor is 0."""
-    leaves = trees.counted(tree)
-    if self.axes is not None:
-      factors = [factor[at].reshape(shape) for at, shape in self._units(leaves)]
-    else:
-      factors = [factor[i] if self.shape else factor for i in self.groups]
-    of_leaf = iter(factors)
+    places = self._places(trees.counted(tree))
 
     def scale(leaf):
       if not trees.is_counted(leaf):
         return leaf
-      own, dtype = next(of_leaf), arrays.at_least_float32(leaf.dtype)
+      at, shape = next(places)
+      own, dtype = (
+        factor[at].reshape(shape),
+        arrays.at_least_float32(leaf.dtype),
+      )
       scaled = arrays.multiply(
         leaf.astype(dtype), own.astype(jnp.finfo(dtype).dtype)
       )
@@ -168,10 +164,13 @@ class Scoped(NamedTuple):
 
     return jax.tree.map(scale, tree)
 
-  def _units(self, leaves):
-    """Which norms are of each leaf, and their shape, to broadcast to it."""
+  def _places(self, leaves):
+    """The place of each leaf's norms, and a shape that broadcasts to it."""
+    if self.axes is None:
+      yield from ((i if self.shape else (), ()) for i in self.groups)
+      return
     stop = 0
-    for leaf, axes in zip(leaves, self.axes or (), strict=True):
+    for leaf, axes in zip(leaves, self.axes, strict=True):
       shape = [1 if i in axes else n for i, n in enumerate(leaf.shape)]
       start, stop = stop, stop + math.prod(shape)
       yield slice(start, stop), shape
