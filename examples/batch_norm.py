@@ -407,7 +407,7 @@ def renorm(data, seeds, quick, ax):
     )
     for size, classes in (kinds[-1:] if quick else kinds)
   }
-  # The shares of training at which the paper's limits open.
+  # The shares of training at which the paper widens its limits.
   r_max, d_max = ghm.renorm_schedules(
     start=steps // 25, r_end=steps // 3, d_end=steps // 5
   )

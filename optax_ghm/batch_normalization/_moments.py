@@ -48,7 +48,7 @@ class Moments(NamedTuple):
 
   @classmethod
   def init(cls, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 'Moments':
-    """Returns the moments of no elements, all 0, to merge others with."""
+    """Returns the moments of no elements, which are all 0."""
     return cls(*(jnp.zeros(shape, dtype) for _ in cls._fields))
 
   @classmethod
@@ -88,11 +88,11 @@ class Moments(NamedTuple):
 
   @property
   def var(self) -> jax.Array:
-    """The mean squared deviation, of which evaluation has a running average."""
+    """The mean squared deviation, as in :class:`RunningMoments`."""
     return self.variance()
 
   def variance(self, unbiased: bool = False) -> jax.Array:
-    """The squared deviations over the count, or over count - 1 if unbiased."""
+    """Returns m2 divided by the count, or by count - 1 if unbiased."""
     return self.m2 / jnp.maximum(self.count - (1 if unbiased else 0), 1)
 
   def merge(self, other: 'Moments') -> 'Moments':
@@ -121,11 +121,9 @@ class Moments(NamedTuple):
     count = self.count + other.count
     share = other.count / jnp.maximum(count, 1)
     delta = other.mean - self.mean
-    return Moments(
-      count=count,
-      mean=self.mean + delta * share,
-      m2=self.m2 + other.m2 + delta * (self.count * share) * delta,
-    )
+    mean = self.mean + delta * share
+    m2 = self.m2 + other.m2 + delta * (self.count * share) * delta
+    return Moments(count, mean, m2)
 
   def pool(
     self, *, axis: int | None = None, axis_name: arrays.AxisName = None

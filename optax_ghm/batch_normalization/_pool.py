@@ -170,8 +170,7 @@ class Pool:
     """Adds the sums of examples within each group, if there are groups."""
     if self.groups is None or self.members is None:
       return sums
-    groups = jnp.arange(self.groups, dtype=self.members.dtype)
-    belongs = groups[:, None] == self.members[None]
+    belongs = jnp.arange(self.groups)[:, None] == self.members[None]
     weights = belongs.astype(sums.dtype)
     together = arrays.contract(weights, sums)
 

@@ -1,7 +1,7 @@
 """What recalibration has in common for modules of Linen and of NNX."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,9 +16,7 @@ def init(mean: jax.Array) -> _moments.Moments:
   return _moments.Moments.init(mean.shape, arrays.at_least_float32(mean.dtype))
 
 
-def moments_of_call(
-  norm: Any, call: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
-) -> _moments.Moments | None:
+def moments_of_call(norm, call, args, kwargs):
   """Returns the moments of the input of a batch norm module.
 
   Args:

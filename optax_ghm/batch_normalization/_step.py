@@ -37,9 +37,10 @@ def init(norm, features):
     features: the shape of the features.
 
   Returns:
-    A dict of the variables that are not trained: ``mean`` and ``var``, with
-    ``debias`` their ``weight``, and with a schedule of ``r_max`` or ``d_max``
-    the number of training ``steps``. And the shape of scale and bias.
+    A dict of the variables that have no gradient, and the shape of scale and
+    bias. The variables are ``mean`` and ``var``, with ``debias`` their
+    ``weight``, and with a schedule of ``r_max`` or ``d_max`` the number of
+    training ``steps``.
   """
   domains = (norm.num_domains,) if hasattr(norm, 'num_domains') else ()
   shape = (*domains, *features)
@@ -62,6 +63,7 @@ def step(
   *,
   by_average,
   update,
+  measure,
   mask,
   axis_name,
   dtype,
@@ -79,13 +81,14 @@ def step(
     domain: of every example, for a module with domains; else None.
     by_average: whether to normalize by the averages in ``state``.
     update: whether to include the batch in the averages.
+    measure: whether to return statistics for the record.
     mask: bool, broadcastable to ``x``: which elements count.
     axis_name: mapped axes over which the batch is split.
     dtype: of the result.
 
   Returns:
-    The output, the variables that change, and statistics of the batch for the
-    record, None with ``by_average``.
+    The output, the variables that change, and the statistics for the record,
+    None without ``measure`` or with ``by_average``.
   """
   weight = state.get('weight', jnp.ones_like(state['mean']))
   running = _running_moments.RunningMoments(state['mean'], state['var'], weight)
@@ -109,8 +112,10 @@ def step(
     y, moments = _ghost.ghost_batch_norm(x, **args)
   else:
     y, moments = _batch_norm.batch_norm(x, **args)
-  options = {'epsilon': norm.epsilon, **limits}
-  stats = _stats.batch_norm_stats(moments, running, **options)
+  stats = None
+  if measure:
+    options = {'epsilon': norm.epsilon, **limits}
+    stats = _stats.batch_norm_stats(moments, running, **options)
   if not update:
     return y, {}, stats
   options = {'momentum': norm.momentum, 'unbiased': norm.unbiased}

@@ -91,6 +91,7 @@ class Normalization(nn.Module):
       domain,
       by_average=use_running_average,
       update=update and not initializing,
+      measure=not initializing and self.is_mutable_collection(STATS),
       mask=mask,
       # The axis need not exist where parameters are initialized.
       axis_name=None if initializing else self.axis_name,
@@ -98,8 +99,7 @@ class Normalization(nn.Module):
     )
     for name, value in changed.items():
       variables[name].value = value
-    recorded = not initializing and self.is_mutable_collection(STATS)
-    if recorded and stats is not None:
+    if stats is not None:
       self.put_variable(STATS, 'stats', stats)
     return y
 

@@ -76,9 +76,8 @@ def recalibrate(
   )
   for batch in batches:
     stats = _measure_batch(dict(variables), stats, batch, apply=apply)
-  _recalibrate.check_measured(
-    u[_MOMENTS] for u in jax.tree.leaves(stats, is_leaf=_is_norm) if _is_norm(u)
-  )
+  norms = filter(_is_norm, jax.tree.leaves(stats, is_leaf=_is_norm))
+  _recalibrate.check_measured(norm[_MOMENTS] for norm in norms)
   averages = _map_norms(
     lambda old, measured: _recalibrate.replace(old, measured[_MOMENTS]),
     averages,

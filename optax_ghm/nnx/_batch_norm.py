@@ -128,6 +128,7 @@ class Normalization(nnx.Module):
       domain,
       by_average=use_running_average,
       update=update,
+      measure=self.measure,
       mask=mask,
       axis_name=self.axis_name,
       dtype=dtypes.canonicalize_dtype(*given, dtype=self.dtype),

@@ -45,7 +45,7 @@ def recalibrate(
     Array([3.], dtype=float32)
   """
   copy = nnx.clone(model)
-  for _, norm in _norms(copy):
+  for norm in _norms(copy):
     if type(norm).__call__ not in _CALLS:
       raise ValueError(
         f'{type(norm).__name__} has a __call__ of its own, whose batch norm'
@@ -58,19 +58,13 @@ def recalibrate(
   for batch in batches:
     measured = _measure_batch(measured, others, batch, apply=apply, graph=graph)
   nnx.update(copy, measured)
-  found = {
-    path: getattr(norm, _MOMENTS).get_value() for path, norm in _norms(copy)
-  }
-  _recalibrate.check_measured(found.values())
-  for path, norm in _norms(model):
-    variables = {
-      name: variable
-      for name, variable in vars(norm).items()
-      if isinstance(variable, nnx.BatchStat)
-    }
-    averages = {name: u.get_value() for name, u in variables.items()}
-    for name, value in _recalibrate.replace(averages, found[path]).items():
-      variables[name].set_value(value)
+  found = [getattr(norm, _MOMENTS).get_value() for norm in _norms(copy)]
+  _recalibrate.check_measured(found)
+  for norm, moments in zip(_norms(model), found, strict=True):
+    old = {n: u for n, u in vars(norm).items() if isinstance(u, nnx.BatchStat)}
+    averages = {name: variable.get_value() for name, variable in old.items()}
+    for name, value in _recalibrate.replace(averages, moments).items():
+      old[name].set_value(value)
 
 
 _MOMENTS = '_moments'
@@ -84,19 +78,16 @@ _CHANGED = nnx.Any(_Moments, nnx.RngState)
 """Random states change too, so that every batch has a dropout of its own."""
 
 
-_CALLS = {
-  kind.__call__
-  for kind in (
-    nnx.BatchNorm,
-    _batch_norm.Normalization,
-    _batch_norm.DomainBatchNorm,
-  )
-}
+_CALLS = (
+  nnx.BatchNorm.__call__,
+  _batch_norm.Normalization.__call__,
+  _batch_norm.DomainBatchNorm.__call__,
+)
 
 
 def _norms(model):
   kinds = (nnx.BatchNorm, _batch_norm.Normalization)
-  return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, kinds)]
+  return [m for _, m in nnx.iter_modules(model) if isinstance(m, kinds)]
 
 
 @functools.partial(jax.jit, static_argnames=('apply', 'graph'))

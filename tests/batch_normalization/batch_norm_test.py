@@ -73,7 +73,7 @@ def derivatives(f, args, dy, u=None):
 
 
 def differentiated(norm, x, scale, bias, dy, u, second=True):
-  """The same of a batch norm in JAX: y, moments, gradients."""
+  """Returns y, moments and gradients of a batch norm in JAX."""
 
   def first(x, scale, bias, dy):
     y, vjp, moments = jax.vjp(norm, x, scale, bias, has_aux=True)
@@ -92,7 +92,7 @@ def differentiated(norm, x, scale, bias, dy, u, second=True):
 
 
 class Found(NamedTuple):
-  """What a batch norm gives: gradients are of x, scale, bias (and dy)."""
+  """Results of a batch norm: gradients are of x, scale, bias (and dy)."""
 
   y: Any
   moments: Any
@@ -124,7 +124,7 @@ def ours(case, second=True, dtype=None):
 
 
 def defined(case, second=True, norm=definition):
-  """What the definition gives, with 0 for what is masked out and not finite."""
+  """Results of the definition, with 0 for masked NaN and infinities."""
   mask = True if case.mask is None else np.asarray(case.mask) != 0
   counts = np.broadcast_to(mask, case.x.shape).astype(np.float64)
   x, scale, bias, dy, *u = (
@@ -191,7 +191,7 @@ def assert_same(actual, expected, rtol=1e-5, second=1e-4, rounding=0.0):
       assert_close(actual.second[i], grad, second, own)
 
 
-CASES = [  # the last: whether the gradient of the gradient is seen to
+CASES = [  # the last: whether to check the gradient of the gradient
   ((6,), -1, None, False),
   ((7, 3), -1, None, True),
   ((3, 7), 0, (1, 7), False),
@@ -265,7 +265,7 @@ def test_a_mean_of_many_standard_deviations(offset):
   ('shape', 'mask'), [((7, 3), (7, 1)), ((4, 2, 3, 5), (4, 2, 3, 1))], ids=str
 )
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-def test_what_is_masked_out_stays_where_it_is(shape, mask, bad):
+def test_masked_out_numbers_stay_in_their_place(shape, mask, bad):
   case = a_case(shape, -1, mask)
   out = ~np.broadcast_to(case.mask, shape)
   case.dy[out] = 0
@@ -285,7 +285,7 @@ def test_what_is_masked_out_stays_where_it_is(shape, mask, bad):
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_bad_numbers_among_what_counts_reach_their_feature_only(bad):
+def test_bad_numbers_that_count_reach_their_feature_only(bad):
   case = a_case((4, 2, 3, 5), -1, (4, 2, 3, 1))
   expected = ours(case, second=False)
   where = tuple(np.argwhere(case.mask[..., 0])[3])
@@ -490,7 +490,7 @@ def mesh(kind, shape=(8,), names=('d',)):
 
 
 def stepped(x, scale, bias, mask, dy, axis_name=None):
-  """All that a training step takes from a batch norm."""
+  """The results of a batch norm that a training step needs."""
 
   def norm(x, scale, bias):
     return optax_ghm.batch_norm(
@@ -629,7 +629,7 @@ def test_the_gradient_of_the_gradient_over_devices():
   ids=str,
 )
 def test_jit_of_a_sharded_batch_is_one_batch(axes, kind):
-  """Nothing to say, even where the features are split as well."""
+  """No axis name is needed, even if the features are split as well."""
   (x, scale, bias, mask, dy), whole = split()
   devices = mesh(kind, (8,) if len(axes) == 1 else (4, 2), axes)
   with jax.set_mesh(devices):
@@ -646,7 +646,7 @@ def test_jit_of_a_sharded_batch_is_one_batch(axes, kind):
 
 
 def test_means_of_local_means_are_not_of_the_batch():
-  """What Flax does with masks over devices."""
+  """Flax averages the means of devices, whatever the masks count."""
   (x, *_, mask, _), _ = split()
   norm = flax.linen.BatchNorm(
     use_running_average=False,
@@ -758,7 +758,7 @@ def full_size_writes(text, shape):
   return count
 
 
-# Inference and folding.
+# Inference.
 
 
 def running(mean, var):
@@ -838,44 +838,6 @@ def test_inference_is_differentiable_in_everything(rng):
   expected, _ = derivatives(formula, wide, dy.astype(np.float64))
   for a, b in zip(found, expected, strict=True):
     assert_close(a, b, 1e-6)
-
-
-@pytest.mark.parametrize(
-  ('with_bias', 'affine'), [(False, True), (True, False), (True, True)]
-)
-def test_folding_a_convolution_or_a_dense_layer(with_bias, affine, rng):
-  def normal(*shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-  kernel, x = normal(3, 3, 2, 5), normal(2, 6, 6, 2)
-  mean, var = normal(5), jnp.exp(normal(5))
-  kernel_bias = normal(5) if with_bias else None
-  scale, bias = (normal(5), normal(5)) if affine else (None, None)
-  averages = running(mean, var)
-
-  def conv(x, kernel, bias):
-    y = jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
-    return y if bias is None else y + bias[None, None, None]
-
-  def dense(x, kernel, bias):
-    y = x[:, 0, 0] @ kernel[0, 0]
-    return y if bias is None else y + bias[None]
-
-  for layer, weights in ((conv, kernel), (dense, kernel[:1, :1])):
-    expected = optax_ghm.batch_norm_inference(
-      layer(x, weights, kernel_bias), averages, scale, bias, epsilon=0.1
-    )
-    folded = optax_ghm.fold_batch_norm(
-      weights, kernel_bias, averages, scale, bias, epsilon=0.1
-    )
-    assert folded[0].shape == weights.shape
-    assert_close(layer(x, *folded), expected, 1e-5)
-  folded = optax_ghm.fold_batch_norm(kernel, kernel_bias, averages)
-  assert_close(
-    folded[0], np.asarray(kernel) / np.sqrt(np.asarray(var) + 1e-5), 1e-6
-  )
 
 
 # Errors.
@@ -963,13 +925,6 @@ def test_arguments_of_inference_that_do_not_fit(kwargs, error, match):
     optax_ghm.batch_norm_inference(X, averages, **kwargs)
 
 
-def test_a_kernel_that_does_not_fit():
-  with pytest.raises(ValueError, match=r'kernel, of shape \(3, 4\)'):
-    optax_ghm.fold_batch_norm(
-      jnp.ones((3, 4)), None, running(jnp.ones(3), jnp.ones(3))
-    )
-
-
 # Anything.
 
 KINDS = [
@@ -1000,7 +955,7 @@ def test_never_raises_and_is_finite_where_it_can_be(data):
   over = tuple(range(len(shape) - 1))
   counted = np.broadcast_to(case.mask, shape)
   np.testing.assert_array_equal(found.moments.count, counted.sum(over))
-  # What does not count, and other features, do not matter.
+  # Numbers that do not count and other features do not matter.
   wide = case.x.astype(np.float32)
   finite = np.isfinite(wide) & (np.abs(wide) <= 2e15)
   finite = np.broadcast_to(np.all(finite | ~counted, over), shape) & counted
@@ -1035,12 +990,6 @@ def test_statistics_of_another_precision():
   half = jnp.ones(2, jnp.bfloat16)
   y = optax_ghm.batch_norm_inference(x, running(half, half), half, half)
   np.testing.assert_allclose(y, 1)
-  kernel, bias = optax_ghm.fold_batch_norm(
-    jnp.ones((3, 2), jnp.bfloat16),
-    None,
-    running(jnp.zeros(2), jnp.ones(2)),
-  )
-  assert kernel.dtype == bias.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize('axis', [np.int64(1), (np.int64(1),), 1])

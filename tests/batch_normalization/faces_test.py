@@ -113,7 +113,7 @@ def x(rng):
 MASK = np.array([1, 0, 1, 1, 1, 0], bool)[:, None]
 
 
-# In the place of Flax's.
+# The modules in the place of Flax's.
 
 
 def train(face, variables, xs, **kwargs):
@@ -190,7 +190,7 @@ def test_trains_as_that_of_flax(name, case, rng):
       end, output = train(face, variables, xs, **kwargs)
       ends.append(end)
       outputs.append(output)
-    # Each evaluated with the variables of the other.
+    # Each is evaluated with the variables of the other.
     evaluated = [
       face(variables, xs[0], use_running_average=True)
       for face, variables in ((theirs, ends[1]), (ours, ends[0]))
@@ -205,7 +205,7 @@ def test_trains_as_that_of_flax(name, case, rng):
   half = 'bfloat16' in case or dtype == 'bfloat16'
   tolerance = 0.04 if half else 2e-5
   all_close(outputs[1], outputs[0], tolerance, tolerance)
-  # That of NNX rounds the input first.
+  # The module of NNX rounds the input first.
   tolerance = 0.01 if name == 'nnx' and case == 'to bfloat16' else 1e-5
   all_close(
     ends[1]['batch_stats'], ends[0]['batch_stats'], tolerance, tolerance
@@ -383,7 +383,7 @@ def test_the_arguments_are_those_of_flax_in_their_order(ours, theirs):
   assert inspect.Parameter.VAR_KEYWORD not in kinds
 
 
-# One update a step, whatever is around it.
+# One update per step, under any transformation.
 
 MOMENTUM = 0.9
 
@@ -431,7 +431,7 @@ def test_linen_updates_once_under_remat(around, x):
 
 
 def means_in_turn(x, kernels):
-  """What three layers see, the kernels of which are given."""
+  """The means of the inputs of three layers with these kernels."""
   means, h = [], np.float64(x)
   for kernel in np.float64(kernels):
     h = h @ kernel
@@ -618,7 +618,7 @@ def test_initializing_linen_updates_nothing(x):
       assert stats['steps'] == 0 and stats['steps'].dtype == jnp.int32
 
 
-# What Flax's have not.
+# Options that Flax does not have.
 
 
 @both
@@ -782,7 +782,7 @@ def test_domains_are_kept_apart(name, shared, x):
   same(only['batch_stats']['mean'][::2], stats['mean'][::2])
 
 
-# What goes to the record.
+# Statistics for the record.
 
 
 @both

@@ -102,7 +102,7 @@ def test_ghosts_without_anything_are_the_bias_and_bad_ones_stay_bad():
 
 
 def test_moments_of_ghosts_are_of_all_devices():
-  """And y of none but their own."""
+  """Every ghost batch is normalized by its own moments alone."""
   case = a_case((16, 3), -1, (16, 1))
   case.mask[:2] = False
   sharded = jax.shard_map(
@@ -276,7 +276,7 @@ def test_domains_whose_numbers_do_not_count():
 
 
 def test_domains_over_devices():
-  """Domains are where they are; one device has nothing that counts."""
+  """Domains are on any devices; on one device nothing counts."""
   case = with_rows(a_case((16, 3), -1, (16, 1)))
   case.mask[:2] = False
   domain = np.arange(16) * 7 % 5  # two of five are no domain
@@ -314,7 +314,7 @@ def test_domains_over_devices():
 
 
 def test_a_jit_of_a_batch_split_by_domains():
-  """Sharded explicitly: nothing to say."""
+  """Explicit sharding needs no axis name."""
   case = with_rows(a_case((8, 3)))
   devices = jax.make_mesh((8,), ('d',), axis_types=(AxisType.Explicit,))
   with jax.set_mesh(devices):
@@ -460,7 +460,7 @@ def test_ghosts_without_features():
   'kind', [None, AxisType.Auto, AxisType.Explicit], ids=str
 )
 def test_many_domains(rng, kind):
-  """More than are compared one by one."""
+  """There are more domains than are compared one by one."""
   x = rng.normal(size=(64, 3)).astype(np.float32)
   domain = rng.permutation(np.arange(64, dtype=np.int32) % 21 - 1)
   expected = np.zeros((64, 3))

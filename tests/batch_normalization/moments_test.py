@@ -91,7 +91,7 @@ def test_a_mean_of_many_standard_deviations(offset, n, rng):
 
 @pytest.mark.parametrize('where', ['batch', 'vmap'])
 def test_the_mean_s_own_rounding_is_made_up_for(where):
-  """Of 3 numbers around 2**24, the mean is no float32: only m2 tells."""
+  """The mean of 3 numbers around 2**24 is no float32, and only m2 shows it."""
   x = np.float32([[2**24], [2**24 + 2], [2**24 + 6]])
   if where == 'batch':
     moments = measured(x)
@@ -104,7 +104,7 @@ def test_the_mean_s_own_rounding_is_made_up_for(where):
   np.testing.assert_allclose(moments.m2, defined(x).m2, rtol=1e-5)
 
 
-def test_what_is_masked_out_does_not_count(rng):
+def test_masked_out_numbers_do_not_count(rng):
   x = rng.normal(size=(4, 3)).astype(np.float32)
   mask = np.array([[True], [False], [True], [True]])
   expected = measured(x, mask=mask)
@@ -153,7 +153,7 @@ def test_variance():
 
 @pytest.mark.parametrize('offset', [1.0, 1e3])
 def test_differentiable_both_ways(offset, rng):
-  """Unlike what comes with a batch norm; also where the mean is far from 0."""
+  """The moments of a batch norm are not; the mean may be far from 0."""
   x = (offset + rng.normal(size=(6, 2))).astype(np.float32)
   mask = np.arange(6)[:, None] != 2
   tangent, dy = rng.normal(size=(2, 6, 2)).astype(np.float32)
@@ -182,7 +182,7 @@ def test_differentiable_both_ways(offset, rng):
   st.randoms(use_true_random=False),
 )
 def test_any_partition_in_any_order_is_the_whole(sizes, offset, random):
-  """Also stacked, and with parts in which nothing counts."""
+  """The parts may be stacked, and in some of them nothing counts."""
   rng = np.random.default_rng(0)
   parts = [
     Moments(*map(np.float32, defined(offset + rng.normal(size=(n, 2)) * n)))
@@ -210,7 +210,7 @@ def test_any_partition_in_any_order_is_the_whole(sizes, offset, random):
 
 
 def stacked_to(moments, n):
-  """Filled with parts of nothing: one shape, compiled once."""
+  """Adds empty parts, so that all have one shape and compile once."""
   fill = ((0, n - len(moments.count)), (0, 0))
   return Moments(*(np.pad(u, fill) for u in moments))
 

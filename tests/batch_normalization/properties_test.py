@@ -189,7 +189,7 @@ def test_batch_norms_are_their_formula(norm, case, layout, offset, bad, data):
   other=st.floats(-1e4, 1e4, width=32),
 )
 @example(large=1e30, other=30.0)
-def test_what_is_too_large_in_one_feature_is_the_bias(large, other):
+def test_a_feature_with_too_large_numbers_is_the_bias(large, other):
   x = np.float32([[large, other], [0, other + 1], [1, other - 1], [2, other]])
   arrays = x, np.ones(2, np.float32), np.float32([0.5, 0.5])
   mask, domain = np.ones((4, 1), bool), np.zeros(4, np.int8)
@@ -202,7 +202,7 @@ def test_what_is_too_large_in_one_feature_is_the_bias(large, other):
 
 
 def assert_moments(norm, moments, parts, over, dtype):
-  """Of all parts together, or one by one for domains."""
+  """Compares the moments of all parts together, or of each domain."""
   n, mean, m2 = (
     np.stack([np.squeeze(u, over) for u in us])
     if parts
@@ -383,7 +383,7 @@ def test_running_moments_are_their_formula(momentum, unbiased, debias, data):
   d_after=st.integers(0, 20),
 )
 @example(start=5, r_after=0, d_after=0)
-def test_limits_open_from_start_to_end(start, r_after, d_after):
+def test_limits_widen_from_start_to_end(start, r_after, d_after):
   schedules = optax_ghm.renorm_schedules(
     start=start, r_end=start + r_after, d_end=start + d_after
   )

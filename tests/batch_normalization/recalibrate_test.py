@@ -47,7 +47,7 @@ def masks(rng):
 
 
 def training(model, **kwargs):
-  """How to run a Linen model in training mode."""
+  """A function that runs a Linen model in training mode."""
 
   def apply(variables, batch):
     x, options = batch if isinstance(batch, tuple) else (batch, {})
@@ -59,7 +59,7 @@ def training(model, **kwargs):
 
 
 def call(model, batch):
-  """The same of NNX."""
+  """Runs an NNX model in training mode."""
   x, options = batch if isinstance(batch, tuple) else (batch, {})
   return model(x, **options)
 
@@ -219,13 +219,13 @@ def test_other_feature_axes(rng):
 
 
 def normalized(x):
-  """By the batch, with what it is normalized by."""
+  """x by its own mean and variance."""
   mean, var = x.mean(0), x.var(0)
   return (x - mean) / np.sqrt(var + 1e-5)
 
 
 def by_hand(batches, first, second):
-  """What the norms of two layers see, in float64: layers are (W, b)."""
+  """The inputs of the norms of two layers (W, b), in float64."""
   seen = [], []
   for x in batches:
     h = x.astype(np.float64) @ first[0] + first[1]
@@ -291,7 +291,7 @@ def test_nnx_layers_are_normalized_by_their_batches(norm, batches):
 
 
 def test_layers_with_frozen_averages_keep_them(batches):
-  """They normalize by them."""
+  """Such a layer normalizes by its averages."""
   batches = batches[::2]
   frozen = nnx.BatchNorm(3, rngs=nnx.Rngs(0), use_running_average=True)
   frozen.mean.set_value(jnp.full(3, 7.0))
@@ -402,7 +402,7 @@ class Block(nn.Module):
 
 
 def seen_in_turn(batches, kernels, biases):
-  """What the norms of two blocks see, in float64."""
+  """The inputs of the norms of two blocks, in float64."""
   seen = [], []
   for x in batches:
     h = np.float64(x) @ np.float64(kernels[0]) + np.float64(biases[0])
@@ -486,7 +486,7 @@ def test_linen_scan_over_time_that_carries_the_averages(batches):
 
 
 def test_the_axis_of_a_vmap_is_pooled(batches):
-  """As of devices."""
+  """Its parts count like the parts of several devices."""
   batches = batches[::2]
   data = [
     (x.reshape(2, -1, 3), {'mask': np.ones((2, len(x) // 2, 1), bool)})
@@ -575,7 +575,7 @@ def test_modules_that_are_no_pytrees(batches):
   assert_is(nnx_stats(model), by_numpy(batches[::2]))
 
 
-# What it is for, and what goes on after it.
+# Uses, and training that continues afterwards.
 
 
 def test_it_undoes_a_shift_of_the_data(rng):
@@ -764,7 +764,7 @@ def test_nnx_dropout_differs_from_batch_to_batch():
 
   model = Dropping()
   optax_ghm.nnx.recalibrate(call, model, [np.ones((4, 1), np.float32)] * 100)
-  # Of 400 numbers that are 0 or 2; of 4 the mean would be 0, 0.5, ...
+  # The mean of 400 numbers that are 0 or 2; with 4 it would be 0, 0.5, ...
   np.testing.assert_allclose(model.norm.mean.get_value(), 1, atol=0.2)
   assert float(model.norm.mean.get_value()[0] * 2) % 1 != 0
 

@@ -16,7 +16,7 @@ import optax_ghm.linen
 import optax_ghm.nnx
 
 BatchNorm: Any = None
-"""What the models below import: that of Flax or ours."""
+"""The name that the models below import: the module of Flax or ours."""
 
 
 def all_close(found, expected):

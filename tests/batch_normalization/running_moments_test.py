@@ -43,7 +43,7 @@ def test_flax_s_average_counts_the_start(unbiased, rng):
 
 @pytest.mark.parametrize('unbiased', [False, True])
 def test_debiased_averages_are_of_the_batches_alone(unbiased, rng):
-  """That of k batches is the average over 1 - momentum ** k, as in Adam."""
+  """With k batches the sum is divided by 1 - momentum ** k, as in Adam."""
   running = RunningMoments.init((3,), debias=True)
   mean, var = np.zeros(3), np.zeros(3)
   for k, moments in enumerate(batches(6, rng), 1):

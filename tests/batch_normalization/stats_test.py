@@ -1,4 +1,4 @@
-"""What is odd about a batch: every number by its formula."""
+"""The statistics of a batch for the record: every number by its formula."""
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def test_features_of_which_nothing_counted_are_ignored(rng):
 
 
 def test_of_nothing_all_are_0():
-  """As of a shard's mask that leaves nothing."""
+  """A mask may leave nothing on a device."""
   moments = optax_ghm.Moments.init((3,))
   stats = measure(moments, optax_ghm.RunningMoments.init((3,)), {})
   assert_numbers(stats, np.zeros(5))
