@@ -108,7 +108,7 @@ def optimizers():
 
 
 def loss_case(size):
-  ours = losses.trained(losses.SIGMOID)
+  ours = losses.with_gradient(losses.SIGMOID)
   names = (
     'optax.sigmoid_binary_cross_entropy',
     'optax.losses.sigmoid_focal_loss',

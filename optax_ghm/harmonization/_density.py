@@ -135,7 +135,7 @@ class Histogram:
     """The number of regions."""
     raise NotImplementedError
 
-  def _density(self, count):
+  def _density(self, count: jax.Array) -> jax.Array:
     """Examples per unit of norm (per decade if ``log``) in every region."""
     raise NotImplementedError
 

@@ -102,5 +102,7 @@ class ExactDensity:
         non_finite=state.non_finite + jnp.sum(jnp.where(bad, amount, 0)),
         above_range=state.above_range + jnp.sum(jnp.where(above, count, 0)),
       )
-    region = jnp.where(valid, jnp.arange(norm.size, dtype=jnp.int32), -1).reshape(norms.shape)
+    region = jnp.where(
+      valid, jnp.arange(norm.size, dtype=jnp.int32), -1
+    ).reshape(norms.shape)
     return _density.RegionDensity(region, count, inside / length), state

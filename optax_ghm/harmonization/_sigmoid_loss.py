@@ -84,9 +84,9 @@ def sigmoid_ghm_loss_with_state(
   """:func:`sigmoid_ghm_loss` with a memory of past batches.
 
   The formula and the arguments are those of
-  :func:`sigmoid_ghm_loss`, with two arguments more. ``state`` is
-  the state of ``density``, from its ``init()`` or the last call. With
-  ``train=False``, for evaluation, the state is read and stays as it is.
+  :func:`sigmoid_ghm_loss`, and there are two more.
+  ``state`` is the state of ``density``, from its ``init()`` or the last call.
+  With ``train=False``, for evaluation, the state is read and stays as it is.
 
   Returns:
     The losses and the next state.
@@ -176,9 +176,9 @@ def sigmoid_ghm_loss_with_integer_labels_with_state(
   """:func:`sigmoid_ghm_loss_with_integer_labels` with a memory of past batches.
 
   The formula and the arguments are those of
-  :func:`sigmoid_ghm_loss_with_integer_labels`, with two arguments more. ``state`` is
-  the state of ``density``, from its ``init()`` or the last call. With
-  ``train=False``, for evaluation, the state is read and stays as it is.
+  :func:`sigmoid_ghm_loss_with_integer_labels`, and there are two more.
+  ``state`` is the state of ``density``, from its ``init()`` or the last call.
+  With ``train=False``, for evaluation, the state is read and stays as it is.
 
   Returns:
     The losses and the next state.
@@ -213,11 +213,12 @@ def _cross_entropy(logits, labels, mask, weights):
 def _one_vs_rest(logits, labels, mask, weights):
   logits, labels = _losses.with_integer_labels(logits, labels)
   targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-  if mask is not None and jnp.ndim(mask) < logits.ndim:
-    mask = masks.broadcast_mask(mask, labels.shape)[..., None]
-  if weights is not None and jnp.ndim(weights) < logits.ndim:
-    weights = masks.broadcast_weights(weights, labels.shape)[..., None]
-  return _cross_entropy(logits, targets, mask, weights)
+
+  def per_logit(x):
+    of_examples = x is not None and jnp.ndim(x) < logits.ndim
+    return jnp.expand_dims(x, -1) if of_examples else x
+
+  return _cross_entropy(logits, targets, per_logit(mask), per_logit(weights))
 
 
 @jax.custom_jvp

@@ -85,9 +85,9 @@ def smooth_l1_ghm_loss_with_state(
   """:func:`smooth_l1_ghm_loss` with a memory of past batches.
 
   The formula and the arguments are those of
-  :func:`smooth_l1_ghm_loss`, with two arguments more. ``state`` is
-  the state of ``density``, from its ``init()`` or the last call. With
-  ``train=False``, for evaluation, the state is read and stays as it is.
+  :func:`smooth_l1_ghm_loss`, and there are two more.
+  ``state`` is the state of ``density``, from its ``init()`` or the last call.
+  With ``train=False``, for evaluation, the state is read and stays as it is.
 
   Returns:
     The losses and the next state.

@@ -86,9 +86,9 @@ def softmax_ghm_loss_with_integer_labels_with_state(
   """:func:`softmax_ghm_loss_with_integer_labels` with a memory of past batches.
 
   The formula and the arguments are those of
-  :func:`softmax_ghm_loss_with_integer_labels`, with two arguments more. ``state`` is
-  the state of ``density``, from its ``init()`` or the last call. With
-  ``train=False``, for evaluation, the state is read and stays as it is.
+  :func:`softmax_ghm_loss_with_integer_labels`, and there are two more.
+  ``state`` is the state of ``density``, from its ``init()`` or the last call.
+  With ``train=False``, for evaluation, the state is read and stays as it is.
 
   Returns:
     The losses and the next state.
