@@ -28,25 +28,26 @@ def test_newcomer_reaches_working_code_within_30_lines():
 
 def test_python_blocks_run():
   session = run(BLOCKS)
-  assert session['record'].steps.tolist() == [0]
+  assert session['record'].steps.tolist() == [0, 1, 2]
 
 
-HARMONISED = 'losses, _ = optax_ghm.sigmoid_ghm_loss'
-PLAIN = 'losses = optax.sigmoid_binary_cross_entropy'
-WEIGHTED = PLAIN.replace('= ', '= jnp.where(y == 1, 50, 50 / 99) * ')
+LOGITS = '(x @ params[0] + params[1], y)'
+HARMONIZED = f'ghm.sigmoid_ghm_loss{LOGITS}'
+PLAIN = f'optax.sigmoid_binary_cross_entropy{LOGITS}'
+WEIGHTED = f'(jnp.where(y == 1, 50, 50 / 99) * {PLAIN})'
 
 
 @pytest.mark.parametrize(
   ('loss', 'found', 'false', 'words'),
   [
-    (HARMONISED, 14, 1, 'finds 14, with one false alarm'),
+    (HARMONIZED, 14, 1, 'model finds 14, with one false alarm'),
     (PLAIN, 8, 0, 'finds 8'),
-    (WEIGHTED, 19, 25, 'find 19 of 20, with 25 false alarms'),
+    (WEIGHTED, 19, 25, 'they find 19 of 20, with 25 false alarms'),
   ],
 )
 def test_the_first_example_finds_what_is_said(loss, found, false, words):
   assert words in ' '.join(README.split())
-  positive = run([BLOCKS[0].replace(HARMONISED, loss)])['found']
+  positive = run([BLOCKS[0].replace(HARMONIZED, loss)])['found']
   # Another processor's rounding may move what lies on the border.
   assert abs(int(positive[:20].sum()) - found) <= 1
   assert abs(int(positive[20:].sum()) - false) <= 2
