@@ -6,14 +6,13 @@ from jax.typing import ArrayLike
 
 
 def fit_mask(
-  mask: ArrayLike | None, shape: tuple[int, ...], name: str = 'mask'
+  mask: ArrayLike | None, shape: tuple[int, ...]
 ) -> jax.Array | None:
   """The mask with as many axes as ``shape``, each of its size or 1.
 
   Args:
     mask: bool, broadcastable to ``shape``; None stays None.
     shape: the shape of the examples.
-    name: the name of the argument, for error messages.
 
   Returns:
     The mask, a bool array.
@@ -28,10 +27,10 @@ def fit_mask(
   mask = jnp.asarray(mask)
   if mask.dtype != bool:
     raise TypeError(
-      f'{name} must be bool, got {mask.dtype}: give {name} != 0, or give the'
+      f'mask must be bool, got {mask.dtype}: give mask != 0, or give the'
       ' numbers as weights.'
     )
-  return _fit(mask, shape, name)
+  return _fit(mask, shape, 'mask')
 
 
 def broadcast_mask(

@@ -16,7 +16,7 @@ PARAMETER_DENSITY = _windowed.WindowedDensity(
 
 
 class HarmonizedAggregateState(NamedTuple):
-  """State of :func:`harmonized_aggregate`.
+  """State of :func:`optax_ghm.harmonized_aggregate`.
 
   Attributes:
     density: the state of the density estimator.

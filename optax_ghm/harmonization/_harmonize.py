@@ -116,32 +116,27 @@ def harmonize(
     vectors = math.prod(x.shape[i] for i in axes) > 1
     density = _OF_VECTORS if vectors else _windowed.DEFAULT
   if state is None:
-    state = _weights.initial_state(density)
+    state = _weights.init_without_momentum(density)
   examples = tuple(n for i, n in enumerate(x.shape) if i not in axes)
   amounts = masks.amounts(mask, weights, examples)
+  divisor = reduction
   if isinstance(reduction, str):
-    match reduction:
-      case 'mean':
-        counts = masks.broadcast_mask(mask, examples)
-        divisor = math.prod(examples) if counts is None else jnp.sum(counts)
-        divisor = arrays.psum(divisor, axis_name)
-      case 'sum':
-        divisor = 1
-      case _:
-        raise ValueError(
-          f"reduction must be 'mean', 'sum' or a number, got {reduction!r}."
-        )
-  else:
-    divisor = reduction
+    if reduction not in ('mean', 'sum'):
+      raise ValueError(
+        f"reduction must be 'mean', 'sum' or a number, got {reduction!r}."
+      )
+    counts = masks.broadcast_mask(mask, examples)
+    count = math.prod(examples) if counts is None else jnp.sum(counts)
+    divisor = arrays.psum(count, axis_name) if reduction == 'mean' else 1
   static = density, axes, axis_name
   return _harmonize(static, x, state, divisor, amounts)
 
 
-def initial_state(
+def init_state(
   density: _density.DensityEstimator | None,
 ) -> _density.DensityState:
   """The first state of ``density``, or of the default if that is None."""
-  # The default densities of :func:`harmonize` have states of one shape.
+  # The two default densities have states of one shape.
   return (density or _windowed.DEFAULT).init()
 
 

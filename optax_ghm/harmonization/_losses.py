@@ -16,7 +16,7 @@ def harmonize(
 ):
   """The losses times the harmony weights of their norms; the next state."""
   if state is None:
-    state = _weights.initial_state(density)
+    state = _weights.init_without_momentum(density)
   weights, state = _weights.weigh(
     norms, amounts, state, density, axis_name, train
   )

@@ -49,7 +49,7 @@ class MMDetectionDensity(_binned.BinnedDensity):
   bins: int = 10
 
   def update(self, norms, state, amounts=None, axis_name=None, train=True):
-    """The density as of :class:`BinnedDensity`, each weight above 0 being 1."""
+    """The gradient density of a batch, where any weight above 0 counts as 1."""
     amounts = None if amounts is None else amounts.astype(bool)
     return super().update(norms, state, amounts, axis_name, train)
 

@@ -103,7 +103,7 @@ def weigh(norms, amounts, state, density, axis_name, train):
   return harmony, state
 
 
-def initial_state(density):
+def init_without_momentum(density):
   """The state for a call without one, which forgets what it learns.
 
   Raises:

@@ -80,7 +80,7 @@ class Harmonize(nn.Module):
     state = self.variable(
       OVERWRITE_WITH_GRADIENT,
       'harmony',
-      lambda: _harmonize.initial_state(self.density),
+      lambda: _harmonize.init_state(self.density),
     )
     return _harmonize.harmonize(
       x,

@@ -57,7 +57,7 @@ class Harmonize(nnx.Module):
     self.reduction = reduction
     self.axis_name = axis_name
     self.state = _overwrite.OverwriteWithGradient(
-      _harmonize.initial_state(density)
+      _harmonize.init_state(density)
     )
 
   def __call__(
