@@ -34,8 +34,8 @@ def batch_norm(
     - \frac{w_i}{n} \sum_j \bar y_j
     - \hat x_i \frac{w_i}{n} \sum_j \bar y_j \hat x_j \Big)
 
-  Mean and variance are those of the n elements that the mask w counts, over all
-  axes but the feature axes and over the devices of ``axis_name``. The last
+  Mean and variance are taken over the n elements that the mask w counts, along
+  all axes but the feature axes and over the devices of ``axis_name``. The last
   formula is the gradient; the backward pass keeps ``x`` and a few numbers per
   feature. All sums are in at least float32 and take two passes, so that a mean
   of 1e4 standard deviations does no harm.
