@@ -83,10 +83,9 @@ def sigmoid_ghm_loss_with_state(
 ) -> tuple[jax.Array, _density.DensityState]:
   """:func:`sigmoid_ghm_loss` with a memory of past batches.
 
-  The formula and the arguments are those of
-  :func:`sigmoid_ghm_loss`, and there are two more.
   ``state`` is the state of ``density``, from its ``init()`` or the last call.
   With ``train=False``, for evaluation, the state is read and stays as it is.
+  The formula and the other arguments are those of :func:`sigmoid_ghm_loss`.
 
   Returns:
     The losses and the next state.
@@ -175,10 +174,10 @@ def sigmoid_ghm_loss_with_integer_labels_with_state(
 ) -> tuple[jax.Array, _density.DensityState]:
   """:func:`sigmoid_ghm_loss_with_integer_labels` with a memory of past batches.
 
-  The formula and the arguments are those of
-  :func:`sigmoid_ghm_loss_with_integer_labels`, and there are two more.
   ``state`` is the state of ``density``, from its ``init()`` or the last call.
   With ``train=False``, for evaluation, the state is read and stays as it is.
+  The formula and the other arguments are those of
+  :func:`sigmoid_ghm_loss_with_integer_labels`.
 
   Returns:
     The losses and the next state.

@@ -84,10 +84,9 @@ def smooth_l1_ghm_loss_with_state(
 ) -> tuple[jax.Array, _density.DensityState]:
   """:func:`smooth_l1_ghm_loss` with a memory of past batches.
 
-  The formula and the arguments are those of
-  :func:`smooth_l1_ghm_loss`, and there are two more.
   ``state`` is the state of ``density``, from its ``init()`` or the last call.
   With ``train=False``, for evaluation, the state is read and stays as it is.
+  The formula and the other arguments are those of :func:`smooth_l1_ghm_loss`.
 
   Returns:
     The losses and the next state.
