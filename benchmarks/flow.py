@@ -1,10 +1,9 @@
 """What taps and a watched optimizer add to a training step.
 
 The whole step is timed, forward, backward and optimizer: plain, with taps at
-all modules and all of their statistics, with a watched optimizer, with both.
-Where only every tenth step is measured, the steps between are those of 'watch,
-not measuring'. What the
-host pays to add a step to a record stands against fetching the same numbers.
+all modules, with a watched optimizer, and with both. 'watch, not measuring' is
+the step between two measured ones. Adding a step to a record is compared with
+fetching its numbers.
 """
 
 import functools
@@ -56,7 +55,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, _=None):
-    """Returns a carry and nothing, as a scan wants it."""
+    """Returns the carry and no output, as a scan needs it."""
     attention: Any = nn.MultiHeadDotProductAttention(self.heads)
     x = x + attention(nn.LayerNorm()(x))
     y = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
@@ -101,8 +100,8 @@ def case(model, shape, programs, quick=False):
     taps = tapped.init({'params': params}, data[0]) if 'taps' in name else None
     return params, tx.init(params), taps
 
-  def step(carried, x, labels, *, tx, **extra):
-    params, state, taps = carried
+  def step(carry, x, labels, *, tx, **extra):
+    params, state, taps = carry
     empty_taps = jax.tree.map(jnp.zeros_like, taps)
 
     def loss(params, empty_taps):
@@ -147,7 +146,7 @@ def recorded(depth):
     return params, taps, jax.jit(tx.update)(grads, tx.init(params), params)[1]
 
   @jax.jit
-  def fresh(*measured):  # what was fetched before is on the host already
+  def fresh(*measured):  # arrays keep the host copy of an earlier fetch
     return jax.tree.map(jnp.copy, measured)
 
   def fetched(params, *measured):

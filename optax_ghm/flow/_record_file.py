@@ -116,31 +116,18 @@ def read(path: str | os.PathLike) -> Content:
   )
 
 
-_LAYER_TYPES = {
-  'name': str,
-  'kind': str,
-  'has_kernel': bool,
-  'loop': str | None,
-}
-
-
 def _content(about, archive):
   capacity, layers, leaves, names = (
     about[name] for name in ('capacity', 'layers', 'leaves', 'scalars')
   )
-  _check_type('capacity', capacity, int)
-  if capacity < 4:
-    raise ValueError(f'the capacity is {capacity}')
   layers = tuple(_taps.Layer(*layer) for layer in layers)
   leaves = tuple(_watch.Leaf(*leaf) for leaf in leaves)
-  for layer in layers:
-    for name, kind in _LAYER_TYPES.items():
-      _check_type(f'{name} of a layer', getattr(layer, name), kind)
-  for leaf in leaves:
-    _check_type('name of a leaf', leaf.name, str)
-    _check_type('rank of a leaf', leaf.rank, int)
-  for name in names:
-    _check_type('name of a scalar', name, str)
+  texts = [*names, *(layer.name for layer in layers)]
+  texts += [leaf.name for leaf in leaves]
+  if not all(isinstance(text, str) for text in texts):
+    raise ValueError('a name is not text')
+  if not isinstance(capacity, int) or capacity < 4:
+    raise ValueError(f'the capacity is {capacity!r:.80}')
   steps = _array(archive, 'steps', 'i', (None,))
   if (np.diff(steps) <= 0).any():
     raise ValueError('steps do not increase')
@@ -171,11 +158,6 @@ def _content(about, archive):
     )
   ]
   return Content(capacity, layers, leaves, steps)
-
-
-def _check_type(name, value, kind):
-  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise ValueError(f'the {name} is {value!r:.80}')
 
 
 def _array(archive, name, kind, shape):

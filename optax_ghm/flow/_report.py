@@ -1,6 +1,6 @@
 """The report in the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,99 +58,64 @@ def print_report(
 
 
 def _print_record(name, record, console):
-  text = _optional.load('rich.text', _plot.PLOT_EXTRA).Text
+  rich_text = _optional.load('rich.text', _plot.PLOT_EXTRA).Text
+  rich_table = _optional.load('rich.table', _plot.PLOT_EXTRA).Table
   title = f'{name}: ' if name else ''
 
   def show(*parts):
-    """Prints parts in the styles after them; text is no markup here."""
-    console.print(
-      text.assemble(*((printable(part), style) for part, style in parts)),
-      highlight=False,
-    )
+    """Prints pairs of text and style; markup in the text is not read."""
+    parts = [(printable(text), style) for text, style in parts]
+    console.print(rich_text.assemble(*parts), highlight=False)
 
   if not len(record):
     show((f'{name}: nothing is recorded', ''))
     return
+  for caption, columns, rows in _tables(record):
+    table = rich_table(title=rich_text(printable(title + caption)))
+    for i, column in enumerate(columns):
+      table.add_column(column, justify='right' if i else 'left')
+    for row in rows:
+      table.add_row(*(rich_text(printable(cell)) for cell in row))
+    console.print(table)
+  verdicts = _diagnose.diagnose(record)
+  if not verdicts:
+    reason = f' by {_diagnose.evidence(record)}'
+    show((title, ''), ('nothing is wrong', 'green'), (reason, ''))
+  for verdict in verdicts:
+    evidence = f' since step {verdict.since}: {verdict.evidence}'
+    show((title, ''), (verdict.kind, 'bold red'), (evidence, ''))
+    show((f'  try: {verdict.suggestion} ', ''), (f'({verdict.source})', 'dim'))
+
+
+def _tables(record):
+  """The title, the columns and the rows of every table."""
   tapped, watched = record.having('tapped'), record.having('watched')
   if len(tapped) and record.layers:
     last = {k: v[-1] for k, v in tapped.layer_stats.items()}
     zeros = last['zeros'] / np.maximum(last['elements'], 1)
-    console.print(
-      _table(
-        f'{title}gradients at the layers',
-        ('layer', 'norm', 'rms', 'largest', 'zeros', 'not finite'),
-        [
-          [
-            layer.name or '(the model)',
-            *(f'{last[k][i]:.2e}' for k in ('norm', 'rms', 'largest')),
-            f'{zeros[i]:.0%}',
-            f'{last["non_finite"][i]:.0f}',
-          ]
-          if last['calls'][i]
-          else [layer.name or '(the model)', 'no gradient arrives']
-          for i, layer in enumerate(record.layers)
-        ],
-      )
-    )
+    rows = []
+    for i, layer in enumerate(record.layers):
+      cells = ['no gradient arrives']
+      if last['calls'][i]:
+        cells = [f'{last[k][i]:.2e}' for k in ('norm', 'rms', 'largest')]
+        cells += [f'{zeros[i]:.0%}', f'{last["non_finite"][i]:.0f}']
+      rows.append([layer.name or '(the model)', *cells])
+    columns = ('layer', 'norm', 'rms', 'largest', 'zeros', 'not finite')
+    yield 'gradients at the layers', columns, rows
   if len(watched) and record.leaves:
     last = {k: v[-1] for k, v in watched.leaf_stats.items()}
-    console.print(
-      _table(
-        f'{title}parameters',
-        ('parameter', 'gradient', 'update', 'parameter', 'ratio', 'dead units'),
-        [
-          [
-            leaf.name,
-            *(f'{last[k][i]:.2e}' for k in _RATIOS),
-            f'{last["dead_units"][i]:.0f} of {last["units"][i]:.0f}',
-          ]
-          for i, leaf in enumerate(record.leaves)
-        ],
-      )
-    )
+    rows = []
+    for i, leaf in enumerate(record.leaves):
+      dead = f'{last["dead_units"][i]:.0f} of {last["units"][i]:.0f}'
+      rows.append([leaf.name, *(f'{last[k][i]:.2e}' for k in _RATIOS), dead])
+    columns = ('parameter', 'gradient', 'update', 'parameter', 'ratio')
+    yield 'parameters', (*columns, 'dead units'), rows
   if record.batch_norms:
-    columns = record.batch_norm_stats.values()
-    console.print(
-      _table(
-        f'{title}batch normalization',
-        (
-          *('layer', 'mean / std', 'mean drift'),
-          *('std drift', 'clipped', 'constant'),
-        ),
-        [
-          [
-            norm or '(the model)',
-            *(
-              ''.join(f'{u:.2g}' for u in column[~np.isnan(column)][-1:])
-              for column in (values[:, i] for values in columns)
-            ),
-          ]
-          for i, norm in enumerate(record.batch_norms)
-        ],
-      )
-    )
-  verdicts = _diagnose.diagnose(record)
-  if not verdicts:
-    show(
-      (title, ''),
-      ('nothing is wrong', 'green'),
-      (f' by {_diagnose.evidence(record)}', ''),
-    )
-  for verdict in verdicts:
-    show(
-      (title, ''),
-      (verdict.kind, 'bold red'),
-      (f' since step {verdict.since}: {verdict.evidence}', ''),
-    )
-    show((f'  try: {verdict.suggestion} ', ''), (f'({verdict.source})', 'dim'))
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]):
-  module = _optional.load('rich.table', _plot.PLOT_EXTRA)
-  text = _optional.load('rich.text', _plot.PLOT_EXTRA).Text
-  table = module.Table(title=text(printable(title)))
-  for i, column in enumerate(columns):
-    table.add_column(column, justify='right' if i else 'left')
-  for row in rows:
-    table.add_row(*(text(printable(cell)) for cell in row))
-  return table
+    rows = []
+    for i, norm in enumerate(record.batch_norms):
+      values = [column[:, i] for column in record.batch_norm_stats.values()]
+      last = [u[~np.isnan(u)][-1:] for u in values]
+      cells = [f'{u[0]:.2g}' if len(u) else '' for u in last]
+      rows.append([norm or '(the model)', *cells])
+    columns = ('layer', 'mean / std', 'mean drift', 'std drift')
+    yield 'batch normalization', (*columns, 'clipped', 'constant'), rows

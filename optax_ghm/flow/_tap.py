@@ -30,6 +30,11 @@ COLUMNS = (
 )
 
 
+def _column(name: str, doc: str) -> Any:
+  at = COLUMNS.index(name)
+  return property(lambda self: self.numbers[..., at], doc=doc)
+
+
 class TapStats(NamedTuple):
   r"""Statistics of the cotangents that passed a tap.
 
@@ -69,53 +74,34 @@ class TapStats(NamedTuple):
   histogram: jax.Array | None = None
   example_squares: jax.Array | None = None
 
-  @property
-  def calls(self) -> jax.Array:
-    """The number of cotangents; 0 if none arrived."""
-    return self._column('calls')
-
-  @property
-  def elements(self) -> jax.Array:
-    """The number of elements in all cotangents; a complex element is two."""
-    return self._column('elements')
-
-  @property
-  def sum(self) -> jax.Array:
-    """The sum of all elements."""
-    return self._column('sum')
-
-  @property
-  def zeros(self) -> jax.Array:
-    """The number of elements that are 0."""
-    return self._column('zeros')
-
-  @property
-  def non_finite(self) -> jax.Array:
-    """The number of NaN and infinities, with which sum and norm are so too."""
-    return self._column('non_finite')
+  calls = _column('calls', 'Number of cotangents; 0 if none arrived.')
+  elements = _column('elements', 'Number of elements; a complex one is two.')
+  sum = _column('sum', 'Sum of all elements.')
+  zeros = _column('zeros', 'Number of elements that are 0.')
+  non_finite = _column('non_finite', 'Number of elements that are NaN or inf.')
 
   @property
   def norm(self) -> jax.Array:
-    """The Euclidean norm of all elements."""
+    """Euclidean norm of all elements."""
     start = COLUMNS.index('small_squares')
     return _root(self.numbers[..., start : start + 3])
 
   @property
   def rms(self) -> jax.Array:
-    """The root mean square; 0 if no cotangent arrived."""
+    """Root mean square; 0 if no cotangent arrived."""
     xp = self.numbers.__array_namespace__()
     return self.norm / xp.sqrt(xp.maximum(self.elements, 1))
 
   @property
   def largest(self) -> jax.Array:
-    """The largest magnitude, or for ``calls`` > 1 an upper bound of it."""
+    """Largest magnitude, or for ``calls`` > 1 an upper bound of it."""
     xp = self.numbers.__array_namespace__()
-    bound = self._column('largest')
+    bound = self.numbers[..., -1]
     return xp.where(self.calls > 1, xp.minimum(bound, self.norm), bound)
 
   @property
   def example_norms(self) -> jax.Array:
-    """The Euclidean norm of every example, (..., examples).
+    """Euclidean norm of every example, (..., examples).
 
     Raises:
       ValueError: if the empty tap was made without ``examples``.
@@ -123,9 +109,6 @@ class TapStats(NamedTuple):
     if self.example_squares is None:
       raise ValueError('this tap was made without examples.')
     return _root(self.example_squares)
-
-  def _column(self, name):
-    return self.numbers[..., COLUMNS.index(name)]
 
 
 def _root(squares):

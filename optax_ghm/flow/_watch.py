@@ -27,6 +27,11 @@ COLUMNS = (
 )
 
 
+def _column(name: str, doc: str) -> Any:
+  at = COLUMNS.index(name)
+  return property(lambda self: self.measured[..., at], doc=doc)
+
+
 class WatchState(NamedTuple):
   """State of :func:`watch`.
 
@@ -55,63 +60,21 @@ class WatchState(NamedTuple):
   zero_steps: jax.Array
   inner_state: optax.OptState
 
-  @property
-  def gradient_norm(self) -> jax.Array:
-    """The norm of the gradient."""
-    return self._column('gradient_norm')
-
-  @property
-  def update_norm(self) -> jax.Array:
-    """The norm of the update: 0 below 1e-19, inf above 1e19."""
-    return self._column('update_norm')
-
-  @property
-  def parameter_norm(self) -> jax.Array:
-    """The norm of the parameter before the step."""
-    return self._column('parameter_norm')
+  gradient_norm = _column('gradient_norm', 'Norm of the gradient.')
+  update_norm = _column('update_norm', 'Norm of the update, to 1e-19 and 1e19.')
+  parameter_norm = _column('parameter_norm', 'Norm before the update.')
+  elements = _column('elements', 'Number of elements.')
+  zeros = _column('zeros', 'Number of elements whose gradient is 0.')
+  non_finite = _column('non_finite', 'Number of NaN and inf in the gradient.')
+  units = _column('units', 'Number of units; 0 where a bias tells the same.')
+  dead_units = _column('dead_units', 'Number of dead units.')
+  signal_to_noise = _column('signal_to_noise', '0 without ``moments``.')
+  cosine = _column('cosine', '0 without ``moments``.')
 
   @property
   def update_ratio(self) -> jax.Array:
     """Update norm over parameter norm; inf for a parameter that is all 0."""
     return self.update_norm / self.parameter_norm
-
-  @property
-  def elements(self) -> jax.Array:
-    """The number of elements of the parameter."""
-    return self._column('elements')
-
-  @property
-  def zeros(self) -> jax.Array:
-    """The number of elements of the gradient that are 0."""
-    return self._column('zeros')
-
-  @property
-  def non_finite(self) -> jax.Array:
-    """The number of elements of the gradient that are NaN or infinite."""
-    return self._column('non_finite')
-
-  @property
-  def units(self) -> jax.Array:
-    """The number of units; 0 for embeddings and for kernels with a bias."""
-    return self._column('units')
-
-  @property
-  def dead_units(self) -> jax.Array:
-    """The number of units without a gradient for 10 measured steps or more."""
-    return self._column('dead_units')
-
-  @property
-  def signal_to_noise(self) -> jax.Array:
-    """The signal to noise ratio of Adam's moments; 0 without ``moments``."""
-    return self._column('signal_to_noise')
-
-  @property
-  def cosine(self) -> jax.Array:
-    """The cosine of gradient and first moment; 0 without ``moments``."""
-    return self._column('cosine')
-
-  def _column(self, name):
-    return self.measured[..., COLUMNS.index(name)]
 
 
 class Leaf(NamedTuple):

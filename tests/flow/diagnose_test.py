@@ -58,7 +58,7 @@ def quickly_compiled():
     jax.config.update('jax_disable_most_optimizations', before)
 
 
-def trained(case, seed, **kwargs):
+def train(case, seed, **kwargs):
   return networks.train(case, seed, **kwargs)
 
 
@@ -66,7 +66,7 @@ def trained(case, seed, **kwargs):
 @pytest.mark.parametrize('name', networks.HEALTHY)
 def test_nothing_is_said_about_a_healthy_network(name):
   for seed in SEEDS:
-    record = trained(networks.HEALTHY[name], seed)
+    record = train(networks.HEALTHY[name], seed)
     assert len(record) == 30
     assert kinds(networks.first_steps(record, 1)) == [], seed
     assert kinds(record) == [], seed
@@ -78,7 +78,7 @@ def test_nothing_is_said_about_a_healthy_network(name):
 def test_what_is_wrong_is_said(name):
   case = networks.ILL[name]
   for seed in SEEDS:
-    record = trained(case, seed)
+    record = train(case, seed)
     at_start = kinds(networks.first_steps(record, 1))
     assert case.at_start <= set(at_start), seed
     assert case.at_end <= set(kinds(record)), seed
@@ -567,12 +567,12 @@ def norms_of_gradient(*norms):
 
 
 def test_a_spike_is_many_times_the_usual_norm():
-  usual = [1.0, 1.1, 0.9, 1.0, 1.05] * 4
-  verdict = only(norms_of_gradient(*usual, 11.0, 1.0), 'spikes')
+  calm = [1.0, 1.1, 0.9, 1.0, 1.05] * 4
+  verdict = only(norms_of_gradient(*calm, 11.0, 1.0), 'spikes')
   assert verdict.since == 20 and verdict.layers == ()
   assert 'up to 11 times' in verdict.evidence
   assert 'the last time at step 20' in verdict.evidence
-  assert kinds(norms_of_gradient(*usual, 9.9)) == []
+  assert kinds(norms_of_gradient(*calm, 9.9)) == []
 
 
 def test_a_spike_needs_ten_steps_before_it():
@@ -581,8 +581,8 @@ def test_a_spike_needs_ten_steps_before_it():
 
 
 def test_norms_that_always_jump_have_no_spikes():
-  usual = [1.0, 3.0, 10.0, 30.0] * 6
-  assert kinds(norms_of_gradient(*usual, 300.0)) == []
+  calm = [1.0, 3.0, 10.0, 30.0] * 6
+  assert kinds(norms_of_gradient(*calm, 300.0)) == []
 
 
 def test_norms_that_take_turns_have_no_spikes():
@@ -591,8 +591,8 @@ def test_norms_that_take_turns_have_no_spikes():
 
 
 def test_the_first_and_the_last_of_several_spikes_are_told():
-  usual = [1.0] * 12
-  record = norms_of_gradient(*usual, 50.0, *usual, 20.0, *usual)
+  calm = [1.0] * 12
+  record = norms_of_gradient(*calm, 50.0, *calm, 20.0, *calm)
   verdict = only(record, 'spikes')
   assert verdict.since == 12
   assert 'at 2 of 38 recorded steps' in verdict.evidence
@@ -606,24 +606,24 @@ def test_all_parameters_together_have_the_norm():
     return {'opt_state': watched({'gradient_norm': a}, {'gradient_norm': b})}
 
   # b is five times what is usual, and hardly shows in the norm of both.
-  usual = [step(3.0, 0.4)] * 12
-  assert kinds(steps_of(*usual, step(3.0, 20.0), params=params)) == []
-  record = steps_of(*usual, step(40.0, 30.0), params=params)
+  calm = [step(3.0, 0.4)] * 12
+  assert kinds(steps_of(*calm, step(3.0, 20.0), params=params)) == []
+  record = steps_of(*calm, step(40.0, 30.0), params=params)
   assert 'up to 17 times' in only(record, 'spikes').evidence  # 50 / 3.03
 
 
 def test_with_taps_alone_the_last_layer_shows_spikes():
-  usual = [{'taps': taps([1.0, 1.0])}] * 12
-  record = steps_of(*usual, {'taps': taps([1.0, 70.0])})
+  calm = [{'taps': taps([1.0, 1.0])}] * 12
+  record = steps_of(*calm, {'taps': taps([1.0, 70.0])})
   assert 'at the last layer' in only(record, 'spikes').evidence
-  assert kinds(steps_of(*usual, {'taps': taps([70.0, 1.0])})) == []
+  assert kinds(steps_of(*calm, {'taps': taps([70.0, 1.0])})) == []
 
 
 def test_what_is_not_finite_or_not_known_is_no_spike():
   record = norms_of_gradient(*[1.0] * 12, np.inf, np.nan, 1.0)
   assert kinds(record) == ['not finite']
-  quiet = norms_of_gradient(*[0.0] * 12, 1.0)
-  assert 'spikes' not in kinds(quiet)
+  zeros = norms_of_gradient(*[0.0] * 12, 1.0)
+  assert 'spikes' not in kinds(zeros)
 
 
 # Conflicts.
@@ -657,8 +657,8 @@ def test_a_parameter_that_gets_what_does_not_arrive_is_a_conflict():
   assert [v.kind for v in verdicts] == ['disconnected', 'conflict']
   assert verdicts[1].layers == ('two/kernel',)
   assert 'although none arrives' in verdicts[1].evidence
-  quiet = step_of(1.0, None, 1.0, 1.0, 0.0)
-  assert kinds(steps_of(*[quiet] * 3, params=LAYERS)) == ['disconnected']
+  cut_off = step_of(1.0, None, 1.0, 1.0, 0.0)
+  assert kinds(steps_of(*[cut_off] * 3, params=LAYERS)) == ['disconnected']
 
 
 def test_a_conflict_is_not_told_where_it_is_explained():

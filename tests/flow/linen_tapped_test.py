@@ -50,14 +50,14 @@ def calls_of(apply, variables):
 
 def add_noise(apply, variables, noise):
   """With noise[i] added to the output of the i-th call."""
-  rest = list(noise)
+  unused = list(noise)
 
   def add(next_fun, args, kwargs, context):
     output = next_fun(*args, **kwargs)
     if context.method_name != '__call__' or not inexact_leaves(output):
       return output
     leaves, structure = jax.tree.flatten(output)
-    own = iter(rest.pop(0))
+    own = iter(unused.pop(0))
     return structure.unflatten(
       u + next(own) if inexact_leaves(u) else u for u in leaves
     )

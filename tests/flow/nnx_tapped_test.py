@@ -80,11 +80,11 @@ def whole_cotangents(model, *args, method=lambda m, *args: m(*args), **kwargs):
   jax.eval_shape(lambda state: run(note, state), state)
 
   def loss(noise, state):
-    rest = list(noise)
+    unused = list(noise)
 
     def add(_, output):
       leaves, structure = jax.tree.flatten(output)
-      own = iter(rest.pop(0))
+      own = iter(unused.pop(0))
       return structure.unflatten(
         u + next(own) if inexact_leaves(u) else u for u in leaves
       )
@@ -154,22 +154,22 @@ def not_random(path, value):
 
 def run_jax(model, tapped, *args, **kwargs):
   """The same under ``jax.jit`` and ``jax.grad``."""
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  graph, params, other = nnx.split(model, nnx.Param, ...)
   empty_taps = tapped.init(model, *args, **kwargs)
 
-  def loss(params, taps, rest):
-    copy = nnx.merge(graph, params, fresh(rest))
+  def loss(params, taps, other):
+    copy = nnx.merge(graph, params, fresh(other))
     output = tapped.apply(copy, *args, taps=taps, **kwargs)
     assert kinds(copy) == kinds(model)
     assert attributes(copy) == attributes(model)
     return wavy(output), (output, nnx.state(copy, not_random))
 
   (_, aux), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-    params, None, rest
+    params, None, other
   )
   (_, same), (found, taps) = jax.jit(
     jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-  )(params, empty_taps, rest)
+  )(params, empty_taps, other)
   return (aux, grads), (same, found), taps
 
 
@@ -832,7 +832,7 @@ def test_layers_stacked_along_another_axis_are_an_error(x):
 
 
 def test_modules_without_variables_in_a_scan_follow_their_surroundings(x):
-  class Quiet(nnx.Module):
+  class Sine(nnx.Module):
     def __call__(self, x):
       return jnp.sin(x)
 
@@ -841,7 +841,7 @@ def test_modules_without_variables_in_a_scan_follow_their_surroundings(x):
       @nnx.split_rngs(splits=DEPTH)
       @nnx.vmap(in_axes=0, out_axes=0)
       def make(rngs):
-        return nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=rngs), Quiet())
+        return nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=rngs), Sine())
 
       self.blocks = make(rngs)
 

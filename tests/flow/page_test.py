@@ -1,4 +1,4 @@
-"""The HTML page: complete, closed in itself, and safe."""
+"""The HTML page is complete, self-contained and safe."""
 
 import html.parser
 import re
@@ -142,7 +142,7 @@ def test_it_shows_the_verdicts_and_every_picture(tmp_path):
 
 
 def test_the_pictures_are_those_of_the_figure(tmp_path):
-  """And in colors that the page chooses, without names that would clash."""
+  """They take the colors of the page, and their ids do not clash."""
   flow.write_page(tmp_path / 'a', {'one': full_record(), 'two': full_record()})
   flow.write_page(tmp_path / 'b', {'one': full_record(), 'two': full_record()})
   text = (tmp_path / 'a').read_text()

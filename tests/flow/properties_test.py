@@ -199,8 +199,8 @@ def test_the_depth_profile_is_the_line_of_least_squares(norms):
     np.testing.assert_allclose(profile.decades[t], 6 * slope, atol=1e-9)
     total = ((y - y.mean()) ** 2).sum()
     if total > 1e-9:
-      rest = ((y - at_0 - slope * np.arange(7)) ** 2).sum()
-      np.testing.assert_allclose(profile.r2[t], 1 - rest / total, atol=1e-6)
+      residual = ((y - at_0 - slope * np.arange(7)) ** 2).sum()
+      np.testing.assert_allclose(profile.r2[t], 1 - residual / total, atol=1e-6)
 
 
 @given(
@@ -248,7 +248,7 @@ TREES = st.recursive(
 
 
 def paths(tree, path=()):
-  """Of the leaves that have a gradient, in order."""
+  """Norms of the leaves that have a gradient, in order."""
   if isinstance(tree, str):
     return ['/'.join(path)] if tree in ('float', 'half', 'complex') else []
   items = sorted(tree.items()) if isinstance(tree, dict) else enumerate(tree)

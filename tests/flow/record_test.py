@@ -31,7 +31,7 @@ LAYER_STATS = (
 
 
 def assert_same_records(actual, expected):
-  """By all that can be read."""
+  """Compares everything that can be read."""
   assert actual.layers == expected.layers
   assert actual.leaves == expected.leaves
   np.testing.assert_array_equal(actual.steps, expected.steps)
@@ -343,7 +343,7 @@ def test_what_is_recent_is_dense():
     if i < 32:
       assert len(record) == i + 1  # nothing is dropped before it is full
   gaps = np.diff(record.steps)
-  assert (np.diff(gaps[:-1]) <= 0).all()  # the last is kept beside the rest
+  assert (np.diff(gaps[:-1]) <= 0).all()  # the last step is always kept
   assert gaps[0] > 8 * gaps[-2:].max()
 
 

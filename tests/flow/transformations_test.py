@@ -39,7 +39,7 @@ def loss(w, x, empty_tap=None, noise=None):
 
 
 def cotangent(w, x):
-  """Of ``hidden``, whole."""
+  """The whole cotangent of ``hidden``."""
   return jax.grad(loss, argnums=3)(
     w, x, None, jnp.zeros((*x.shape[:-1], WIDTH))
   )

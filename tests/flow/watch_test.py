@@ -26,7 +26,7 @@ COLUMNS = (
   'signal_to_noise',
   'cosine',
 )
-PATIENCE = 10
+DEAD_AFTER = 10
 
 
 def in_float64(leaf):
@@ -91,7 +91,7 @@ def make_steps(params, count):
   ]
 
 
-def trained(tx, gradients, params, **extra_args):
+def train(tx, gradients, params, **extra_args):
   """Updates of all steps and the last state, in one compiled step."""
   state, every = tx.init(params), []
   update = jax.jit(functools.partial(tx.update, **extra_args))
@@ -120,8 +120,8 @@ OPTIMIZERS = {
 def test_updates_and_state_are_those_of_the_optimizer_bit_for_bit(name):
   params = make_params()
   steps = make_steps(params, 4)
-  expected, inner = trained(OPTIMIZERS[name], steps, params)
-  actual, state = trained(flow.watch(OPTIMIZERS[name]), steps, params)
+  expected, inner = train(OPTIMIZERS[name], steps, params)
+  actual, state = train(flow.watch(OPTIMIZERS[name]), steps, params)
   assert_same(actual, expected)
   assert_same(state.inner_state, inner)
   assert state.gradient_norm.all()
@@ -134,8 +134,8 @@ def test_inside_multi_steps_it_measures_the_mean_of_the_micro_batches():
   def multi(tx):
     return optax.MultiSteps(tx, 2).gradient_transformation()
 
-  expected, plain = trained(multi(optax.sgd(0.1)), steps, params)
-  actual, state = trained(multi(flow.watch(optax.sgd(0.1))), steps, params)
+  expected, plain = train(multi(optax.sgd(0.1)), steps, params)
+  actual, state = train(multi(flow.watch(optax.sgd(0.1))), steps, params)
   assert_same(actual, expected)
   assert_same(state.inner_opt_state.inner_state, plain.inner_opt_state)
   mean = jax.tree.map(lambda x, y: (x + y) / 2, *steps[2:])
@@ -370,10 +370,10 @@ def test_a_unit_is_dead_after_exactly_ten_steps_without_gradient(rng, name):
   shape, silent, units, dead = DEAD[name]
   params = nested(name, random(rng, shape))
   gradients = nested(name, random(rng, shape).at[silent].set(0))
-  almost = after([(gradients, PATIENCE - 1)], params)
+  almost = after([(gradients, DEAD_AFTER - 1)], params)
   assert almost.units.tolist() == [units]
   assert almost.dead_units.tolist() == [0]
-  assert after([(gradients, PATIENCE)], params).dead_units.tolist() == [dead]
+  assert after([(gradients, DEAD_AFTER)], params).dead_units.tolist() == [dead]
 
 
 def test_one_gradient_resets_a_unit_and_no_other(rng):
@@ -532,7 +532,7 @@ def test_moments_against_numpy(rng, scale):
     {'a': random(rng, (4, 3), scale=scale), 'b': random(rng, (5,)) + 1}
     for _ in range(7)
   ]
-  _, state = trained(
+  _, state = train(
     flow.watch(optax.adam(1e-3, b1=0.8, b2=0.9), moments=True), steps, params
   )
   for i, name in enumerate('ab'):
@@ -560,11 +560,11 @@ def _plain_adam():
 
 
 def _last_updates(steps, params):
-  return trained(_plain_adam(), steps, params)[0][-1]
+  return train(_plain_adam(), steps, params)[0][-1]
 
 
 def _params_before_last(steps, params):
-  for updates in trained(_plain_adam(), steps[:-1], params)[0]:
+  for updates in train(_plain_adam(), steps[:-1], params)[0]:
     params = optax.apply_updates(params, updates)
   return params
 
@@ -573,7 +573,7 @@ def _params_before_last(steps, params):
 def test_the_cosine_does_not_depend_on_the_size_of_the_gradient(rng, size):
   params = jnp.ones(4)
   steps = [random(rng, (4,), scale=size) for _ in range(3)]
-  _, state = trained(flow.watch(optax.adam(1e-3), moments=True), steps, params)
+  _, state = train(flow.watch(optax.adam(1e-3), moments=True), steps, params)
   mu, _ = by_hand_moments(steps, 0.9, 0.999)
   g = in_float64(steps[-1])
   np.testing.assert_allclose(
@@ -585,7 +585,7 @@ def test_moments_of_a_gradient_that_never_changes_are_one():
   params = {'w': jnp.ones((3, 2)), 'z': jnp.ones(2)}
   gradients = {'w': jnp.arange(6.0).reshape(3, 2), 'z': jnp.zeros(2)}
   tx = flow.watch(optax.adam(1e-3, b2=0.9), moments=True)
-  _, state = trained(tx, [gradients] * 100, params)
+  _, state = train(tx, [gradients] * 100, params)
   np.testing.assert_allclose(state.signal_to_noise[0], 1, rtol=1e-3)
   np.testing.assert_allclose(state.cosine[0], 1, rtol=1e-5)
   assert (state.signal_to_noise[1], state.cosine[1]) == (0, 0)  # not NaN
@@ -596,7 +596,7 @@ def test_moments_of_pure_noise_are_those_of_the_documentation():
   rng = np.random.default_rng(3)
   steps = [random(rng, (20_000,)) for _ in range(60)]
   tx = flow.watch(optax.adam(1e-3, b2=0.9), moments=True)
-  _, state = trained(tx, steps, params)
+  _, state = train(tx, steps, params)
   np.testing.assert_allclose(state.signal_to_noise[0], 0.05, atol=0.005)
   np.testing.assert_allclose(state.cosine[0], 0.44, atol=0.03)
 
@@ -611,7 +611,7 @@ def test_moments_of_complex_and_of_16_bit_gradients(rng):
     for _ in range(4)
   ]
   tx = flow.watch(optax.adam(1e-3, b2=0.9, mu_dtype=None), moments=True)
-  _, state = trained(tx, steps, params)
+  _, state = train(tx, steps, params)
   for i, (name, rtol) in enumerate({'c': 1e-4, 'h': 3e-2}.items()):
     mu, nu = by_hand_moments([s[name] for s in steps], 0.9, 0.9)
     g = in_float64(steps[-1][name])
@@ -630,14 +630,14 @@ def test_moments_of_complex_and_of_16_bit_gradients(rng):
 def test_moments_are_found_inside_other_optimizers(rng):
   params = make_params()
   steps = make_steps(params, 3)
-  _, expected = trained(
+  _, expected = train(
     flow.watch(optax.scale_by_adam(), moments=True), steps, params
   )
   for tx in (
     optax.chain(optax.identity(), optax.scale_by_adam(), optax.scale(0.0)),
     optax.inject_hyperparams(optax.adam)(0.0),
   ):
-    _, state = trained(flow.watch(tx, moments=True), steps, params)
+    _, state = train(flow.watch(tx, moments=True), steps, params)
     np.testing.assert_allclose(state.cosine, expected.cosine, rtol=1e-4)
     np.testing.assert_allclose(
       state.signal_to_noise, expected.signal_to_noise, rtol=1e-4
@@ -710,7 +710,7 @@ def test_it_can_be_scanned_and_its_buffers_donated():
 def test_it_goes_to_disk_and_back(tmp_path):
   params = make_params()
   tx = flow.watch(optax.sgd(0.1, momentum=0.9))
-  _, state = trained(tx, make_steps(params, 2), params)
+  _, state = train(tx, make_steps(params, 2), params)
   empty = tx.init(params)
   assert_same(
     serialization.from_bytes(empty, serialization.to_bytes(state)), state

@@ -14,7 +14,7 @@ def inexact_leaves(tree):
 
 
 def as_real(leaf):
-  """In float64; a complex number is two along a last axis."""
+  """The array in float64, with a last axis of two for complex numbers."""
   u = np.asarray(leaf)
   if np.iscomplexobj(u):
     u = np.stack([u.real, u.imag], axis=-1)
@@ -22,7 +22,7 @@ def as_real(leaf):
 
 
 def cells(numbers):
-  """How many magnitudes are in [4^(i - 48), 4^(i - 47)), and beyond."""
+  """The number of magnitudes in each [4^(i - 48), 4^(i - 47))."""
   counted = np.abs(numbers[np.isfinite(numbers) & (numbers != 0)])
   _, exponent = np.frexp(counted)  # in [2^(exponent - 1), 2^exponent)
   cell = np.clip(np.floor((exponent - 1) / 2) + 48, 0, 63).astype(int)
@@ -36,7 +36,7 @@ def norm(numbers, axis=None):
 
 
 def assert_statistics(stats, *calls, rtol=1e-5, atol=0.0):
-  """That ``stats`` are those of ``calls``, pytrees of cotangents each."""
+  """Asserts that ``stats`` describe ``calls``, a pytree of cotangents each."""
   calls = [[as_real(u) for u in inexact_leaves(call)] for call in calls]
   leaves = [leaf for call in calls for leaf in call]
   numbers = np.concatenate([np.ravel(u) for u in leaves] or [np.zeros(0)])
@@ -94,7 +94,7 @@ def at(stats, *index):
 
 
 def assert_bit_for_bit(actual, expected, rtol=0.0):
-  """Or but for the order of sums, that the compiler chooses."""
+  """Asserts equality, or up to ``rtol`` where XLA sums in another order."""
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   for u, v in zip(
     jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
@@ -104,7 +104,7 @@ def assert_bit_for_bit(actual, expected, rtol=0.0):
 
 
 def wavy(tree):
-  """A loss of any outputs with another cotangent everywhere."""
+  """A loss of any outputs whose cotangents all differ."""
   total = jnp.zeros([], jnp.float32)
   for i, leaf in enumerate(inexact_leaves(tree)):
     total += jnp.sum(jnp.sin((2 + i) * leaf.astype(jnp.float32)))

@@ -1,4 +1,4 @@
-"""Records of numbers that are made by hand."""
+"""Statistics that are made by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ MEASURED = (
 
 
 def stats(norm=1.0, histogram=None, **columns):
-  """What a tap at 100 numbers would say."""
+  """The statistics of a tap with 100 elements."""
   size = float(norm)
   columns = {
     'calls': 1,
@@ -51,7 +51,7 @@ def stats(norm=1.0, histogram=None, **columns):
 
 
 def silent(histogram=None):
-  """What a empty_tap says that no gradient reached."""
+  """The statistics of a tap that no gradient reached."""
   return stats(
     0.0,
     None if histogram is None else jnp.zeros_like(histogram),
@@ -82,7 +82,7 @@ def taps(norms, names=None, kernels=None, histogram=None):
 
 def watched(*rows):
   """The state of a watched optimizer, a dictionary of columns per leaf."""
-  usual = {
+  healthy = {
     'gradient_norm': 1.0,
     'update_norm': 1e-3,
     'parameter_norm': 1.0,
@@ -90,7 +90,7 @@ def watched(*rows):
     'units': 10,
   }
   measured = [
-    [{**usual, **row}.get(name, 0) for name in MEASURED] for row in rows
+    [{**healthy, **row}.get(name, 0) for name in MEASURED] for row in rows
   ]
   return flow.WatchState(
     jnp.asarray(np.array(measured, np.float32)), jnp.zeros(1), ()
