@@ -30,8 +30,8 @@ def windowed(density):
   """What part of every cell the window of every cell covers, its length."""
   cell = length_of(density) / CELLS
   half = max(density.width / cell, 1) / 2
-  centre, edge = np.arange(CELLS)[:, None] + 0.5, np.arange(CELLS)
-  over = np.minimum(centre + half, edge + 1) - np.maximum(centre - half, edge)
+  center, edge = np.arange(CELLS)[:, None] + 0.5, np.arange(CELLS)
+  over = np.minimum(center + half, edge + 1) - np.maximum(center - half, edge)
   over = np.clip(over, 0, 1)
   return over, over.sum(1) * cell
 

@@ -93,7 +93,7 @@ def assert_defined(found, x, weights, defined, dtype):
   undefined = counts & np.isnan(g)
   np.testing.assert_array_equal(np.isnan(losses), undefined)
   assert float(state.non_finite) == weights[undefined].sum()
-  # Weights are of float32, g of cancelling probabilities.
+  # Weights are of float32, g of canceling probabilities.
   rtol, keep = arrays_of.rounding(jnp.float32), counts & ~undefined
   expected = np.where(keep, factors * np.where(keep, plain, 0), 0)
   arrays_of.assert_close(losses[~undefined], expected[~undefined], rtol, rtol)

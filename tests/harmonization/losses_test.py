@@ -124,7 +124,7 @@ def test_two_softmax_classes_are_the_binary_loss(rng):
     )
   )
   np.testing.assert_allclose(multi, binary, rtol=1e-4, atol=1e-6)
-  # The norms agree to rounding: at most a few fall in a neighbouring cell.
+  # The norms agree to rounding: at most a few fall in a neighboring cell.
   assert jnp.abs(multi_state.histogram - state.histogram).sum() <= 4
 
 
