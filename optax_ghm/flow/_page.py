@@ -147,12 +147,12 @@ def _svg(draw, label):
     no_metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
     figure.savefig(file, format='svg', metadata=no_metadata)
   text = file.getvalue()
-  body = text[text.index('</metadata>' if '</metadata>' in text else '<defs') :]
+  body = text[text.index('<defs') :]
   body = re.sub(r'<style.*?</style>', '', body, flags=re.DOTALL)
   referred = set(re.findall(r'#(\w+)', body))
 
   def adapt(tag):
-    """Elements of several pictures would share the names of their kinds."""
+    """Drops ids that nothing refers to, since all pictures have the same."""
     tag = tag[0].replace(_TEXT_COLOR, 'currentColor')
     return re.sub(
       r' id="([^"]+)"', lambda m: m[0] if m[1] in referred else '', tag

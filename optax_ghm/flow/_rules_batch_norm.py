@@ -5,12 +5,11 @@ import numpy as np
 from optax_ghm.flow import _verdict
 
 MAX_CONSTANT_SHARE = 0.5
-"""The share of constant features that is too large."""
+"""The largest healthy share of features that do not vary."""
 
 
 MAX_DRIFT = 0.5
-"""The drift of averages that is too large: 4 examples have as much by chance.
-"""
+"""The drift that is too large. Batches of 4 examples have as much by chance."""
 
 
 def batch_norms(record):

@@ -5,7 +5,7 @@ import numpy as np
 from optax_ghm.flow import _record, _verdict
 
 MIN_RATIO, MAX_RATIO = 1e-5, 1e-1
-"""Healthy medians of the norm of a kernel's update over the kernel's norm."""
+"""The range of healthy ratios of a kernel's update to the kernel, in norm."""
 
 
 MAX_RATIO_OF_ONE_STEP = 10.0
@@ -13,12 +13,13 @@ MAX_RATIO_OF_ONE_STEP = 10.0
 
 
 MAX_DEAD_SHARE = 0.5
-"""The share of dead units of a layer that is too large."""
+"""The share of dead units in a layer from which on it is reported."""
 
 
 SPIKE_RATIO, SPIKE_SIGMAS, SPIKE_HISTORY = 10.0, 8.0, 10
-"""A spike is as many times the median and as many standard deviations of the
-logarithm above it, of at least so many steps before."""
+"""A spike is more than SPIKE_RATIO times the median of the steps before it, of
+which there must be SPIKE_HISTORY, and its logarithm is more than SPIKE_SIGMAS
+standard deviations above theirs."""
 
 
 def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:

@@ -10,8 +10,7 @@ from optax_ghm._core import arrays
 from optax_ghm._core.identity import identity
 
 HISTOGRAM_CELLS, OCTAVES_PER_CELL, LOWEST_EXPONENT = 64, 2, -96
-"""Cell i of a histogram begins at 2^(LOWEST_EXPONENT + i * OCTAVES_PER_CELL).
-"""
+"""Cell i of a histogram begins at 2^(OCTAVES_PER_CELL i + LOWEST_EXPONENT)."""
 
 # float32 holds the squares of numbers from 1e-19 to 1e19 only, so squares are
 # summed in three units: one for small numbers, 1, and one for large numbers.

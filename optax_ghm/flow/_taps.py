@@ -165,8 +165,7 @@ def leading_axes(
 
 
 Order = tuple[tuple[str, tuple[int, ...]], ...]
-"""For every row of a record, the name of the tap and the index into its stack.
-"""
+"""For every row of a record, the name of its tap and its place in the stack."""
 
 
 @functools.lru_cache(maxsize=16)

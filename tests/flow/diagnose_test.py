@@ -605,7 +605,7 @@ def test_all_parameters_together_have_the_norm():
   def step(a, b):
     return {'opt_state': watched({'gradient_norm': a}, {'gradient_norm': b})}
 
-  # b is five times what is usual, and hardly shows in the norm of both.
+  # b is five times its calm norm, and hardly shows in the norm of both.
   calm = [step(3.0, 0.4)] * 12
   assert kinds(steps_of(*calm, step(3.0, 20.0), params=params)) == []
   record = steps_of(*calm, step(40.0, 30.0), params=params)
