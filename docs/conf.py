@@ -44,7 +44,7 @@ python_maximum_signature_line_length = 68
 # No other project's inventory is at hand: their types are named, not linked.
 nitpick_ignore_regex = [
   (r'py:class', r'(collections|os|typing)\..*|(jax|numpy|optax|chex|flax)\..*'),
-  (r'py:class', r'ArrayTree|Figure|Console'),
+  (r'py:class', r'ArrayTree|Figure|Console|Rngs|dataclasses\.InitVar'),
 ]
 
 

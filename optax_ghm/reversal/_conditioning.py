@@ -24,7 +24,7 @@ def multilinear_map(features: jax.Array, predictions: jax.Array) -> jax.Array:
 
   Returns:
     (..., F · C), the C products of a feature side by side. The paper takes
-    :func:`randomized_multilinear_map` where F · C is above 4,096.
+    :func:`~optax_ghm.randomized_multilinear_map` where F · C is above 4,096.
 
   Raises:
     ValueError: if the leading axes differ.
@@ -56,7 +56,7 @@ def multilinear_projections(
   classes: int,
   outputs: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws the random matrices of :func:`randomized_multilinear_map`.
+  """Draws the random matrices of :func:`~optax_ghm.randomized_multilinear_map`.
 
   They are standard normal. Draw them once and keep them for the whole training.
 
