@@ -102,12 +102,14 @@ def run_both(model, variables, *args, tapped=None, **kwargs):
   return (output, grads), (same, found), taps
 
 
-def check(model, variables, *args, tapped=None, rtol=1e-4, **kwargs):
+def check(
+  model, variables, *args, tapped=None, rtol=1e-4, same_rtol=0, **kwargs
+):
   """All laws at once, for models without lifted transformations."""
   before, after, taps = run_both(
     model, variables, *args, tapped=tapped, **kwargs
   )
-  assert_bit_for_bit(after, before)
+  assert_bit_for_bit(after, before, rtol=same_rtol)
   expected = whole_cotangents(
     lambda v: model.apply(v, *args, **kwargs), variables
   )
@@ -290,7 +292,9 @@ def test_whatever_is_mutable_no_tap_leaks(x, mutable):
 
 def test_attention():
   model, tokens = Attention(), jnp.array([[0, 1, 2], [3, 4, 0]])
-  taps = check(model, model.init(jax.random.key(0), tokens), tokens)
+  # On some processors XLA adds up the gradient of attention in another order.
+  variables = model.init(jax.random.key(0), tokens)
+  taps = check(model, variables, tokens, same_rtol=1e-6)
   name = 'MultiHeadDotProductAttention_0'
   assert {f'{name}/{part}' for part in ('query', 'key', 'value', 'out')} < set(
     taps
@@ -535,7 +539,7 @@ def test_a_rematted_or_jitted_module_is_tapped_once(x, lift):
   model = Stack(lift)
   variables = model.init(jax.random.key(0), x)
   before, after, taps = run_both(model, variables, x)
-  assert_bit_for_bit(after, before)
+  assert_bit_for_bit(after, before, rtol=same_rtol)
   expected = whole_cotangents(lambda v: Stack(()).apply(v, x), variables)
   assert list(taps) == list(expected)
   for name, calls in expected.items():
