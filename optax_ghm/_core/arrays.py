@@ -24,12 +24,23 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
   return np.promote_types(dtype, np.float32)
 
 
+def widen(x: jax.Array) -> jax.Array:
+  """``x`` in the dtype to compute in."""
+  return x.astype(at_least_float32(x.dtype))
+
+
+def parts(x: jax.Array) -> tuple[jax.Array, ...]:
+  """The real parts that a number has: two, if it is complex."""
+  return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+
+
 def multiply(x: jax.Array, factor: jax.Array) -> jax.Array:
-  """``x`` times a real factor of its precision.
+  """``x`` times a real factor, in the precision of ``x``.
 
   The parts of a complex number are multiplied one by one, since the product of
   an infinite complex number and a complex factor is NaN.
   """
+  factor = factor.astype(x.real.dtype)
   if jnp.iscomplexobj(x):
     return jax.lax.complex(x.real * factor, x.imag * factor)
   return x * factor

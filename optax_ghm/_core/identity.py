@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from optax_ghm._core import arrays
 
@@ -42,30 +42,22 @@ def identity(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
     return x
 
   def forward(static, *primals):
-    x, *residuals = jax.tree.map(
-      lambda primal: primal.value,
-      primals,
-      is_leaf=lambda node: isinstance(node, CustomVJPPrimal),
-    )
+    x, *residuals = custom_vjp_primal_tree_values(primals)
     # Returning x itself would lose the rule in a gradient of this gradient.
     return primitive(static, x, *residuals), residuals
 
   def backward(static, residuals, cotangent):
     used = jax.tree.map(
-      lambda leaf: None if isinstance(leaf, SymbolicZero) else leaf,
-      cotangent,
-      is_leaf=lambda node: isinstance(node, SymbolicZero),
+      lambda leaf: None if isinstance(leaf, SymbolicZero) else leaf, cotangent
     )
     return rule(static, used, *residuals)
 
   primitive.defvjp(forward, backward, symbolic_zeros=True)
 
   def call(static, x, *residuals):
-    outputs = iter(
-      jax.tree.leaves(primitive(static, inexact_part(x), *residuals))
-    )
+    outputs = primitive(static, inexact_part(x), *residuals)
     return jax.tree.map(
-      lambda leaf: next(outputs) if arrays.is_inexact(leaf) else leaf, x
+      lambda leaf, output: leaf if output is None else output, x, outputs
     )
 
   return call

@@ -85,9 +85,9 @@ def amounts(
     float32 of ``shape``. False and 0 leave an example out.
   """
   mask, weights = broadcast_mask(mask, shape), broadcast_weights(weights, shape)
-  if mask is None or weights is None:
-    return weights if mask is None else mask
-  return jnp.where(mask, weights, 0)
+  if mask is None:
+    return weights
+  return mask if weights is None else jnp.where(mask, weights, 0)
 
 
 def _fit(x, shape, name):

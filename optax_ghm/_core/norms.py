@@ -6,14 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ghm._core import leaf_rows, trees
-from optax_ghm._core.arrays import (
-  AxisName,
-  at_least_float32,
-  divisor,
-  psum,
-  replicated,
-)
+from optax_ghm._core import arrays, leaf_rows, trees
 
 
 def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
@@ -42,12 +35,12 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     >>> norms.norm(jnp.array([[3.0, 4.0], [0.0, 0.0]]), axis=-1)
     Array([5., 0.], dtype=float32)
   """
-  x = x.astype(at_least_float32(x.dtype))
+  x = arrays.widen(x)
   if axis == ():
     return jnp.abs(x)
   # The magnitudes are for the maximum only: nothing is written out in between.
   largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
-  unit = divisor(largest)
+  unit = arrays.divisor(largest)
   root = _sqrt(_sum_of_squares(x, axis, unit))
   return jnp.squeeze(unit, axis=axis) * root
 
@@ -58,7 +51,7 @@ def _sqrt(x):
   return jnp.where(x == 0, x, jnp.sqrt(positive))
 
 
-def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
+def global_norm(tree: Any, axis_name: arrays.AxisName = None) -> jax.Array:
   """Euclidean norm of all leaves together, in one pass over the numbers.
 
   Args:
@@ -83,7 +76,7 @@ def group_norms(
   leaves: list[jax.Array],
   groups: np.ndarray,
   count: int,
-  axis_name: AxisName = None,
+  axis_name: arrays.AxisName = None,
 ) -> jax.Array:
   r"""Norms of groups of leaves, all in one pass over the numbers.
 
@@ -112,12 +105,11 @@ def group_norms(
   """
   if not leaves:
     return jnp.zeros([count], jnp.float32)
-  arrays, of_rows = leaf_rows.rows(leaves, groups)
+  rows, of_rows = leaf_rows.rows(leaves, groups)
+  axes = [tuple(range(1, row.ndim)) for row in rows]
 
   def per_row(reduce):
-    return _concatenated(
-      [reduce(row, tuple(range(1, row.ndim))) for row in arrays]
-    )
+    return _concatenated(map(reduce, rows, axes))
 
   def per_group(values):
     if count == 1:
@@ -126,8 +118,8 @@ def group_norms(
 
   def rescaled():
     of_row = per_row(norm)
-    unit = jnp.zeros([count], of_row.dtype).at[of_rows].max(of_row)
-    unit = divisor(unit)
+    largest = jnp.zeros([count], of_row.dtype).at[of_rows].max(of_row)
+    unit = arrays.divisor(largest)
     return unit, per_group(jnp.square(of_row / unit[of_rows]))
 
   return _root(per_group(per_row(_sum_of_squares)), rescaled, axis_name)
@@ -136,7 +128,7 @@ def group_norms(
 def unit_norms(
   leaves: list[jax.Array],
   axes: list[tuple[int, ...]],
-  axis_name: AxisName = None,
+  axis_name: arrays.AxisName = None,
 ) -> jax.Array:
   """Norms over some axes of every leaf, in one pass as :func:`group_norms`.
 
@@ -156,14 +148,14 @@ def unit_norms(
 
   def rescaled():
     of_unit = per_unit(norm)
-    unit = divisor(of_unit)
+    unit = arrays.divisor(of_unit)
     return unit, jnp.square(of_unit / unit)
 
   return _root(per_unit(_sum_of_squares), rescaled, axis_name)
 
 
 def _concatenated(parts):
-  parts = [replicated(part).ravel() for part in parts]
+  parts = [arrays.replicated(part).ravel() for part in parts]
   dtype = np.result_type(*(part.dtype for part in parts))
   return jnp.concatenate([part.astype(dtype) for part in parts])
 
@@ -176,14 +168,13 @@ def _root(total, rescaled, axis_name):
   )
   if axis_name is not None:
     here, unit = unit, jax.lax.pmax(unit, axis_name)
-    total = psum(total * jnp.square(here / unit), axis_name)
+    total = arrays.psum(total * jnp.square(here / unit), axis_name)
   return unit * _sqrt(total)
 
 
 def _sum_of_squares(x, axis, unit=None):
   """The sum of the squared magnitudes, each divided by ``unit`` before."""
-  x = x.astype(at_least_float32(x.dtype))
-  parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+  parts = arrays.parts(arrays.widen(x))
   if unit is not None:
     parts = [part / unit for part in parts]
   return sum(jnp.sum(jnp.square(part), axis) for part in parts)

@@ -65,11 +65,9 @@ def weighted_sum(
   def over_examples(update):
     if not arrays.is_inexact(update):
       return update
-    dtype = arrays.at_least_float32(update.dtype)
     counts = jnp.expand_dims(weights != 0, range(1, update.ndim))
-    total = arrays.contract(
-      weights.astype(dtype), jnp.where(counts, update, 0).astype(dtype)
-    )
+    numbers = arrays.widen(jnp.where(counts, update, 0))
+    total = arrays.contract(weights.astype(numbers.dtype), numbers)
     return arrays.psum(total, axis_name).astype(update.dtype)
 
   return jax.tree.map(over_examples, updates)

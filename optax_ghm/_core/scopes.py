@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from optax_ghm._core import arrays, trees
 from optax_ghm._core.norms import group_norms, unit_norms
@@ -30,18 +31,12 @@ class Groups:
   labels: Any
 
 
-def layer_and_parameter(path: tuple[Any, ...]) -> tuple[str, str]:
-  """The last two names of a path, '' for what it lacks."""
-  layer, parameter = ['', '', *trees.names(path)][-2:]
-  return layer, parameter
-
-
 def is_kernel(path: tuple[Any, ...], leaf: jax.Array) -> bool:
   """Whether a parameter of Flax has a fan-in.
 
   It has two axes at least, and is neither a bias nor a scale.
   """
-  return leaf.ndim > 1 and layer_and_parameter(path)[1] not in ('bias', 'scale')
+  return leaf.ndim > 1 and trees.names(path)[-1:] not in (['bias'], ['scale'])
 
 
 def flax_unit_axes(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...]:
@@ -72,7 +67,7 @@ def flax_unit_axes(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...]:
     Brock et al., `High-Performance Large-Scale Image Recognition Without
     Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
   """
-  layer, parameter = layer_and_parameter(path)
+  layer, parameter = ['', '', *trees.names(path)][-2:]
   if not is_kernel(path, leaf):
     return tuple(range(leaf.ndim))
   if parameter == 'embedding':
@@ -153,13 +148,8 @@ class Scoped(NamedTuple):
       if not trees.is_counted(leaf):
         return leaf
       at, shape = next(places)
-      own, dtype = (
-        factor[at].reshape(shape),
-        arrays.at_least_float32(leaf.dtype),
-      )
-      scaled = arrays.multiply(
-        leaf.astype(dtype), own.astype(jnp.finfo(dtype).dtype)
-      )
+      own = factor[at].reshape(shape)
+      scaled = arrays.multiply(arrays.widen(leaf), own)
       return jnp.where(own > 0, scaled, 0).astype(leaf.dtype)
 
     return jax.tree.map(scale, tree)
@@ -193,7 +183,7 @@ def scoped(scope: Scope, tree: Any) -> Scoped:
     case 'leaf':
       return Scoped((count,), np.arange(count))
     case 'unit':
-      return _united(FLAX_UNITS, tree)
+      return scoped(FLAX_UNITS, tree)
   raise ValueError(
     f"scope must be 'global', 'leaf', 'unit', Groups or Units, got {scope!r}."
   )
@@ -214,9 +204,7 @@ def _grouped(scope, tree):
 def _united(scope, tree):
   axes, count = [], 0
   for path, leaf in trees.counted_with_path(tree):
-    own = np.lib.array_utils.normalize_axis_tuple(
-      scope.axes(path, leaf), leaf.ndim
-    )
+    own = normalize_axis_tuple(scope.axes(path, leaf), leaf.ndim)
     axes.append(own)
     count += math.prod(n for i, n in enumerate(leaf.shape) if i not in own)
   return Scoped((count,), axes=axes)

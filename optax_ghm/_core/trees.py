@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optax_ghm._core import arrays
 
@@ -24,6 +25,19 @@ def counted_with_path(tree: Any) -> list[tuple[tuple[Any, ...], jax.Array]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if is_counted(leaf)
   ]
+
+
+def select(where: jax.Array, new: Any, old: Any) -> Any:
+  """``new`` where the condition holds, else ``old``.
+
+  The axes of the condition are the first axes of every leaf.
+  """
+
+  def select(new, old):
+    axes = range(where.ndim, new.ndim)
+    return jnp.where(jnp.expand_dims(where, axes), new, old)
+
+  return jax.tree.map(select, new, old)
 
 
 def names(path: tuple[Any, ...]) -> list[str]:

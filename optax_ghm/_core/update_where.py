@@ -64,16 +64,13 @@ def update_where(
   def read(var):
     return var.val if _is_literal(var) else values[var]
 
-  for equation in jaxpr.eqns:
-    inputs = dict.fromkeys(v for v in equation.invars if not _is_literal(v))
+  for eqn in jaxpr.eqns:
+    inputs = dict.fromkeys(v for v in eqn.invars if not _is_literal(v))
     alone = jaxpr.replace(
-      constvars=[],
-      invars=list(inputs),
-      outvars=equation.outvars,
-      eqns=[equation],
+      constvars=[], invars=list(inputs), outvars=eqn.outvars, eqns=[eqn]
     )
     results = jax.core.eval_jaxpr(alone, [], *map(read, inputs))
-    for var, new in zip(equation.outvars, results, strict=True):
+    for var, new in zip(eqn.outvars, results, strict=True):
       leaf = selected.get(var)
       values[var] = new if leaf is None else jnp.where(condition, new, leaf)
 

@@ -25,15 +25,14 @@ def from_floats(leaf, like, calls):
   Integers that are equal in all calls are exact for up to 512 calls, and also
   where their sum was divided by a number and is off by rounding.
   """
-  calls = jnp.expand_dims(calls, tuple(range(calls.ndim, leaf.ndim)))
+  calls = jnp.expand_dims(calls, range(calls.ndim, leaf.ndim))
   mean = leaf / calls.astype(leaf.dtype)
   if arrays.is_inexact(like):
     return mean
   high, low = mean[..., 0], mean[..., 1]
-  nearest = jnp.round(high)
-  is_whole = jnp.abs(high - nearest) < 0.01  # what is left is rounding
-  whole = jnp.where(is_whole, nearest, jnp.floor(high))
-  remainder = jnp.where(is_whole, 0, high - whole)
+  whole = jnp.floor(high + 0.01)
+  remainder = high - whole
+  remainder = jnp.where(remainder < 0.01, 0, remainder)  # which is rounding
   low = jnp.round(remainder * 2**16 + low)
   words = whole.astype(jnp.int32) * 2**16 + low.astype(jnp.int32)
   if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import arrays
+from optax_ghm._core import arrays, trees
 
 OVERWRITE_WITH_GRADIENT = '_overwrite_with_gradient'
 """The name of Flax's collection of variables that their gradient replaces."""
@@ -45,13 +45,8 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
   def overwrite(state, gradient):
     if not hasattr(state, 'calls'):
       return gradient
-    reached = gradient.calls > 0  # one per state, where states are stacked
-
-    def choose(old, new):
-      each = jnp.expand_dims(reached, tuple(range(reached.ndim, new.ndim)))
-      return jnp.where(each, new, old)
-
-    return jax.tree.map(choose, state, gradient)
+    # One number of calls per state, where states are stacked.
+    return trees.select(gradient.calls > 0, gradient, state)
 
   return jax.tree.map(
     overwrite, states, gradients, is_leaf=lambda x: hasattr(x, 'calls')

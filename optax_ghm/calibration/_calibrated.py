@@ -2,10 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from optax_ghm._core import trees
 from optax_ghm._core.update_where import update_where
 from optax_ghm.calibration import _clip, _zscore
 
@@ -83,10 +83,8 @@ def calibrated(
       sound, inner.update, clipped, state.optimizer, params, **extra_args
     )
     # One bad leaf leaves out the step of all leaves, so none learns from it.
-    statistics = jax.tree.map(
-      lambda new, old: jnp.where(sound, new, old),
-      clip_state.statistics,
-      state.clip.statistics,
+    statistics = trees.select(
+      sound, clip_state.statistics, state.clip.statistics
     )
     return new_updates, CalibratedState(
       clip_state._replace(statistics=statistics), inner_state

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, norms, scopes
+from optax_ghm._core import arrays, counters, norms, scopes, trees
 
 OUTLIER_RATIO = 1e4
 """A norm of more than so many times the reference norm is an error."""
@@ -138,7 +138,7 @@ def clip_by_rule(
       finite & outlier, optax.safe_increment(state.outliers_in_a_row), 0
     )
     reset = outliers_in_a_row >= RESET_AFTER
-    norm, threshold, statistics = _select(
+    norm, threshold, statistics = trees.select(
       good,
       (norm, threshold, limit.statistics),
       (state.norm, state.threshold, state.statistics),
@@ -150,17 +150,7 @@ def clip_by_rule(
       clipped=counters.count_if(above & good, state.clipped),
       skipped=counters.count_if(~good, state.skipped),
       outliers_in_a_row=jnp.where(reset, 0, outliers_in_a_row),
-      statistics=_select(reset, init(scoped.shape), statistics),
+      statistics=trees.select(reset, init(scoped.shape), statistics),
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _select(where, new, old):
-  """Selects leaves by their first axes, which are those of ``where``."""
-
-  def select(new, old):
-    axes = tuple(range(where.ndim, new.ndim))
-    return jnp.where(jnp.expand_dims(where, axes), new, old)
-
-  return jax.tree.map(select, new, old)

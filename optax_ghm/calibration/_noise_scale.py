@@ -79,13 +79,13 @@ def gradient_noise(
     McCandlish et al., `An Empirical Model of Large-Batch Training
     <https://arxiv.org/abs/1812.06162>`_, 2018
   """
-  norms = jnp.asarray(norms)
+  norms = jnp.asarray(norms, jnp.float32)
   if norms.ndim != 1 or norms.shape[0] < 2:
     raise ValueError(
       f'norms must have shape (k,) with k > 1, got {norms.shape}.'
     )
   return _from_squares(
-    jnp.mean(jnp.square(norms.astype(jnp.float32))),
+    jnp.mean(jnp.square(norms)),
     jnp.square(jnp.asarray(norm_of_mean, jnp.float32)),
     jnp.float32(norms.shape[0]),
     jnp.asarray(batch_size, jnp.float32) * norms.shape[0],
@@ -184,12 +184,10 @@ def noise_scale_aggregate(
     if not any(map(arrays.is_inexact, jax.tree.leaves(updates))):
       return updates, state
     norms = per_example.norms(updates, params)
-    mask = masks.broadcast_mask(mask, norms.shape)
-    weights = masks.broadcast_weights(weights, norms.shape)
-    sizes = jnp.ones_like(norms) if weights is None else weights
-    counted = jnp.isfinite(norms) & (sizes > 0)
-    counted = counted if mask is None else counted & mask
-    sizes = jnp.where(counted, sizes, 0)
+    sizes = masks.amounts(mask, weights, norms.shape)
+    sizes = jnp.asarray(1 if sizes is None else sizes, jnp.float32)
+    sizes = jnp.where(jnp.isfinite(norms), sizes, 0)
+    counted = sizes > 0
     count, size = arrays.psum(
       (jnp.sum(counted, dtype=jnp.float32), jnp.sum(sizes)), axis_name
     )

@@ -131,7 +131,7 @@ def standardize(
     """The leaf and its deviation, which is 0 if the leaf has none."""
     if leaf.ndim < 2:
       return leaf, jnp.ones([], jnp.float32)
-    x = leaf.astype(arrays.at_least_float32(leaf.dtype))
+    x = arrays.widen(leaf)
     largest = jnp.max(jnp.abs(x))
     if axis_name is not None:
       largest = jax.lax.pmax(largest, axis_name)
@@ -207,16 +207,14 @@ def centralize(
   def centralized(path, leaf):
     if not (trees.is_counted(leaf) and scopes.is_kernel(path, leaf)):
       return leaf
-    x = leaf.astype(arrays.at_least_float32(leaf.dtype))
+    x = arrays.widen(leaf)
     mean = jnp.mean(x, axis=units.axes(path, leaf), keepdims=True)
     if axis_name is not None:
       mean = jax.lax.pmean(mean, axis_name)
     return (x - mean).astype(leaf.dtype)
 
-  def update_fn(updates, state, params=None, **extra_args):
-    del params, extra_args
-    return jax.tree_util.tree_map_with_path(centralized, updates), state
+  def centralize_all(updates, params):
+    del params
+    return jax.tree_util.tree_map_with_path(centralized, updates)
 
-  return optax.GradientTransformationExtraArgs(
-    lambda params: optax.EmptyState(), update_fn
-  )
+  return optax.with_extra_args_support(optax.stateless(centralize_all))

@@ -159,9 +159,7 @@ def learning_rate_range_test(
     carry = params, tx.init(params)
     return jax.lax.scan(step, carry, jnp.arange(steps))[1]
 
-  losses, gradient_norms = (
-    np.asarray(each, np.float64) for each in run(params, batches)
-  )
+  losses, gradient_norms = np.array(run(params, batches), np.float64)
   smoothed, error = _smoothed(losses, learning_rates)
   suggestion, reason = _suggestion(learning_rates, losses, smoothed, error)
   return RangeTest(
@@ -175,8 +173,7 @@ def _smoothed(losses, learning_rates):
   The error is that of losses with a standard deviation of 1. Losses far above
   the first ones are lowered before, lest a divergence show before it begins.
   """
-  bad = ~np.isfinite(losses)
-  last = int(np.argmax(bad)) if bad.any() else len(losses)
+  last = int(np.logical_and.accumulate(np.isfinite(losses)).sum())
   smoothed = np.full(len(losses), np.nan)
   if not last:
     return smoothed, 0.0

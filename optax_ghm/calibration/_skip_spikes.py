@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, norms, scopes
+from optax_ghm._core import arrays, counters, norms
 from optax_ghm._core.update_where import update_where
 from optax_ghm.calibration import _clip
 
@@ -192,14 +192,13 @@ def skip_spikes(
       if jnp.shape(value) != ():
         raise ValueError(f'value must be a scalar, got {jnp.shape(value)}.')
       extra_args['value'] = value
-    norm = scopes.scoped('global', updates).norms(updates, axis_name)
+    norm = norms.global_norm(updates, axis_name).astype(jnp.float32)
     mean_norm, norm_threshold = mean_and_threshold(state.recent_norms)
     _, value_threshold = mean_and_threshold(state.recent_values)
     loss = jnp.asarray(0 if value is None else value, jnp.float32)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     spike = (norm > norm_threshold) | (norm > _clip.OUTLIER_RATIO * mean_norm)
-    if value is not None:
-      spike |= loss > value_threshold
+    spike |= (value is not None) & (loss > value_threshold)
     in_a_row = state.skipped_in_a_row.astype(jnp.float32)
     reset = in_a_row >= jnp.asarray(max_consecutive, jnp.float32)
     reset &= finite & spike

@@ -1,13 +1,13 @@
 """Gradient harmonization of two losses at the features that they share."""
 
+import functools
 import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optax_ghm._core import arrays
+from optax_ghm._core import arrays, trees
 from optax_ghm._core.identity import identity
 from optax_ghm._core.norms import global_norm
 
@@ -152,35 +152,30 @@ def fork(
   _check_rule(rule)
   if not enabled:
     return x, x
-  return _fork((rule, harmonic_range, axis_name), (x, x))
-
-
-@identity
-def _fork(static, cotangents):
-  rule, harmonic_range, axis_name = static
-
-  def fill(leaf, other):  # with zeros, where only the other branch is used
-    is_zero = leaf is None and other is not None
-    return jnp.zeros_like(other) if is_zero else leaf
-
-  def is_none(leaf):
-    return leaf is None
-
-  pairs = cotangents, cotangents[::-1]
-  first, second = (jax.tree.map(fill, *p, is_leaf=is_none) for p in pairs)
-  one, two = conflict_weights(
-    first,
-    second,
+  weigh = functools.partial(
+    conflict_weights,
     rule=rule,
     harmonic_range=harmonic_range,
     axis_name=axis_name,
   )
+  return _fork(weigh, (x, x))
+
+
+@identity
+def _fork(weigh, cotangents):
+  def fill(leaf, other):  # with zeros, where only the other branch is used
+    is_zero = leaf is None and other is not None
+    return jnp.zeros_like(other) if is_zero else leaf
+
+  first, second = (
+    jax.tree.map(fill, *pair, is_leaf=lambda leaf: leaf is None)
+    for pair in (cotangents, cotangents[::-1])
+  )
+  one, two = weigh(first, second)
 
   def combine(g1, g2):
-    dtype = arrays.at_least_float32(g1.dtype)
-    real = jnp.finfo(dtype).dtype
-    combined = arrays.multiply(g1.astype(dtype), one.astype(real))
-    combined += arrays.multiply(g2.astype(dtype), two.astype(real))
+    combined = arrays.multiply(arrays.widen(g1), one)
+    combined += arrays.multiply(arrays.widen(g2), two)
     return combined.astype(g1.dtype)
 
   # The sum is the cotangent of the first branch, so that it is rounded once.
@@ -197,23 +192,14 @@ def _cosine(first, second, axis_name):
 
   The cosine is 0 and the norms are 1 where a tree is 0 or not finite.
   """
-  norms = [global_norm(tree, axis_name) for tree in (first, second)]
-  dtype = np.promote_types(*(n.dtype for n in norms))
-  sound = (norms[0] > 0) & (norms[1] > 0)
-  sound &= jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
-  one, two = (jnp.where(sound, n.astype(dtype), 1) for n in norms)
-  dot = jnp.zeros([], dtype)
-  for g1, g2 in zip(*map(jax.tree.leaves, (first, second)), strict=True):
-    if not arrays.is_inexact(g1):
-      continue
+  norms = jnp.stack([global_norm(tree, axis_name) for tree in (first, second)])
+  sound = jnp.all((norms > 0) & jnp.isfinite(norms))
+  one, two = jnp.where(sound, norms, 1)
+  dot = jnp.zeros([], norms.dtype)
+  for g1, g2 in zip(*map(trees.counted, (first, second)), strict=True):
     # Divided each, not multiplied by 1 / norm: XLA would pull those factors out
     # of the product, which then overflows.
-    for u, v in zip(_parts(g1), _parts(g2), strict=True):
-      dot += jnp.sum((u.astype(dtype) / one) * (v.astype(dtype) / two))
+    for u, v in zip(arrays.parts(g1), arrays.parts(g2), strict=True):
+      dot += jnp.sum((u.astype(dot.dtype) / one) * (v.astype(dot.dtype) / two))
   cosine = jnp.clip(arrays.psum(dot, axis_name), -1, 1)
   return jnp.where(sound, cosine, 0), one, two
-
-
-def _parts(x):
-  """The real parts that a number has."""
-  return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)

@@ -98,7 +98,7 @@ def domain_loss(
     known &= mask
   label = jnp.where(known, domains, 0)
   # Masked before the loss, so that no gradient of it is NaN times 0.
-  seen = jnp.expand_dims(known, tuple(range(1, logits.ndim)))
+  seen = jnp.expand_dims(known, range(1, logits.ndim))
   z = jnp.where(seen, logits.astype(dtype), 0)
   if logits.ndim == 1:
     losses = optax.sigmoid_binary_cross_entropy(z, label.astype(dtype))
@@ -106,9 +106,7 @@ def domain_loss(
     losses = softmax_cross_entropy(z, label)
 
   # (N, D), by comparison, since a gather by label is slow when sharded.
-  member = known[:, None] & (
-    label[:, None] == jnp.arange(count, dtype=label.dtype)[None]
-  )
+  member = known[:, None] & jax.nn.one_hot(label, count, dtype=bool)
   weights = jax.lax.stop_gradient(jnp.asarray(weights, dtype))
   amount = jnp.where(member, weights[:, None], 0)
   total, size = arrays.psum(

@@ -74,8 +74,8 @@ def reverse_gradient(x: Any, scale: ArrayLike = 1.0) -> Any:
         'scale must be a number, or an array over the leading axes of every'
         f' leaf of x, got shape {scale.shape} for a leaf of shape {leaf.shape}.'
       )
-    axes = tuple(range(factor.ndim, leaf.ndim))
-    return _reverse(leaf, jnp.expand_dims(factor, axes))
+    factor = jnp.expand_dims(factor, range(factor.ndim, leaf.ndim))
+    return _reverse(leaf, factor)
 
   return jax.tree.map(reverse_leaf, x)
 
