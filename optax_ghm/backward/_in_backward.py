@@ -37,7 +37,7 @@ class InBackwardState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class InBackward:
-  """An Optax transformation of the cotangent; see :func:`~optax_ghm.in_backward`.
+  """A transformation of the cotangent, from :func:`~optax_ghm.in_backward`.
 
   Attributes:
     tx: the transformation.

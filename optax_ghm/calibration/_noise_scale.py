@@ -44,9 +44,9 @@ def gradient_noise(
     \operatorname{tr} \Sigma \approx
     \frac{k b}{k - 1} \left(\overline{|g_i|^2} - |\bar g|^2\right)
 
-  Each of the k micro-batches has b examples. The ratio is the simple noise scale
-  :math:`B = \operatorname{tr} \Sigma / |G|^2`. A batch far smaller than B loses
-  little by being averaged, and a batch far larger gains little.
+  Each of the k micro-batches has b examples. The ratio of the two is the simple
+  noise scale :math:`B = \operatorname{tr} \Sigma / |G|^2`. A batch far smaller
+  than B loses little by being averaged, and a batch far larger gains little.
 
   One step says little. Average signal and variance over many steps, each by
   itself, as :func:`~optax_ghm.noise_scale_aggregate` does.
