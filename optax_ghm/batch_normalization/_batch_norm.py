@@ -142,7 +142,7 @@ def batch_norm_inference(
     Array([[2.]], dtype=float32)
   """
   x = jnp.asarray(x)
-  num_domains = None if domain is None else len(running.mean)
+  num_domains = 0 if domain is None else len(running.mean)
   pool = _pool.Pool.of(x, axis, domain=domain, num_domains=num_domains)
   scale, bias = _normalize.fit_parameters(pool, x, scale, bias)
   mean, var = _normalize.fit_running(pool, x, running)

@@ -82,9 +82,7 @@ class Moments(NamedTuple):
       ValueError: if ``axis`` or ``mask`` does not fit ``x``.
     """
     x = jnp.asarray(x)
-    pool = _pool.Pool.of(x, axis, axis_name=axis_name, mask=mask)
-    count, mean, mean_error, var = pool.measure(x)
-    return pool.squeeze(cls(count, mean + mean_error, count * var))
+    return of_pool(_pool.Pool.of(x, axis, axis_name, mask), x)
 
   @property
   def var(self) -> jax.Array:
@@ -141,16 +139,19 @@ class Moments(NamedTuple):
       >>> optax_ghm.Moments.of(halves, axis=0).pool(axis=0).m2
       Array(5., dtype=float32)
     """
+    axes = () if axis is None else axis
 
     def total(u):
-      if axis is not None:
-        u = jnp.sum(u, axis, keepdims=True)
-      return arrays.psum(u, axis_name)
+      return arrays.psum(jnp.sum(u, axes, keepdims=True), axis_name)
 
     count = total(self.count)
     mean = total(self.count * self.mean) / jnp.maximum(count, 1)
     delta = self.mean - mean
     pooled = Moments(count, mean, total(self.m2 + delta * self.count * delta))
-    if axis is None:
-      return pooled
-    return jax.tree.map(lambda u: jnp.squeeze(u, axis), pooled)
+    return jax.tree.map(lambda u: jnp.squeeze(u, axes), pooled)
+
+
+def of_pool(pool: _pool.Pool, x: jax.Array) -> Moments:
+  """The moments of what is normalized together, shaped like the features."""
+  count, mean, mean_error, var = pool.measure(x)
+  return pool.squeeze(Moments(count, mean + mean_error, count * var))

@@ -135,13 +135,16 @@ def fit_parameters(pool, x, scale, bias):
   # A device that has its own part of x gets its own copy of the parameters. The
   # gradient of pcast then adds the gradients of all devices.
   varying = arrays.varying_axes(x)
+  sharding = enumerate(jax.typeof(x).sharding.spec)
+  spec = PartitionSpec(*(None if a in pool.axes else s for a, s in sharding))
 
   def fit(u, name, default):
     if u is None:
       u = jnp.full(pool.shape(x), default, arrays.at_least_float32(x.dtype))
     else:
       u = fit_statistics(pool, x, u, name, shared=True)
-    u = _shard_like(u, pool, x)
+    if jax.typeof(u).sharding.spec != spec:
+      u = jax.reshard(u, spec)
     own = tuple(sorted(varying - arrays.varying_axes(u)))
     return jax.lax.pcast(u, own, to='varying') if own else u
 
@@ -166,7 +169,7 @@ def fit_statistics(pool, x, u, name, shared=False):
   features = tuple(n for a, n in enumerate(shape) if a not in pool.unit_axes)
   if u.shape == features:
     return jnp.expand_dims(u, pool.unit_axes)
-  if shared and pool.groups is not None and u.shape == features[1:]:
+  if shared and pool.groups and u.shape == features[1:]:
     return jnp.broadcast_to(jnp.expand_dims(u[None], pool.unit_axes), shape)
   raise ValueError(
     f'{name} must have the shape of the features, {features}, got {u.shape}.'
@@ -179,10 +182,3 @@ def fit_running(pool, x, running):
     fit_statistics(pool, x, running.mean, 'running.mean'),
     fit_statistics(pool, x, running.var, 'running.var'),
   )
-
-
-def _shard_like(u, pool, x):
-  """Shards statistics explicitly like ``x`` along the axes that they share."""
-  sharding = enumerate(jax.typeof(x).sharding.spec)
-  spec = PartitionSpec(*(None if a in pool.axes else s for a, s in sharding))
-  return u if jax.typeof(u).sharding.spec == spec else jax.reshard(u, spec)

@@ -39,20 +39,20 @@ class Pool:
     mask: which elements count, a bool array of the rank of the array; None
       counts all.
     groups: how many groups of examples, along axis 0, have statistics of their
-      own; None if the examples are in no groups.
+      own; 0 if the examples are in no groups.
     members: the group of every example. Examples of any other number than 0 to
       ``groups`` - 1 belong to no group.
   """
 
   axes: tuple[int, ...]
   axis_name: arrays.AxisName = None
-  groups: int | None = None
+  groups: int = 0
   mask: jax.Array | None = None
   members: jax.Array | None = None
 
   @classmethod
   def of(
-    cls, x, axis, axis_name=None, mask=None, domain=None, num_domains=None
+    cls, x, axis, axis_name=None, mask=None, domain=None, num_domains=0
   ) -> 'Pool':
     """Pools all axes but ``axis``, after checking that the arguments fit."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -66,21 +66,21 @@ class Pool:
     axes = tuple(a for a in range(x.ndim) if a not in features)
     mask = masks.fit_mask(mask, x.shape)
     if domain is None:
-      return cls(axes, axis_name, None, mask)
+      return cls(axes, axis_name, mask=mask)
     check_examples_first(axes, axis)
-    if num_domains is None or num_domains < 1:
+    if num_domains < 1:
       raise ValueError(f'num_domains must be at least 1, got {num_domains}.')
     return cls(axes, axis_name, num_domains, mask, _fit_members(x, domain))
 
   @property
   def unit_axes(self) -> tuple[int, ...]:
     """The axes along which statistics have size 1."""
-    return self.axes if self.groups is None else self.axes[1:]
+    return self.axes[1:] if self.groups else self.axes
 
   def shape(self, x):
     """The shape of statistics of ``x``."""
     shape = [1 if a in self.axes else n for a, n in enumerate(x.shape)]
-    return tuple(shape) if self.groups is None else (self.groups, *shape[1:])
+    return (self.groups, *shape[1:]) if self.groups else tuple(shape)
 
   def squeeze(self, statistics):
     """Removes the axes of size 1 from a tree of statistics."""
@@ -93,7 +93,7 @@ class Pool:
 
   def broadcast(self, u):
     """The statistics of every example's group; 0 if it has none."""
-    if self.groups is None or self.members is None:
+    if self.members is None:
       return u
     if self.groups > MOST_COMPARED:
       of = jax.typeof(self.members).sharding
@@ -109,7 +109,7 @@ class Pool:
 
   def has_group(self, ndim):
     """Which examples belong to a group, with ``ndim`` axes; None means all."""
-    if self.groups is None or self.members is None:
+    if self.members is None:
       return None
     belongs = (self.members >= 0) & (self.members < self.groups)
     return jnp.expand_dims(belongs, tuple(range(1, ndim)))
@@ -168,7 +168,7 @@ class Pool:
 
   def _by_group(self, sums):
     """Adds the sums of examples within each group, if there are groups."""
-    if self.groups is None or self.members is None:
+    if self.members is None:
       return sums
     belongs = jnp.arange(self.groups)[:, None] == self.members[None]
     weights = belongs.astype(sums.dtype)

@@ -2,13 +2,12 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optax_ghm._core import arrays
-from optax_ghm.batch_normalization import _domain, _moments
+from optax_ghm.batch_normalization import _moments, _pool, _step
 
 
 def init(mean: jax.Array) -> _moments.Moments:
@@ -30,22 +29,15 @@ def moments_of_call(norm, call, args, kwargs):
     normalizes by its running averages.
   """
   given = inspect.signature(call).bind(norm, *args, **kwargs).arguments
-  use_running_average = given.get('use_running_average')
-  if use_running_average is None:
-    use_running_average = norm.use_running_average
-  if use_running_average:
+  by_average = given.get('use_running_average')
+  if norm.use_running_average if by_average is None else by_average:
     return None
-  mask = given.get('mask')
-  options: dict[str, Any] = {
-    'axis': norm.axis,
-    'mask': None if mask is None else jnp.asarray(mask, bool),
-    'axis_name': norm.axis_name,
-  }
-  if 'domain' not in given:
-    return _moments.Moments.of(given['x'], **options)
-  return _domain.domain_batch_norm(
-    given['x'], given['domain'], num_domains=norm.num_domains, **options
-  )[1]
+  x, mask = jnp.asarray(given['x']), given.get('mask')
+  if mask is not None:
+    mask = jnp.asarray(mask, bool)
+  domains = given.get('domain'), getattr(norm, 'num_domains', 0)
+  pool = _pool.Pool.of(x, norm.axis, norm.axis_name, mask, *domains)
+  return _moments.of_pool(pool, x)
 
 
 def check_measured(found: Iterable[_moments.Moments]) -> None:
@@ -58,6 +50,7 @@ def check_measured(found: Iterable[_moments.Moments]) -> None:
     )
 
 
+@jax.jit
 def replace(
   averages: Mapping[str, jax.Array], moments: _moments.Moments
 ) -> dict[str, jax.Array]:
@@ -69,12 +62,5 @@ def replace(
     moments: of the data. Averages stay where nothing counted or where the
       statistics are not finite.
   """
-  var = moments.var
-  new = {'mean': moments.mean, 'var': var, 'weight': jnp.ones_like(var)}
-  known = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(var)
-  measured = {
-    name: jnp.where(known, u.astype(averages[name].dtype), averages[name])
-    for name, u in new.items()
-    if name in averages
-  }
-  return {**averages, **measured}
+  new = _step.running_moments(averages).update(moments, momentum=0)._asdict()
+  return {name: new.get(name, u) for name, u in averages.items()}

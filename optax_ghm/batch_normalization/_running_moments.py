@@ -81,10 +81,8 @@ class RunningMoments(NamedTuple):
         f'moments, of shape {moments.mean.shape}, must have that of the running'
         f' averages, {self.mean.shape}.'
       )
-    moments = jax.tree.map(
-      lambda u: u.astype(self.mean.dtype), jax.lax.stop_gradient(moments)
-    )
-    mean, var = moments.mean, moments.variance(unbiased)
+    new = jax.lax.stop_gradient((moments.mean, moments.variance(unbiased)))
+    mean, var = (u.astype(self.mean.dtype) for u in new)
     seen = (moments.count > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
     weight = momentum * self.weight + (1 - momentum)
     rate = (1 - momentum) / jnp.where(weight == 0, 1, weight)

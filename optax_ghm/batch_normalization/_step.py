@@ -1,6 +1,6 @@
 """One call of a batch norm module, as a function of its variables."""
 
-from typing import Any
+import dataclasses
 
 import jax.numpy as jnp
 import optax
@@ -14,19 +14,8 @@ from optax_ghm.batch_normalization import (
   _stats,
 )
 
-
-def check_flax_options(**defaults):
-  """Raises unless arguments of Flax with no counterpart have their defaults.
-
-  Args:
-    **defaults: for the name of every argument, whether it has its default.
-  """
-  for name, is_default in defaults.items():
-    if not is_default:
-      raise ValueError(
-        f'{name} must have its default value: sums are always in at least'
-        ' float32, and over the whole of the axes that axis_name names.'
-      )
+_FIXED = 'axis_index_groups', 'force_float32_reductions', 'promote_dtype'
+"""Arguments of Flax that must have their default values."""
 
 
 def init(norm, features):
@@ -41,7 +30,16 @@ def init(norm, features):
     bias. The variables are ``mean`` and ``var``, with ``debias`` their
     ``weight``, and with a schedule of ``r_max`` or ``d_max`` the number of
     training ``steps``.
+
+  Raises:
+    ValueError: if an argument of Flax that has no counterpart is given.
   """
+  for field in dataclasses.fields(norm):
+    if field.name in _FIXED and getattr(norm, field.name) is not field.default:
+      raise ValueError(
+        f'{field.name} must have its default value: sums are always in at least'
+        ' float32, and over the whole of the axes that axis_name names.'
+      )
   domains = (norm.num_domains,) if hasattr(norm, 'num_domains') else ()
   shape = (*domains, *features)
   state = _running_moments.RunningMoments.init(shape, norm.debias)._asdict()
@@ -53,20 +51,14 @@ def init(norm, features):
   return state, tuple(features) if shared else shape
 
 
+def running_moments(state):
+  """Returns the averages among the variables of a module."""
+  weight = state.get('weight', jnp.ones_like(state['mean']))
+  return _running_moments.RunningMoments(state['mean'], state['var'], weight)
+
+
 def step(
-  norm,
-  state,
-  x,
-  scale,
-  bias,
-  domain,
-  *,
-  by_average,
-  update,
-  measure,
-  mask,
-  axis_name,
-  dtype,
+  norm, state, x, domain, by_average, update, measure, mask, axis_name, **args
 ):
   """Normalizes by the batch or by the running averages.
 
@@ -76,23 +68,20 @@ def step(
       is: ``ghost_size``; ``r_max`` and ``d_max``; or ``num_domains``.
     state: the variables that :func:`init` made.
     x: the input.
-    scale: shaped as :func:`init` says, or None.
-    bias: shaped as :func:`init` says, or None.
     domain: of every example, for a module with domains; else None.
     by_average: whether to normalize by the averages in ``state``.
     update: whether to include the batch in the averages.
     measure: whether to return statistics for the record.
     mask: bool, broadcastable to ``x``: which elements count.
     axis_name: mapped axes over which the batch is split.
-    dtype: of the result.
+    **args: ``scale`` and ``bias``, shaped as :func:`init` says or None, and the
+      ``dtype`` of the result.
 
   Returns:
     The output, the variables that change, and the statistics for the record,
     None without ``measure`` or with ``by_average``.
   """
-  weight = state.get('weight', jnp.ones_like(state['mean']))
-  running = _running_moments.RunningMoments(state['mean'], state['var'], weight)
-  args: dict[str, Any] = {'scale': scale, 'bias': bias, 'dtype': dtype}
+  running = running_moments(state)
   args |= {'axis': norm.axis, 'epsilon': norm.epsilon}
   if by_average:
     y = _batch_norm.batch_norm_inference(x, running, domain=domain, **args)

@@ -64,10 +64,6 @@ class Normalization(nn.Module):
     use_running_average = module.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
-    _step.check_flax_options(
-      axis_index_groups=self.axis_index_groups is None,
-      force_float32_reductions=self.force_float32_reductions,
-    )
     axes = (self.axis,) if isinstance(self.axis, int) else self.axis
     features = [x.shape[a] for a in sorted(a % x.ndim for a in axes)]
     start, shape = _step.init(self, features)
@@ -86,8 +82,6 @@ class Normalization(nn.Module):
       self,
       {name: variable.value for name, variable in variables.items()},
       x,
-      scale,
-      bias,
       domain,
       by_average=use_running_average,
       update=update and not initializing,
@@ -95,6 +89,8 @@ class Normalization(nn.Module):
       mask=mask,
       # The axis need not exist where parameters are initialized.
       axis_name=None if initializing else self.axis_name,
+      scale=scale,
+      bias=bias,
       dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
     )
     for name, value in changed.items():

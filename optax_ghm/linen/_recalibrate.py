@@ -108,17 +108,15 @@ def _map_norms(f, stats, *others):
 
 def _merge_moments(call, args, kwargs, context):
   """Calls a batch norm, and merges the moments of its input."""
-  norm = context.module
+  norm, method = context.module, context.orig_method.func
   if (
     context.method_name == '__call__'
     and isinstance(norm, (nn.BatchNorm, _batch_norm.Normalization))
     # A subclass may change the input before it calls the method measured here.
-    and context.orig_method.func.__module__ in _HOMES
+    and method.__module__ in _HOMES
     and norm.has_variable('batch_stats', _MOMENTS)
   ):
-    moments = _recalibrate.moments_of_call(
-      norm, context.orig_method.func, args, kwargs
-    )
+    moments = _recalibrate.moments_of_call(norm, method, args, kwargs)
     if moments is not None:
       before = norm.get_variable('batch_stats', _MOMENTS)
       norm.put_variable('batch_stats', _MOMENTS, before.merge(moments))

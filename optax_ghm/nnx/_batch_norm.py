@@ -51,10 +51,6 @@ class Normalization(nnx.Module):
   def __post_init__(
     self, bias_init, scale_init, rngs, bias_metadata, scale_metadata
   ):
-    _step.check_flax_options(
-      axis_index_groups=self.axis_index_groups is None,
-      promote_dtype=self.promote_dtype is dtypes.promote_dtype,
-    )
     start, shape = _step.init(self, (self.num_features,))
     for name, value in start.items():
       setattr(self, name, nnx.BatchStat(value))
@@ -123,14 +119,14 @@ class Normalization(nnx.Module):
       self,
       state,
       x,
-      scale,
-      bias,
       domain,
       by_average=use_running_average,
       update=update,
       measure=self.measure,
       mask=mask,
       axis_name=self.axis_name,
+      scale=scale,
+      bias=bias,
       dtype=dtypes.canonicalize_dtype(*given, dtype=self.dtype),
     )
     for name, value in changed.items():

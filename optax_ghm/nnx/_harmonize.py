@@ -1,5 +1,7 @@
 """Gradient harmonization as an NNX module."""
 
+import dataclasses
+
 import jax
 from flax import nnx
 from jax.typing import ArrayLike
@@ -9,6 +11,7 @@ from optax_ghm.harmonization import _density, _harmonize
 from optax_ghm.nnx import _overwrite
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Harmonize(nnx.Module):
   """:func:`optax_ghm.harmonize` as a module that keeps its own state.
 
@@ -45,20 +48,14 @@ class Harmonize(nnx.Module):
     4.0
   """
 
-  def __init__(
-    self,
-    density: _density.DensityEstimator | None = None,
-    axis: int | tuple[int, ...] | None = None,
-    reduction: _harmonize.Reduction = 'mean',
-    axis_name: arrays.AxisName = None,
-  ):
-    self.density = density
-    self.axis = axis
-    self.reduction = reduction
-    self.axis_name = axis_name
-    self.state = _overwrite.OverwriteWithGradient(
-      _harmonize.init_state(density)
-    )
+  density: _density.DensityEstimator | None = None
+  axis: int | tuple[int, ...] | None = None
+  reduction: _harmonize.Reduction = 'mean'
+  axis_name: arrays.AxisName = None
+
+  def __post_init__(self):
+    state = _harmonize.init_state(self.density)
+    self.state = _overwrite.OverwriteWithGradient(state)
 
   def __call__(
     self,

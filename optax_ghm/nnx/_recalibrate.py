@@ -61,10 +61,8 @@ def recalibrate(
   found = [getattr(norm, _MOMENTS).get_value() for norm in _norms(copy)]
   _recalibrate.check_measured(found)
   for norm, moments in zip(_norms(model), found, strict=True):
-    old = {n: u for n, u in vars(norm).items() if isinstance(u, nnx.BatchStat)}
-    averages = {name: variable.get_value() for name, variable in old.items()}
-    for name, value in _recalibrate.replace(averages, moments).items():
-      old[name].set_value(value)
+    averages = dict(nnx.as_pure(nnx.state(norm, nnx.BatchStat)))
+    nnx.update(norm, _recalibrate.replace(averages, moments))
 
 
 _MOMENTS = '_moments'

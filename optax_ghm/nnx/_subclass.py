@@ -19,15 +19,10 @@ def subclass(
   types differ.
   """
 
-  @functools.wraps(kind.__call__)
-  def __call__(self, *args, **kwargs):
-    return around(kind.__call__, self, args, kwargs)
+  class Subclass(kind, pytree=kind._pytree__is_pytree):
+    @functools.wraps(kind.__call__)
+    def __call__(self, *args, **kwargs):
+      return around(kind.__call__, self, args, kwargs)
 
-  names = ('__module__', '__qualname__', '__doc__')
-  namespace = {name: getattr(kind, name) for name in names}
-  return type(kind)(
-    kind.__name__,
-    (kind,),
-    {**namespace, '__call__': __call__},
-    pytree=kind._pytree__is_pytree,
-  )
+  functools.update_wrapper(Subclass, kind, updated=())
+  return Subclass
