@@ -128,6 +128,8 @@ def harmonize(
     counts = masks.broadcast_mask(mask, examples)
     count = math.prod(examples) if counts is None else jnp.sum(counts)
     divisor = arrays.psum(count, axis_name) if reduction == 'mean' else 1
+  elif not isinstance(reduction, jax.Array) and not reduction > 0:
+    raise ValueError(f'reduction must be above 0, got {reduction!r}.')
   static = density, axes, axis_name
   return _harmonize(static, x, state, divisor, amounts)
 

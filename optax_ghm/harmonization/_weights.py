@@ -112,7 +112,7 @@ def init_without_momentum(density):
   momentum = getattr(density, 'momentum', 0)
   if momentum > 0:
     raise ValueError(
-      f'A density with momentum={momentum} needs its state: call the'
-      ' ..._with_state form of a loss, or give harmonize the state.'
+      f'A density with momentum={momentum} needs its state: give density.init()'
+      ' to harmonize, or to the ..._with_state form of a loss.'
     )
   return density.init()

@@ -290,6 +290,8 @@ def test_wrong_arguments_are_named():
     optax_ghm.harmonize(jnp.ones((4, 3)), axis=2)
   with pytest.raises(ValueError, match="'mean', 'sum' or a number, got 'none'"):
     optax_ghm.harmonize(jnp.ones(3), reduction='none')
+  with pytest.raises(ValueError, match='reduction must be above 0, got 0'):
+    optax_ghm.harmonize(jnp.ones(3), reduction=0)
   with pytest.raises(ValueError, match='momentum=0.9.*state'):
     optax_ghm.harmonize(jnp.ones(3), density=RUNNING)
   with pytest.raises(ValueError, match='state'):
