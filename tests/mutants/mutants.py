@@ -1,0 +1,777 @@
+"""Lines of the library, each with a mistake that the tests must notice.
+
+A mutant is one line that is subtly wrong: a sign, a bound, a sum over devices
+that is missing, a mask that is dropped. Every mutant changes something that a
+user could see: a number, a dtype, a verdict. ``python -m tests.mutants`` puts
+them into the library one by one and runs the tests, which should fail.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+  """One mistake.
+
+  Attributes:
+    name: the place, and what goes wrong there.
+    file: the path of the file within ``optax_ghm``.
+    old: text that occurs exactly once in the file.
+    new: what stands in its place.
+  """
+
+  name: str
+  file: str
+  old: str
+  new: str
+
+
+_CORE = [
+  Mutant(
+    'arrays: the divisor has no safe upper limit',
+    '_core/arrays.py',
+    '2.0**-120, 2.0**120',
+    '2.0**-120, 2.0**127',
+  ),
+  Mutant(
+    'arrays: a real factor leaves the imaginary part',
+    '_core/arrays.py',
+    'x.imag * factor',
+    'x.imag',
+  ),
+  Mutant(
+    'counters: a count overflows',
+    '_core/counters.py',
+    'optax.safe_increment(count)',
+    'count + 1',
+  ),
+  Mutant(
+    'identity: a gradient of the gradient loses the rule',
+    '_core/identity.py',
+    'return primitive(static, x, *residuals), residuals',
+    'return x, residuals',
+  ),
+  Mutant(
+    'masks: a weight that is NaN passes',
+    '_core/masks.py',
+    'jnp.where(weights > 0, weights, 0), shape',
+    'jnp.where(weights < 0, 0, weights), shape',
+  ),
+  Mutant(
+    'masks: a mask that fits the first and the last axis passes',
+    '_core/masks.py',
+    'missing > 0 and',
+    'missing > 1 and',
+  ),
+  Mutant(
+    'norms: tiny squares are not rescaled',
+    '_core/norms.py',
+    'total > 1e-30',
+    'total >= 0',
+  ),
+  Mutant(
+    'norms: the root has an infinite derivative at 0',
+    '_core/norms.py',
+    'positive = jnp.where(x == 0, 1, x)',
+    'positive = x',
+  ),
+  Mutant(
+    'norms: devices add squares of different units',
+    '_core/norms.py',
+    'total * jnp.square(here / unit)',
+    'total',
+  ),
+  Mutant(
+    'per_example: NaN of weight 0 is summed',
+    '_core/per_example.py',
+    'jnp.where(counts, update, 0)',
+    'jnp.where(counts, update, update)',
+  ),
+  Mutant(
+    'scopes: values of attention have no fan-in of their own',
+    '_core/scopes.py',
+    "('query', 'key', 'value')",
+    "('query', 'key')",
+  ),
+  Mutant(
+    'scopes: sizes are those of one device',
+    '_core/scopes.py',
+    'arrays.psum(jnp.asarray(sizes), axis_name)',
+    'jnp.asarray(sizes)',
+  ),
+  Mutant(
+    'scopes: a factor of 0 lets NaN through',
+    '_core/scopes.py',
+    'jnp.where(own > 0, scaled, 0)',
+    'scaled',
+  ),
+  Mutant(
+    'softmax: the label -1 is the last class',
+    '_core/softmax_cross_entropy.py',
+    'labels < 0,',
+    'labels < -1,',
+  ),
+  Mutant(
+    'update_where: an update that is also state keeps its old value',
+    '_core/update_where.py',
+    'jaxpr.outvars.count(var) == 1',
+    'jaxpr.outvars.count(var) > 0',
+  ),
+]
+
+_BACKWARD = [
+  Mutant(
+    'float_state: the mean of integers loses its high word',
+    'backward/_float_state.py',
+    'remainder * 2**16 + low',
+    'low',
+  ),
+  Mutant(
+    'in_backward: states of several calls are not averaged',
+    'backward/_in_backward.py',
+    'jnp.where(state.calls > 0, state.calls, 1)',
+    'jnp.ones_like(state.calls)',
+  ),
+  Mutant(
+    'in_backward: the transformation gets the cotangent for the input',
+    'backward/_in_backward.py',
+    'self.unpack(state, floats), floats',
+    'self.unpack(state, floats), cotangent',
+  ),
+  Mutant(
+    'overwrite: a state that was not used becomes 0',
+    'backward/_overwrite.py',
+    'gradient.calls > 0',
+    'gradient.calls >= 0',
+  ),
+  Mutant(
+    'overwrite: apply_gradients drops the additional arguments',
+    'backward/_overwrite.py',
+    "variables['params'], **extra_args",
+    "variables['params']",
+  ),
+]
+
+_HARMONIZATION = [
+  Mutant(
+    'aggregate: examples without harmony are in the average',
+    'harmonization/_aggregate.py',
+    'jnp.where(harmony > 0, amount, 0)',
+    'jnp.where(harmony >= 0, amount, 0)',
+  ),
+  Mutant(
+    'binned: a norm at an edge is in the bin below',
+    'harmonization/_binned.py',
+    'norms >= _density',
+    'norms > _density',
+  ),
+  Mutant(
+    'density: norms at the end of the range are counted as above it',
+    'harmonization/_density.py',
+    'state.above_range + cells[last + 2]',
+    'state.above_range + cells[last + 1]',
+  ),
+  Mutant(
+    'density: an empty batch makes the memory fade',
+    'harmonization/_density.py',
+    'jnp.where(total > 0, self.momentum, 1.0)',
+    'jnp.where(total >= 0, self.momentum, 1.0)',
+  ),
+  Mutant(
+    'density: regions never seen have density 0 in evaluation',
+    'harmonization/_density.py',
+    'jnp.where(seen, density, least)',
+    'density',
+  ),
+  Mutant(
+    'density: the memory is that of a batch of another size',
+    'harmonization/_density.py',
+    'total / nonzero(jnp.sum(running))',
+    'jnp.sign(total)',
+  ),
+  Mutant(
+    'exact: windows at the low end reach down to 0',
+    'harmonization/_exact.py',
+    'jnp.minimum(half, g - self.low)',
+    'jnp.minimum(half, g)',
+  ),
+  Mutant(
+    'exact: norms up to half a window above count as above the range',
+    'harmonization/_exact.py',
+    'norm - half > self.high',
+    'norm > self.high',
+  ),
+  Mutant(
+    'harmonize: the mean is over one device',
+    'harmonization/_harmonize.py',
+    "arrays.psum(count, axis_name) if reduction == 'mean'",
+    "count if reduction == 'mean'",
+  ),
+  Mutant(
+    'harmonize: a cotangent that is masked out can be NaN',
+    'harmonization/_harmonize.py',
+    'jnp.where(counts, weighed, jnp.zeros_like(weighed))',
+    'jnp.where(counts, weighed, weighed)',
+  ),
+  Mutant(
+    'losses: 16-bit logits are computed with as they are',
+    'harmonization/_losses.py',
+    'return x.astype(arrays.at_least_float32(x.dtype))',
+    'return x',
+  ),
+  Mutant(
+    'mmdetection: empty bins fade',
+    'harmonization/_mmdetection.py',
+    'jnp.where(occupied, decayed, state.histogram)',
+    'decayed',
+  ),
+  Mutant(
+    'sigmoid: the derivative by the label at infinity is NaN',
+    'harmonization/_sigmoid_loss.py',
+    '_losses.finite(logits) * d_labels',
+    'logits * d_labels',
+  ),
+  Mutant(
+    'sigmoid: the second derivative is wrong',
+    'harmonization/_sigmoid_loss.py',
+    'p * (1 - p) * d_logits',
+    'p * p * d_logits',
+  ),
+  Mutant(
+    'smooth_l1: the derivative by mu lacks a term',
+    'harmonization/_smooth_l1_loss.py',
+    '(mu / root - 1)',
+    '(mu / root)',
+  ),
+  Mutant(
+    'softmax: logits that are masked out can be NaN',
+    'harmonization/_softmax_loss.py',
+    '_losses.keep(logits, amounts), _losses',
+    'logits, _losses',
+  ),
+  Mutant(
+    'weights: gradients flow through the harmony',
+    'harmonization/_weights.py',
+    'lax.stop_gradient((norms, amounts, state))',
+    '(norms, amounts, state)',
+  ),
+  Mutant(
+    'windowed: windows at the ends have the full length',
+    'harmonization/_windowed.py',
+    'np.maximum(center - half, 0)',
+    '(center - half)',
+  ),
+  Mutant(
+    'windowed: a window has no parts of cells',
+    'harmonization/_windowed.py',
+    '(inner + part * outer)',
+    'inner',
+  ),
+]
+
+_CONFLICT = [
+  Mutant(
+    'two_losses: both branches have the same share of the angle',
+    'conflict/_two_losses.py',
+    'jnp.sin((excess - beta) / 2)',
+    'jnp.sin(beta / 2)',
+  ),
+  Mutant(
+    'two_losses: opposite gradients are at twice the angle',
+    'conflict/_two_losses.py',
+    'jnp.where(inside, excess, math.pi / 2)',
+    'jnp.where(inside, excess, math.pi)',
+  ),
+  Mutant(
+    'two_losses: a weight can be infinite',
+    'conflict/_two_losses.py',
+    'jnp.minimum(w, largest)',
+    'w',
+  ),
+  Mutant(
+    'two_losses: the product is that of one device',
+    'conflict/_two_losses.py',
+    'arrays.psum(dot, axis_name)',
+    'dot',
+  ),
+  Mutant(
+    'two_losses: an infinite norm has an angle',
+    'conflict/_two_losses.py',
+    '(norms > 0) & jnp.isfinite(norms)',
+    'norms > 0',
+  ),
+]
+
+_REVERSAL = [
+  Mutant(
+    'conditioning: both projections are of one key',
+    'reversal/_conditioning.py',
+    'jax.random.normal(two,',
+    'jax.random.normal(one,',
+  ),
+  Mutant(
+    'conditioning: gradients flow through the entropy',
+    'reversal/_conditioning.py',
+    'jax.lax.stop_gradient(logits)',
+    'logits',
+  ),
+  Mutant(
+    'conditioning: a class that is ruled out makes the weight 0',
+    'reversal/_conditioning.py',
+    'jnp.where(p == 0, 0, p * log_p)',
+    'p * log_p',
+  ),
+  Mutant(
+    'domain_loss: the first domain that does not exist counts',
+    'reversal/_domain_loss.py',
+    'domains < count',
+    'domains <= count',
+  ),
+  Mutant(
+    'domain_loss: a domain without weight is divided by 0',
+    'reversal/_domain_loss.py',
+    'jnp.where(total == 0, 1, total)',
+    'total',
+  ),
+  Mutant(
+    'reverse_gradient: the scale is over the last axes',
+    'reversal/_reverse_gradient.py',
+    'range(factor.ndim, leaf.ndim)',
+    'range(leaf.ndim - factor.ndim)',
+  ),
+  Mutant(
+    'schedules: the rise ignores where it begins',
+    'reversal/_schedules.py',
+    '(peak_value - init_value) * rise',
+    'peak_value * rise',
+  ),
+  Mutant(
+    'schedules: steps beyond 2**24 are rounded',
+    'reversal/_schedules.py',
+    'count = count.astype(jnp.int32)',
+    'count = count.astype(jnp.float32)',
+  ),
+]
+
+_CALIBRATION = [
+  Mutant(
+    'calibrated: one good group is enough for a step',
+    'calibration/_calibrated.py',
+    'jnp.all(clip_state.factor > 0)',
+    'jnp.any(clip_state.factor > 0)',
+  ),
+  Mutant(
+    'clip: resets one outlier too late',
+    'calibration/_clip.py',
+    'outliers_in_a_row >= RESET_AFTER',
+    'outliers_in_a_row > RESET_AFTER',
+  ),
+  Mutant(
+    'clip: an infinite norm is an outlier in a row',
+    'calibration/_clip.py',
+    'finite & outlier,',
+    'outlier,',
+  ),
+  Mutant(
+    'clip: statistics learn from outliers',
+    'calibration/_clip.py',
+    '(norm > 0) & ~outlier',
+    '(norm > 0)',
+  ),
+  Mutant(
+    'fixed_clips: epsilon is added to the norm of the parameters',
+    'calibration/_fixed_clips.py',
+    'jnp.maximum(norm, jnp.asarray(eps, jnp.float32))',
+    'norm + jnp.asarray(eps, jnp.float32)',
+  ),
+  Mutant(
+    'noise_scale: one gradient has a variance',
+    'calibration/_noise_scale.py',
+    'count > 1)',
+    'count > 0)',
+  ),
+  Mutant(
+    'noise_scale: squares are those of one device',
+    'calibration/_noise_scale.py',
+    'arrays.psum(jnp.sum(shares * squares), axis_name)',
+    'jnp.sum(shares * squares)',
+  ),
+  Mutant(
+    'noise_scale: the average forgets the first steps too slowly',
+    'calibration/_noise_scale.py',
+    'jnp.maximum(plain, 1 - ',
+    'jnp.minimum(plain, 1 - ',
+  ),
+  Mutant(
+    'norm_ema: the average begins at the last norm, not the least',
+    'calibration/_norm_ema.py',
+    'jnp.minimum(average, clipped)',
+    'clipped',
+  ),
+  Mutant(
+    'norm_ema: the least norm so far is the reference at first',
+    'calibration/_norm_ema.py',
+    'jnp.maximum(average, first)',
+    'average',
+  ),
+  Mutant(
+    'normalize: the rounding of the mean is left',
+    'calibration/_normalize.py',
+    'range(2)',
+    'range(1)',
+  ),
+  Mutant(
+    'normalize: the mean is that of one device',
+    'calibration/_normalize.py',
+    'jax.lax.pmean(mean, axis_name)',
+    'mean',
+  ),
+  Mutant(
+    'percentile: the norm of this step is in the reference',
+    'calibration/_percentile.py',
+    '_at(statistics.ranked,',
+    '_at(new.ranked,',
+  ),
+  Mutant(
+    'percentile: a norm at the estimate counts as above',
+    'calibration/_percentile.py',
+    'norm <= threshold',
+    'norm < threshold',
+  ),
+  Mutant(
+    'range_test: a rise above the lowest loss is a divergence',
+    'calibration/_range_test.py',
+    'curve[0] + 3 * error',
+    'curve[lowest] + 3 * error',
+  ),
+  Mutant(
+    'skip_spikes: the deviation is divided by the count',
+    'calibration/_skip_spikes.py',
+    'jnp.maximum(count - 1, 1)',
+    'jnp.maximum(count, 1)',
+  ),
+  Mutant(
+    'skip_spikes: steps that are not finite count in a row',
+    'calibration/_skip_spikes.py',
+    'counters.count_if(finite, state.skipped_in_a_row)',
+    'counters.count_if(True, state.skipped_in_a_row)',
+  ),
+  Mutant(
+    'skip_spikes: norms of 0 enter the window',
+    'calibration/_skip_spikes.py',
+    'taken & (norm > 0), reset',
+    'taken, reset',
+  ),
+  Mutant(
+    "zscore: the first steps do not follow Welford's rule",
+    'calibration/_zscore.py',
+    'jnp.where(warm, jnp.abs(clipped - mean), to_new)',
+    'to_new',
+  ),
+]
+
+_BATCH_NORMALIZATION = [
+  Mutant(
+    'batch_norm: epsilon is a lower limit in inference',
+    'batch_normalization/_batch_norm.py',
+    'jax.lax.rsqrt(var + epsilon)',
+    'jax.lax.rsqrt(jnp.maximum(var, epsilon))',
+  ),
+  Mutant(
+    'fold: the bias has not the dtype of the kernel',
+    'batch_normalization/_fold.py',
+    'shift.astype(kernel.dtype)',
+    'shift',
+  ),
+  Mutant(
+    'ghost: moments are those of one device',
+    'batch_normalization/_ghost.py',
+    'pool(axis=0, axis_name=axis_name)',
+    'pool(axis=0)',
+  ),
+  Mutant(
+    'moments: two empty batches merge to NaN',
+    'batch_normalization/_moments.py',
+    'other.count / jnp.maximum(count, 1)',
+    'other.count / count',
+  ),
+  Mutant(
+    'normalize: the gradient forgets the rounding of the mean',
+    'batch_normalization/_normalize.py',
+    'sum_dy_x - mean_error * sum_dy',
+    'sum_dy_x',
+  ),
+  Mutant(
+    'normalize: NaN that is masked out reaches the gradient',
+    'batch_normalization/_normalize.py',
+    'None if mask is None else mask | (dy != 0)',
+    'None',
+  ),
+  Mutant(
+    'normalize: the gradient of the scale lacks the shift',
+    'batch_normalization/_normalize.py',
+    'r * rstd * sum_dy_x + d * sum_dy',
+    'r * rstd * sum_dy_x',
+  ),
+  Mutant(
+    'normalize: renormalization has no lower limit',
+    'batch_normalization/_normalize.py',
+    'jnp.clip(r, 1 / renorm.r_max, renorm.r_max)',
+    'jnp.minimum(r, renorm.r_max)',
+  ),
+  Mutant(
+    'pool: NaN of one domain reaches the others',
+    'batch_normalization/_pool.py',
+    'lambda: together, apart',
+    'lambda: together, lambda: together',
+  ),
+  Mutant(
+    'pool: the variance has the rounding of the mean in it',
+    'batch_normalization/_pool.py',
+    'squares / divisor - jnp.square(error)',
+    'squares / divisor',
+  ),
+  Mutant(
+    'pool: the domain -1 is a domain',
+    'batch_normalization/_pool.py',
+    '(self.members >= 0) & (self.members < self.groups)',
+    'self.members < self.groups',
+  ),
+  Mutant(
+    'recalibrate: the mask is dropped',
+    'batch_normalization/_recalibrate.py',
+    'norm.axis_name, mask, *domains',
+    'norm.axis_name, None, *domains',
+  ),
+  Mutant(
+    'renorm: the shift widens until too late',
+    'batch_normalization/_renorm.py',
+    'max(d_end - start, 1)',
+    'max(d_end, 1)',
+  ),
+  Mutant(
+    'running_moments: features without a count are averaged',
+    'batch_normalization/_running_moments.py',
+    '(moments.count > 0) & ',
+    '',
+  ),
+  Mutant(
+    'running_moments: gradients flow through the averages',
+    'batch_normalization/_running_moments.py',
+    'jax.lax.stop_gradient((moments.mean, moments.variance(unbiased)))',
+    '(moments.mean, moments.variance(unbiased))',
+  ),
+  Mutant(
+    'running_moments: a batch that is left out adds weight',
+    'batch_normalization/_running_moments.py',
+    'jnp.where(seen, weight, self.weight)',
+    'weight',
+  ),
+  Mutant(
+    'stats: a ratio below 1 / r_max is not clipped',
+    'batch_normalization/_stats.py',
+    'jnp.abs(log_r) > jnp',
+    'log_r > jnp',
+  ),
+  Mutant(
+    'step: the schedules stand still',
+    'batch_normalization/_step.py',
+    "optax.safe_increment(state['steps'])",
+    "state['steps']",
+  ),
+]
+
+_FLOW = [
+  Mutant(
+    'diagnose: no gradient is also small updates',
+    'flow/_diagnose.py',
+    "if 'no gradient' in kinds:",
+    "if 'disconnected' in kinds:",
+  ),
+  Mutant(
+    'page: the name of a record is read as HTML',
+    'flow/_page.py',
+    '{html.escape(name)}</h2>',
+    '{name}</h2>',
+  ),
+  Mutant(
+    'record: the first bad step can be thinned away',
+    'flow/_record.py',
+    's is first_bad or s.index',
+    's.index',
+  ),
+  Mutant(
+    'record: a step can be added twice',
+    'flow/_record.py',
+    'step <= last[0].number',
+    'step < last[0].number',
+  ),
+  Mutant(
+    'record_file: pickles are read',
+    'flow/_record_file.py',
+    'allow_pickle=False',
+    'allow_pickle=True',
+  ),
+  Mutant(
+    'rules_batch_norm: the deviation may drift',
+    'flow/_rules_batch_norm.py',
+    "('mean_drift', 'std_drift')",
+    "('mean_drift',)",
+  ),
+  Mutant(
+    'rules_depth: a trend need not be a line',
+    'flow/_rules_depth.py',
+    ' or r2 < MIN_R2',
+    '',
+  ),
+  Mutant(
+    'rules_finite: blames the first bad layer, not the last',
+    'flow/_rules_finite.py',
+    'np.flatnonzero(bad_layers[t])[-1]',
+    'np.flatnonzero(bad_layers[t])[0]',
+  ),
+  Mutant(
+    'rules_finite: a layer of a stack explains the whole parameter',
+    'flow/_rules_finite.py',
+    "'[' not in layer.name and ",
+    '',
+  ),
+  Mutant(
+    'rules_updates: half of the units may be dead',
+    'flow/_rules_updates.py',
+    'share >= MAX_DEAD_SHARE',
+    'share > MAX_DEAD_SHARE',
+  ),
+  Mutant(
+    'rules_updates: norms that vary much have spikes',
+    'flow/_rules_updates.py',
+    'SPIKE_SIGMAS * sigma',
+    '0 * sigma',
+  ),
+  Mutant(
+    'tap: two arrays of one call are two calls',
+    'flow/_tap.py',
+    "total.numbers.at[COLUMNS.index('calls')].set(1)",
+    'total.numbers',
+  ),
+  Mutant(
+    'tap: squares of large numbers overflow',
+    'flow/_tap.py',
+    'largest > 2.0**40',
+    'largest > 2.0**100',
+  ),
+  Mutant(
+    'tap: infinity is in the histogram',
+    'flow/_tap.py',
+    'magnitude < jnp.inf',
+    'magnitude <= jnp.inf',
+  ),
+  Mutant(
+    'taps: a stack within a stack comes first',
+    'flow/_taps.py',
+    'min(around, key=len',
+    'max(around, key=len',
+  ),
+  Mutant(
+    'watch: a unit is dead one step too late',
+    'flow/_watch.py',
+    '>= DEAD_AFTER',
+    '> DEAD_AFTER',
+  ),
+  Mutant(
+    'watch: steps without a gradient need not be in a row',
+    'flow/_watch.py',
+    'zero_steps + 1, 0',
+    'zero_steps + 1, zero_steps',
+  ),
+  Mutant(
+    'watch: complex products are not conjugated',
+    'flow/_watch.py',
+    'x.astype(dtype).conj()',
+    'x.astype(dtype)',
+  ),
+]
+
+_LINEN = [
+  Mutant(
+    'linen batch_norm: init changes the running averages',
+    'linen/_batch_norm.py',
+    'update and not initializing',
+    'update',
+  ),
+  Mutant(
+    'linen batch_norm: features are in the order of axis',
+    'linen/_batch_norm.py',
+    'sorted(a % x.ndim for a in axes)',
+    'tuple(a % x.ndim for a in axes)',
+  ),
+  Mutant(
+    'linen harmonize: drops the mask',
+    'linen/_harmonize.py',
+    'mask=mask,',
+    'mask=None,',
+  ),
+  Mutant(
+    'linen in_backward: cannot be disabled with a state',
+    'linen/_in_backward.py',
+    'state.value, enabled=enabled',
+    'state.value',
+  ),
+  Mutant(
+    'linen recalibrate: the last batch is the whole data set',
+    'linen/_recalibrate.py',
+    'before.merge(moments)',
+    'moments',
+  ),
+  Mutant(
+    'linen tapped: a bias is a kernel',
+    'linen/_tapped.py',
+    "getattr(p, 'ndim', 0) > 1",
+    "getattr(p, 'ndim', 0) > 0",
+  ),
+]
+
+_NNX = [
+  Mutant(
+    'nnx batch_norm: always updates the running averages',
+    'nnx/_batch_norm.py',
+    'update=update,',
+    'update=True,',
+  ),
+  Mutant(
+    'nnx harmonize: drops the weights',
+    'nnx/_harmonize.py',
+    'weights=weights,',
+    'weights=None,',
+  ),
+  Mutant(
+    'nnx overwrite: apply_gradients drops the additional arguments',
+    'nnx/_overwrite.py',
+    'params, **extra_args',
+    'params',
+  ),
+  Mutant(
+    'nnx recalibrate: every batch has the same dropout',
+    'nnx/_recalibrate.py',
+    'nnx.Any(_Moments, nnx.RngState)',
+    '_Moments',
+  ),
+  Mutant(
+    'nnx tapped: a stack of biases is a kernel',
+    'nnx/_tapped.py',
+    ' - len(stack) for',
+    ' for',
+  ),
+]
+
+MUTANTS = [
+  *_CORE,
+  *_BACKWARD,
+  *_HARMONIZATION,
+  *_CONFLICT,
+  *_REVERSAL,
+  *_CALIBRATION,
+  *_BATCH_NORMALIZATION,
+  *_FLOW,
+  *_LINEN,
+  *_NNX,
+]
