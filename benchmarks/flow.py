@@ -52,14 +52,16 @@ class Block(nn.Module):
   """Pre-LN: attention and two dense layers."""
 
   heads: int = 4
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x, _=None):
     """Returns the carry and no output, as a scan needs it."""
-    attention: Any = nn.MultiHeadDotProductAttention(self.heads)
-    x = x + attention(nn.LayerNorm()(x))
-    y = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
-    return x + nn.Dense(x.shape[-1])(y), None
+    attention: Any = nn.MultiHeadDotProductAttention(self.heads, self.dtype)
+    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    x = x + attention(nn.LayerNorm(dtype=self.dtype)(x))
+    y = nn.gelu(dense(4 * x.shape[-1])(nn.LayerNorm(dtype=self.dtype)(x)))
+    return x + dense(x.shape[-1])(y), None
 
 
 class Transformer(nn.Module):
@@ -67,6 +69,8 @@ class Transformer(nn.Module):
 
   depth: int = 6
   scanned: bool = False
+  heads: int = 4
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x):
@@ -77,10 +81,10 @@ class Transformer(nn.Module):
         split_rngs={'params': True},
         length=self.depth,
       )
-      x, _ = stack(name='blocks')(x, None)
+      x, _ = stack(self.heads, self.dtype, name='blocks')(x, None)
     else:
       for _ in range(self.depth):
-        x, _ = Block()(x)
+        x, _ = Block(self.heads, self.dtype)(x)
     return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
 
 

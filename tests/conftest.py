@@ -1,23 +1,34 @@
-"""Strict JAX for every test: eight devices, no implicit promotion."""
+"""Strict JAX for every test: eight devices, no implicit promotion.
+
+``JAX_PLATFORMS`` chooses another platform than the CPU; the tests that make
+sense on one accelerator are marked: ``JAX_PLATFORMS=cuda pytest -m device``.
+"""
 
 import gc
 import os
 import pathlib
 
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-)
+PLATFORM = os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if PLATFORM == 'cpu':
+  # Most of the time goes into compiling, which LLVM may do badly: XLA has
+  # optimized the program before.
+  os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8'
+    + ' --xla_backend_optimization_level=0'
+  )
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 
-jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+pytest_plugins = ['tests.support.costs']
 CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
+RESIDENT = 1.2e9  # bytes, above which a worker forgets its programs
 
 hypothesis.settings.register_profile(
   'default', max_examples=25, deadline=None, derandomize=True
@@ -40,16 +51,24 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def few_programs():
-  """Linux gives a process 65,530 mappings of memory; a program takes several.
+def few_programs(request):
+  """A module compiles no more programs than it says, and forgets them.
 
-  Whoever has no more crashes in the compiler.
+  One that needs more than most sets ``PROGRAMS``, with room for those that it
+  shares with others, which may be compiled before.
   """
   yield
-  mappings = pathlib.Path('/proc/self/maps')
-  if mappings.exists() and mappings.read_text().count('\n') > 40_000:
-    jax.clear_caches()
-    gc.collect()
+  costs = request.config.pluginmanager.getplugin('tests.support.costs')
+  compiled = costs.programs(request.node.nodeid)
+  most = getattr(request.module, 'PROGRAMS', costs.PROGRAMS)
+  if compiled > most:
+    pytest.fail(f'{compiled} programs were compiled, more than {most}.')
+  about = pathlib.Path('/proc/self/statm')
+  if about.exists():
+    pages = int(about.read_text().split()[1])
+    if pages * os.sysconf('SC_PAGE_SIZE') > RESIDENT:
+      jax.clear_caches()
+      gc.collect()
 
 
 @pytest.fixture

@@ -28,7 +28,10 @@ from tests.mutants.mutants import MUTANTS
 HERE = pathlib.Path(__file__).parents[2]
 TIMEOUT = 1800  # seconds for one stage
 FACES = 'faces|tapped|nnx|linen|recalibrate'
-HOMES = ('flow', 'batch_normalization', 'backward', 'reversal')
+HOMES = dict.fromkeys(
+  ('linen', 'nnx'), ('flow', 'batch_normalization', 'backward', 'reversal')
+)
+HOMES['_core'] = ('_core', 'reversal', 'harmonization', 'calibration')
 
 
 def run(tree, *arguments, **options):
@@ -57,8 +60,8 @@ def stages(tree, file, rest):
   package, stem = file.split('/')[0], pathlib.Path(file).stem.strip('_')
   tests = sorted(p.relative_to(tree) for p in tree.glob('tests/**/*_test.py'))
   is_face = package in ('linen', 'nnx')
-  own = [p for p in tests if p.parts[1] in (HOMES if is_face else [package])]
-  own.sort(key=lambda p: (stem not in p.name, package not in p.name))
+  own = [p for p in tests if p.parts[1] in HOMES.get(package, [package])]
+  own.sort(key=lambda p: (stem not in p.name, package not in str(p)))
   near = [p for p in own if re.search(FACES if is_face else stem, p.name)]
   laws = [p for p in tests if p.parts[1] == 'laws']
   modules = [p.relative_to(tree) for p in tree.glob('optax_ghm/**/*.py')]
