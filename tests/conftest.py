@@ -8,15 +8,13 @@ import gc
 import os
 import pathlib
 
-PLATFORM = os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-if PLATFORM == 'cpu':
-  # Most of the time goes into compiling, which LLVM may do badly: XLA has
-  # optimized the program before.
-  os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '')
-    + ' --xla_force_host_platform_device_count=8'
-    + ' --xla_backend_optimization_level=0'
-  )
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# LLVM need not try hard, which is most of compiling: XLA has optimized before.
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
+  ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+  if os.environ['JAX_PLATFORMS'] == 'cpu'
+  else ''
+)
 
 import hypothesis
 import jax
