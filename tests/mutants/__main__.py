@@ -31,7 +31,7 @@ FACES = 'faces|tapped|nnx|linen|recalibrate'
 HOMES = dict.fromkeys(
   ('linen', 'nnx'), ('flow', 'batch_normalization', 'backward', 'reversal')
 )
-HOMES['_core'] = ('_core', 'reversal', 'harmonization', 'calibration')
+HOMES['_core'] = ('_core', 'harmonization', 'reversal', 'calibration')
 
 
 def run(tree, *arguments, **options):
@@ -60,7 +60,8 @@ def stages(tree, file, rest):
   package, stem = file.split('/')[0], pathlib.Path(file).stem.strip('_')
   tests = sorted(p.relative_to(tree) for p in tree.glob('tests/**/*_test.py'))
   is_face = package in ('linen', 'nnx')
-  own = [p for p in tests if p.parts[1] in HOMES.get(package, [package])]
+  homes = HOMES.get(package, (package,))
+  own = [p for home in homes for p in tests if p.parts[1] == home]
   own.sort(key=lambda p: (stem not in p.name, package not in str(p)))
   near = [p for p in own if re.search(FACES if is_face else stem, p.name)]
   laws = [p for p in tests if p.parts[1] == 'laws']
