@@ -62,7 +62,13 @@ def stages(tree, file, rest):
   is_face = package in ('linen', 'nnx')
   homes = HOMES.get(package, (package,))
   own = [p for home in homes for p in tests if p.parts[1] == home]
-  own.sort(key=lambda p: (stem not in p.name, package not in str(p)))
+  own.sort(
+    key=lambda p: (
+      stem not in p.name,
+      package not in str(p),
+      'properties' in p.name,  # which take long
+    )
+  )
   near = [p for p in own if re.search(FACES if is_face else stem, p.name)]
   laws = [p for p in tests if p.parts[1] == 'laws']
   modules = [p.relative_to(tree) for p in tree.glob('optax_ghm/**/*.py')]
