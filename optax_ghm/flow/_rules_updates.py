@@ -26,7 +26,7 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
   """Finds kernels whose updates are much too small or too large."""
   stats = record.leaf_stats
   ratio = stats['update_ratio']
-  kernels = np.array([leaf.rank >= 2 for leaf in record.leaves], bool)
+  kernels = np.array([_is_kernel(leaf) for leaf in record.leaves], bool)
   usable = np.isfinite(ratio) & (stats['update_norm'] > 0) & kernels
   found: dict[str, dict[int, tuple[float, str]]] = {'small': {}, 'large': {}}
   for i in map(int, np.flatnonzero(usable.any(0))):
@@ -76,6 +76,12 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
       )
     )
   return verdicts
+
+
+def _is_kernel(leaf):
+  # Biases of stacked layers and of attention have two axes, and start at 0.
+  own = leaf.name.rpartition('/')[2]
+  return leaf.rank >= 2 and own not in ('bias', 'scale')
 
 
 def dead_units(record: _record.Record) -> list[_verdict.Verdict]:

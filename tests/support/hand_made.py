@@ -1,9 +1,9 @@
-"""Statistics that are made by hand."""
+"""Statistics and records that are made by hand, without a device."""
 
-import jax.numpy as jnp
 import numpy as np
 
 from optax_ghm import flow
+from optax_ghm.flow import _batch_norms, _record_file
 
 NUMBERS = (
   'calls',
@@ -28,6 +28,14 @@ MEASURED = (
   'signal_to_noise',
   'cosine',
 )
+ONES = np.ones(64, np.float32)
+"""A histogram."""
+
+KERNEL = {'w': np.ones((2, 2), np.float32)}
+
+
+def kernel(*shape):
+  return np.ones(shape or (2, 2), np.float32)
 
 
 def stats(norm=1.0, histogram=None, **columns):
@@ -46,17 +54,14 @@ def stats(norm=1.0, histogram=None, **columns):
   }
   if np.isnan(size):
     columns['squares'] = np.nan
-  numbers = np.array([columns.get(name, 0) for name in NUMBERS], np.float32)
-  return flow.TapStats(jnp.asarray(numbers), histogram)
+  numbers = [columns.get(name, 0) for name in NUMBERS]
+  return flow.TapStats(np.array(numbers, np.float32), histogram)
 
 
 def silent(histogram=None):
   """The statistics of a tap that no gradient reached."""
-  return stats(
-    0.0,
-    None if histogram is None else jnp.zeros_like(histogram),
-    **dict.fromkeys(NUMBERS, 0),
-  )
+  histogram = None if histogram is None else np.zeros_like(histogram)
+  return stats(0.0, histogram, **dict.fromkeys(NUMBERS, 0))
 
 
 def taps(norms, names=None, kernels=None, histogram=None):
@@ -93,5 +98,59 @@ def watched(*rows):
     [{**healthy, **row}.get(name, 0) for name in MEASURED] for row in rows
   ]
   return flow.WatchState(
-    jnp.asarray(np.array(measured, np.float32)), jnp.zeros(1), ()
+    np.array(measured, np.float32), np.zeros(1, np.float32), ()
+  )
+
+
+def add(
+  record, number, *, taps=None, opt_state=None, batch_norm=None, **scalars
+):
+  """``record.add``, without a program that copies from the device."""
+  tapped = histogram = None
+  if taps is not None:
+    record.layers, rows = taps.layers, list(taps.values())
+    tapped = np.stack([row.numbers for row in rows])
+    if all(row.histogram is not None for row in rows):
+      histogram = np.stack([row.histogram for row in rows])
+  watched = None if opt_state is None else opt_state.measured
+  scalars |= _batch_norms.by_name(batch_norm)
+  step = _record_file.Step(number, 0, tapped, histogram, watched, scalars)
+  record._append(record._pending, step)
+  record._receive(wait=False)
+
+
+def record_of(*steps, params=None, start=0, **options):
+  """A record of what is added at its steps."""
+  record = flow.Record(params, **options)
+  for i, step in enumerate(steps, start):
+    add(record, i, **step)
+  return record
+
+
+def kinds(record):
+  return [verdict.kind for verdict in flow.diagnose(record)]
+
+
+def only(record, kind):
+  """The one verdict, which is of this kind."""
+  (verdict,) = flow.diagnose(record)
+  assert verdict.kind == kind
+  assert verdict.evidence and verdict.suggestion and verdict.source
+  return verdict
+
+
+def verdict_of(record, kind):
+  (verdict,) = [v for v in flow.diagnose(record) if v.kind == kind]
+  return verdict
+
+
+def tapped(*norms, **kwargs):
+  """What is added at a step of these norms."""
+  return {'taps': taps(norms, **kwargs)}
+
+
+def watching(*rows, params=KERNEL):
+  """A record of one parameter, with a row per step."""
+  return record_of(
+    *[{'opt_state': watched(row)} for row in rows], params=params
   )

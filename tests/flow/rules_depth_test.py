@@ -1,0 +1,106 @@
+"""Verdicts on the trend of the gradient over depth."""
+
+import numpy as np
+import pytest
+
+from optax_ghm import flow
+from tests.support.hand_made import (
+  kinds,
+  only,
+  record_of,
+  tapped,
+)
+
+
+def falling(count, decades, **kwargs):
+  """Norms that fall towards the input by so many decades per layer."""
+  norms = 10.0 ** (decades * (np.arange(count) - count))
+  return tapped(*norms, **kwargs)
+
+
+def test_the_profile_is_of_layers_with_a_kernel_that_were_reached():
+  kernels = [True, True, False, True, True]
+  norms = [None, 1.0, 5.0, 10.0, 100.0]
+  profile = flow.depth_profile(record_of(tapped(*norms, kernels=kernels)))
+  assert profile.layers.tolist() == [1, 3, 4]
+  np.testing.assert_allclose(profile.slope, [1], rtol=1e-6)
+  for record in (flow.Record(), record_of({'loss': 1.0}, {'loss': 2.0})):
+    profile = flow.depth_profile(record)
+    assert profile.layers.size == 0
+    assert profile.log_norms.shape == (len(record), 0)
+    assert profile.slope.shape == (len(record),)
+
+
+@pytest.mark.parametrize(
+  ('step', 'expected'),
+  [
+    (falling(4, 2.0), []),  # too few layers
+    (falling(5, 2.0), ['vanishing']),
+    (falling(8, 2.0, kernels=[True] * 4 + [False] * 4), []),
+    (falling(30, 0.10), []),  # 2.9 in all, but few per layer
+    (falling(30, 0.12), ['vanishing']),
+    (falling(17, 0.12), []),  # 1.9 in all
+    (falling(18, 0.12), ['vanishing']),  # 2.04
+    (falling(30, -0.10), []),
+    (falling(30, -0.12), ['exploding']),
+    (falling(17, -0.12), []),
+    (falling(18, -0.12), ['exploding']),
+    (tapped(1e-12, *[1.0] * 8), []),  # steep, but no line
+  ],
+)
+def test_a_trend_is_enough_per_layer_and_in_all_and_a_line(step, expected):
+  assert kinds(record_of(step)) == expected
+
+
+@pytest.mark.parametrize(
+  ('sign', 'kind', 'evidence'),
+  [
+    (
+      1,
+      'vanishing',
+      'the norm falls by 0.52 decades per layer towards the input, 4.7 over 10'
+      ' layers (R² 1.00): 0.3 at layer 9, 6.3e-06 at layer 0',
+    ),
+    (
+      -1,
+      'exploding',
+      'the norm grows by 0.52 decades per layer towards the input, 4.7 over 10'
+      ' layers (R² 1.00): 3.3 at layer 9, 1.6e+05 at layer 0',
+    ),
+  ],
+)
+def test_the_figures_of_a_trend_are_those_of_the_norms(sign, kind, evidence):
+  verdict = only(record_of(falling(10, sign * 0.52), start=7), kind)
+  assert verdict.evidence == evidence
+  assert verdict.layers == ('layer 0', 'layer 1', 'layer 2', 'layer 3')
+  assert verdict.since == 7
+  # A slight one names the layer next to the input.
+  assert only(record_of(falling(10, sign * 0.3)), kind).layers == ('layer 0',)
+
+
+GOOD, BAD = falling(9, 0.0), falling(9, 0.5)
+HALF = falling(9, 0.13)  # more than half of what a verdict needs
+
+
+@pytest.mark.parametrize(
+  ('steps', 'since'),
+  [
+    ([BAD] * 5, 0),
+    ([GOOD, BAD, BAD, BAD], 1),
+    ([BAD, GOOD, BAD, BAD, BAD], 2),
+    ([GOOD, HALF, BAD, BAD], 1),
+    ([GOOD, BAD, {}, BAD, BAD], 1),  # what is not known breaks nothing
+    ([GOOD] * 20 + [BAD] * 15, 20),
+    # It is about the last twenty steps.
+    ([GOOD] * 50 + [BAD] * 11, 50),
+    ([BAD] * 20 + [{}] * 30, 0),
+    ([BAD] * 50 + [GOOD] * 11, None),
+    ([GOOD] * 50 + [BAD] * 9, None),
+  ],
+)
+def test_since_is_the_start_of_the_last_unbroken_row(steps, since):
+  record = record_of(*steps)
+  if since is None:
+    assert kinds(record) == []
+  else:
+    assert only(record, 'vanishing').since == since
