@@ -1,65 +1,103 @@
-"""Sharded equals unsharded: eight devices, as conftest.py forces them."""
+"""A batch that is split over devices is one batch.
+
+Every public primitive that sees a batch is in one table.
+"""
 
 import functools
-import re
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
-import optax_ghm
-from optax_ghm import harmonization
+import optax_ghm as ghm
+from optax_ghm import conflict, flow
+from tests.support.sharded import Case, check, mesh_of, parametrize
+
+PROGRAMS = 50
 
 N, CLASSES = 64, 6
-BINNED = optax_ghm.BinnedDensity(bins=30, momentum=0.9)
-WINDOWED = optax_ghm.WindowedDensity(width=0.1, cells=512, momentum=0.9)
-MESHES = {
-  (name, kind): jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-  for name, shape, names in (
-    ('batch', (8,), ('batch',)),
-    ('batch x model', (4, 2), ('batch', 'model')),
+BINNED = ghm.BinnedDensity(bins=30, momentum=0.9)  # sends 34 numbers: also
+WINDOWED = ghm.WindowedDensity(width=0.1, cells=512, momentum=0.9)  # counts
+BATCH = P('d')
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+  return RNG.normal(size=shape).astype(np.float32)
+
+
+LOGITS, OTHERS = 3 * normal(N, CLASSES), normal(N, CLASSES)
+LABELS = (RNG.uniform(size=(N, CLASSES)) < 0.3).astype(np.float32)
+CLASS = RNG.integers(CLASSES, size=N).astype(np.int32)
+MASK = np.ones((N, CLASSES), bool)
+MASK[:8] = False  # the whole first shard
+MASK[9:14] = False
+DOMAIN = (np.arange(N) % 3).astype(np.int32)
+
+
+def slope(loss, x):
+  """Of a sum over the batch, and what comes beside the losses."""
+
+  def total(x):
+    losses, *others = loss(x)
+    return jnp.sum(losses), others
+
+  return jax.grad(total, has_aux=True)(x)
+
+
+def together(pairs):
+  """What is split as the batch is, and what is not."""
+  first = {name: one for name, (one, _) in pairs.items()}
+  return first, {name: other for name, (_, other) in pairs.items()}
+
+
+def sigmoid(density):
+  def f(x, labels, mask, axis_name=None):
+    return slope(
+      lambda x: ghm.sigmoid_ghm_loss_with_state(
+        *(x, labels, density.init()),
+        density=density,
+        mask=mask,
+        axis_name=axis_name,
+      ),
+      x,
+    )
+
+  return f
+
+
+def other_ghm_losses(x, labels, classes, mask, axis_name=None):
+  def result(loss, density, labels, mask):
+    return slope(
+      lambda x: loss(
+        *(x, labels, density.init()),
+        density=density,
+        mask=mask,
+        axis_name=axis_name,
+      ),
+      x,
+    )
+
+  of_labels = ghm.sigmoid_ghm_loss_with_integer_labels_with_state
+  softmax = ghm.softmax_ghm_loss_with_integer_labels_with_state
+  return together(
+    {
+      'sigmoid': result(of_labels, BINNED, classes, mask),
+      'softmax': result(softmax, WINDOWED, classes, mask[:, 0]),
+      'smooth l1': result(
+        ghm.smooth_l1_ghm_loss_with_state, WINDOWED, labels, mask
+      ),
+    }
   )
-  for kind in (AxisType.Auto, AxisType.Explicit)
-}
 
 
-def sigmoid_step(logits, labels, mask, state, density, axis_name=None):
+def harmonized(x, labels, mask, axis_name=None):
   def loss(x, state):
-    losses, state = optax_ghm.sigmoid_ghm_loss_with_state(
-      x, labels, state, density=density, mask=mask, axis_name=axis_name
-    )
-    return losses.sum() / N, state
-
-  (_, state), grad = jax.value_and_grad(loss, has_aux=True)(logits, state)
-  return grad, state
-
-
-def softmax_step(logits, labels, mask, state, density, axis_name=None):
-  def loss(x, state):
-    losses, state = optax_ghm.softmax_ghm_loss_with_integer_labels_with_state(
-      x,
-      labels[:, 0].astype(jnp.int32),
-      state,
-      density=density,
-      mask=mask[:, 0],
-      axis_name=axis_name,
-    )
-    return losses.sum() / N, state
-
-  (_, state), grad = jax.value_and_grad(loss, has_aux=True)(logits, state)
-  return grad, state
-
-
-def harmonize_step(logits, labels, mask, state, density, axis_name=None):
-  def loss(x, state):
-    x = optax_ghm.harmonize(
-      x,
-      state,
-      density=density,
+    x = ghm.harmonize(
+      *(x, state),
+      density=WINDOWED,
       axis=(),
       mask=mask,
       reduction=float(N),
@@ -68,109 +106,128 @@ def harmonize_step(logits, labels, mask, state, density, axis_name=None):
     losses = optax.sigmoid_binary_cross_entropy(x, labels)
     return jnp.where(mask, losses, 0.0).sum() / N
 
-  return jax.grad(loss, argnums=(0, 1))(logits, state)
+  return jax.grad(loss, argnums=(0, 1))(x, WINDOWED.init())
 
 
-def aggregate_step(logits, labels, mask, state, density, axis_name=None):
-  tx = optax_ghm.harmonized_aggregate(density, axis_name=axis_name)
-  state = harmonization.HarmonizedAggregateState(state)
-  update, state = tx.update(logits * (1 + labels), state, mask=mask[:, 0])
-  return update, state.density
+def batch_norms(x, mask, domain, axis_name=None):
+  scale, options = 1 + jnp.arange(6.0), {'axis_name': axis_name}
+  every = {
+    'batch_norm': lambda x: ghm.batch_norm(x, scale, mask=mask, **options),
+    'batch_renorm': lambda x: ghm.batch_renorm(
+      x, ghm.RunningMoments.init((6,)), mask=mask, **options
+    ),
+    'domain_batch_norm': lambda x: ghm.domain_batch_norm(
+      x, domain, num_domains=3, **options
+    ),
+  }
+  results = {}
+  for name, normalized in every.items():
+
+    def loss(x, normalized=normalized):
+      y, moments = normalized(x)
+      return y * jnp.sin(x), moments
+
+    results[name] = slope(loss, x)
+  return together(results)
 
 
-STEPS = [sigmoid_step, softmax_step, harmonize_step, aggregate_step]
+def ghosts(x, axis_name=None):
+  def loss(x):
+    y, moments = ghm.ghost_batch_norm(x, ghost_size=4, axis_name=axis_name)
+    return y * jnp.sin(x), moments
+
+  return slope(loss, x)
 
 
-@pytest.fixture(scope='module')
-def batch():
-  rng = np.random.default_rng(0)
-  logits = rng.normal(size=(N, CLASSES)).astype(np.float32) * 3
-  labels = (rng.uniform(size=(N, CLASSES)) < 0.3).astype(np.float32)
-  mask = np.ones((N, CLASSES), bool)
-  mask[:8] = False  # the whole first shard
-  mask[9:14] = False
-  return logits, labels, mask
+def domains_and_conflicts(x, y, domain, weights, axis_name=None):
+  def fork(x):
+    one, other = conflict.fork(x, axis_name=axis_name)
+    return (jnp.square(one - 1) + jnp.sin(2 * other),)
 
-
-@functools.cache
-def unsharded(step, density):
-  return jax.jit(functools.partial(step, density=density))
-
-
-def collectives(compiled):
-  """The (kind, number of elements) of every collective in the program."""
-  pattern = (
-    r'= \(?(\S+?)\[([\d,]*)\][^=]*? '
-    r'(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)'
-    r'(?:-start)?\('
-  )
-  return [
-    (kind, int(np.prod([int(n) for n in shape.split(',') if n])))
-    for _, shape, kind in re.findall(pattern, compiled.as_text())
-  ]
-
-
-@pytest.mark.parametrize('density', [BINNED, WINDOWED], ids=['bins', 'window'])
-@pytest.mark.parametrize('step', STEPS)
-@pytest.mark.parametrize('mesh', MESHES.values(), ids=str)
-def test_jit_of_a_sharded_batch(mesh, step, density, batch):
-  spec = P('batch', 'model') if 'model' in mesh.axis_names else P('batch')
-  if step is softmax_step or step is aggregate_step:
-    spec = P('batch')
-  state = density.init()
-  expected = unsharded(step, density)(*batch, state)
-  with jax.set_mesh(mesh):
-    sharded = jax.device_put(batch, NamedSharding(mesh, spec))
-    compiled = (
-      jax.jit(functools.partial(step, density=density))
-      .lower(*sharded, state)
-      .compile()
-    )
-    actual = compiled(*sharded, state)
-  chex.assert_trees_all_close(
-    jax.device_get(actual), jax.device_get(expected), rtol=1e-5, atol=1e-7
-  )
-  found = collectives(compiled)
-  histogram = density.init().histogram.size + 4  # and four counts
-  assert {kind for kind, _ in found} == {'all-reduce'}
-  assert all(size <= max(histogram, CLASSES) for _, size in found)
-  # One of the histogram (one per mesh axis, where the batch spans several).
-  axes = 2 if 'model' in spec else 1
-  assert [size for _, size in found].count(histogram) == axes
-  assert actual[0].sharding.is_equivalent_to(
-    NamedSharding(mesh, P() if step is aggregate_step else spec),
-    actual[0].ndim,
+  return together(
+    {
+      'domain_loss': slope(
+        lambda x: (
+          ghm.domain_loss(x, domain, weights=weights, axis_name=axis_name),
+        ),
+        x,
+      ),
+      'conflict_weights': (
+        (),
+        conflict.conflict_weights(x, y, axis_name=axis_name),
+      ),
+      'fork': slope(fork, x),
+    }
   )
 
 
-@pytest.mark.parametrize('density', [BINNED, WINDOWED], ids=['bins', 'window'])
-@pytest.mark.parametrize('step', STEPS)
-def test_shard_map_with_an_axis_name(step, density, batch):
-  mesh = MESHES['batch', AxisType.Auto]
-  state = density.init()
-  out = P() if step is aggregate_step else P('batch')
-  mapped = jax.jit(
-    jax.shard_map(
-      functools.partial(step, density=density, axis_name='batch'),
-      mesh=mesh,
-      in_specs=(P('batch'), P('batch'), P('batch'), P()),
-      out_specs=(out, P()),
-    )
-  )
-  compiled = mapped.lower(*batch, state).compile()
-  actual = compiled(*batch, state)
-  expected = unsharded(step, density)(*batch, state)
-  chex.assert_trees_all_close(
-    jax.device_get(actual), jax.device_get(expected), rtol=1e-5, atol=1e-7
-  )
-  found = collectives(compiled)
-  histogram = density.init().histogram.size + 4  # and four counts
-  assert {kind for kind, _ in found} == {'all-reduce'}
-  assert [size for _, size in found].count(histogram) == 1
-  assert all(size <= max(histogram, CLASSES) for _, size in found)
+def reversal(x, scale, axis_name=None):
+  """Nothing is sent."""
+  del axis_name
+  reverse = ghm.reverse_gradient
+  return slope(lambda x: (jnp.square(reverse(x, scale)) * jnp.sin(x),), x)
 
 
-def test_sixteen_small_batches_differ_but_sixteen_shards_do_not(batch):
+def tapped(x, axis_name=None):
+  """Statistics of the whole batch, as the gradient of what is not split."""
+  empty = flow.empty_tap()
+  if axis_name:
+    empty = jax.lax.pcast(empty, axis_name, to='varying')
+
+  def loss(x, stats):
+    return jnp.sum(jnp.square(flow.tap(x, stats)) * jnp.sin(x))
+
+  gradient, stats = jax.grad(loss, argnums=(0, 1))(x, empty)
+  if axis_name:
+    stats = jax.lax.psum(stats, axis_name)
+  return gradient, (stats.norm, stats.elements, stats.sum, stats.zeros)
+
+
+OF_BATCH = (P('d'), P())
+CASES = {
+  'sigmoid_ghm_loss': Case(
+    *(sigmoid(BINNED), (LOGITS, LABELS, MASK), BATCH, OF_BATCH, [34])
+  ),
+  'sigmoid_ghm_loss, batch x model': Case(
+    *(sigmoid(WINDOWED), (LOGITS, LABELS, MASK), P('d', 'model')),
+    out=(P('d', 'model'), P()),
+    sent=[516, 516],  # for each axis of the mesh
+    shape=(4, 2),
+  ),
+  'other ghm losses': Case(
+    *(other_ghm_losses, (LOGITS, LABELS, CLASS, MASK), BATCH, OF_BATCH),
+    sent=[516, 516, 34],
+  ),
+  'harmonize': Case(
+    *(harmonized, (LOGITS, LABELS, MASK), BATCH, OF_BATCH, [516])
+  ),
+  'batch norms': Case(
+    *(batch_norms, (LOGITS, MASK[:, :1], DOMAIN), BATCH, OF_BATCH)
+  ),
+  'ghost_batch_norm': Case(
+    *(ghosts, (LOGITS,), BATCH, OF_BATCH), modes=('auto', 'shard_map')
+  ),
+  'domain_loss, conflict_weights, fork': Case(
+    domains_and_conflicts,
+    (LOGITS, OTHERS, DOMAIN, np.abs(OTHERS[:, 0])),
+    BATCH,
+    OF_BATCH,
+    384,
+  ),
+  'reverse_gradient': Case(
+    *(reversal, (LOGITS, np.abs(OTHERS[:, 0])), BATCH, OF_BATCH, 0)
+  ),
+  'tap': Case(tapped, (LOGITS,), BATCH, OF_BATCH),
+}
+
+
+@parametrize(CASES)
+def test_devices_do_together_what_one_does(case, mode):
+  """Nothing is sent but sums, and these are small."""
+  check(case, mode)
+
+
+def test_sixteen_small_batches_differ_but_sixteen_shards_do_not():
   """The reference weighs every shard by itself and is off by half."""
   rng = np.random.default_rng(1)
   logits = np.sort(rng.normal(size=256).astype(np.float32) * 3)
@@ -178,31 +235,32 @@ def test_sixteen_small_batches_differ_but_sixteen_shards_do_not(batch):
 
   def grad(x, y, axis_name=None):
     def loss(x):
-      return optax_ghm.sigmoid_ghm_loss(
-        x, y, density=optax_ghm.BinnedDensity(bins=10), axis_name=axis_name
+      return ghm.sigmoid_ghm_loss(
+        x, y, density=ghm.BinnedDensity(bins=10), axis_name=axis_name
       ).sum()
 
     return jax.grad(loss)(x)
 
-  whole = grad(logits, labels)
-  shards = (logits.reshape(16, 16), labels.reshape(16, 16))
-  alone = jax.vmap(grad)(*shards).reshape(-1)
-  joined = jax.vmap(
-    functools.partial(grad, axis_name='shard'), axis_name='shard'
-  )(*shards).reshape(-1)
+  @jax.jit
+  def gradients(x, y):
+    shards = x.reshape(16, 16), y.reshape(16, 16)
+    joined = functools.partial(grad, axis_name='shard')
+    return (
+      grad(x, y),
+      jax.vmap(grad)(*shards).reshape(-1),
+      jax.vmap(joined, axis_name='shard')(*shards).reshape(-1),
+    )
+
+  whole, alone, joined = gradients(logits, labels)
   np.testing.assert_allclose(joined, whole, rtol=1e-5)
-  off = np.linalg.norm(alone - whole) / np.linalg.norm(whole)
-  assert off > 0.5
+  assert np.linalg.norm(alone - whole) > 0.5 * np.linalg.norm(whole)
 
 
-def test_shards_that_mean_their_own_examples_say_so_by_the_reduction(batch):
-  logits, labels, _ = batch
-
+def test_shards_that_mean_their_own_examples_say_so_by_the_reduction():
   def grad(x, y, reduction='mean', axis_name=None):
     def loss(x):
-      x = optax_ghm.harmonize(
-        x,
-        BINNED.init(),
+      x = ghm.harmonize(
+        *(x, BINNED.init()),
         density=BINNED,
         axis=(),
         reduction=reduction,
@@ -212,43 +270,41 @@ def test_shards_that_mean_their_own_examples_say_so_by_the_reduction(batch):
 
     return jax.grad(loss)(x)
 
-  whole = grad(logits, labels)
-  size = logits.size // 8
-  parts = jax.vmap(
-    functools.partial(grad, reduction=float(size), axis_name='i'), axis_name='i'
-  )(logits.reshape(8, -1), labels.reshape(8, -1))
-  np.testing.assert_allclose(
-    parts.reshape(whole.shape) / 8, whole, rtol=1e-4, atol=1e-8
-  )
+  @jax.jit
+  def gradients(x, y):
+    own = functools.partial(grad, reduction=x.size / 8, axis_name='i')
+    parts = jax.vmap(own, axis_name='i')(x.reshape(8, -1), y.reshape(8, -1))
+    return grad(x, y), parts.reshape(x.shape) / 8
+
+  whole, parts = gradients(LOGITS, LABELS)
+  np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-8)
 
 
-def test_a_varying_state_inside_shard_map_sums_to_the_mean(batch):
+def test_a_varying_state_inside_shard_map_sums_to_the_mean():
   """Without axis_name every shard learns alone; the states add up."""
-  mesh = MESHES['batch', AxisType.Auto]
-  logits, labels, _ = batch
 
   def local(x, y, state):
     def loss(x, state):
-      state = jax.lax.pcast(state, 'batch', to='varying')
-      x = optax_ghm.harmonize(
-        x, state, density=BINNED, axis=(), reduction=float(N)
-      )
+      state = jax.lax.pcast(state, 'd', to='varying')
+      x = ghm.harmonize(x, state, density=BINNED, axis=(), reduction=float(N))
       losses = optax.sigmoid_binary_cross_entropy(x, y)
-      return jax.lax.psum(losses.sum(), 'batch') / N
+      return jax.lax.psum(losses.sum(), 'd') / N
 
     return jax.grad(loss, argnums=1)(x, state)
 
-  summed = jax.jit(
-    jax.shard_map(
+  @jax.jit
+  def states(x, y):
+    summed = jax.shard_map(
       local,
-      mesh=mesh,
-      in_specs=(P('batch'), P('batch'), P()),
+      mesh=mesh_of('auto'),
+      in_specs=(BATCH, BATCH, P()),
       out_specs=P(),
-    )
-  )(logits, labels, BINNED.init())
+    )(x, y, BINNED.init())
+    norms = jnp.abs(jax.nn.sigmoid(x) - y)
+    return summed, ghm.harmony_weights(norms, density=BINNED)[1]
+
+  summed, expected = states(LOGITS, LABELS)
   assert summed.calls == 8
-  norms = jnp.abs(jax.nn.sigmoid(logits) - labels)
-  _, expected = optax_ghm.harmony_weights(norms, density=BINNED)
   np.testing.assert_allclose(
     summed.histogram / summed.evidence,
     expected.histogram / expected.evidence / 8,
