@@ -8,8 +8,9 @@ then ``tests/laws``, then all others, which ``--no-rest`` leaves out.
 ``--only`` takes the mutants with a text in their name or file. ``--tree`` is
 another checkout, whose library and tests are meant. ``--save`` writes a JSON
 file after every mutant, from its name to the test that killed it, or null; what
-is killed there is not run again. The exit status is 1 if a mutant survived, or
-if a test that killed one fails without any mutant, too.
+is killed there is not run again. ``--before`` is such a file of an earlier run,
+whose tests come first. The exit status is 1 if a mutant survived, or if a test
+that killed one fails without any mutant, too.
 """
 
 import argparse
@@ -31,7 +32,7 @@ FACES = 'faces|tapped|nnx|linen|recalibrate'
 HOMES = dict.fromkeys(
   ('linen', 'nnx'), ('flow', 'batch_normalization', 'backward', 'reversal')
 )
-HOMES['_core'] = ('_core', 'harmonization', 'reversal', 'calibration')
+HOMES['_core'] = ('_core', 'conflict', 'harmonization', 'calibration')
 
 
 def run(tree, *arguments, **options):
@@ -51,8 +52,8 @@ def failures(tree, files, *options):
       return ['timeout']
     out.seek(0)
     found = re.findall(r'^(?:FAILED|ERROR) (.+?)(?: - .*)?$', out.read(), re.M)
-  # 5: there was no test.
-  return [] if status in (0, 5) else found or [f'exit status {status}']
+  # 4 and 5: there is no such test, or none.
+  return [] if status in (0, 4, 5) else found or [f'exit status {status}']
 
 
 def stages(tree, file, rest):
@@ -79,13 +80,14 @@ def stages(tree, file, rest):
     done.update(files)
 
 
-def killer(tree, mutant, rest):
+def killer(tree, mutant, before, rest):
   """The first test that fails with the mutant; None if all pass."""
   path = tree / 'optax_ghm' / mutant.file
   text = path.read_text(encoding='utf-8')
   path.write_text(text.replace(mutant.old, mutant.new), encoding='utf-8')
   try:
-    for files in filter(None, stages(tree, mutant.file, rest)):
+    nearest = [before] if before else []
+    for files in filter(None, [nearest, *stages(tree, mutant.file, rest)]):
       if found := failures(tree, files, '-x'):
         return found[0]
   finally:
@@ -109,13 +111,17 @@ def main():
   parser = argparse.ArgumentParser(prog='python -m tests.mutants')
   parser.add_argument('--only', default='')
   parser.add_argument('--save', type=pathlib.Path)
+  parser.add_argument('--before', type=pathlib.Path)
   parser.add_argument('--tree', type=pathlib.Path, default=HERE)
   parser.add_argument('--no-rest', action='store_true')
   args = parser.parse_args()
   mutants = [m for m in MUTANTS if args.only in m.name or args.only in m.file]
-  saved = {}
-  if args.save and args.save.exists():
-    saved = json.loads(args.save.read_text(encoding='utf-8'))
+  saved, before = (
+    json.loads(path.read_text(encoding='utf-8'))
+    if path and path.exists()
+    else {}
+    for path in (args.save, args.before)
+  )
   with tempfile.TemporaryDirectory() as scratch:
     tree = pathlib.Path(scratch).resolve() / 'tree'
     shutil.copytree(args.tree, tree, ignore=shutil.ignore_patterns('.*'))
@@ -125,7 +131,8 @@ def main():
     for mutant in mutants:
       start = time.time()
       if saved.get(mutant.name) is None:
-        saved[mutant.name] = killer(tree, mutant, not args.no_rest)
+        test, rest = before.get(mutant.name), not args.no_rest
+        saved[mutant.name] = killer(tree, mutant, test, rest)
         if args.save:
           args.save.write_text(json.dumps(saved, indent=1), encoding='utf-8')
       test, seconds = saved[mutant.name], time.time() - start

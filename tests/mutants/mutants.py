@@ -294,10 +294,10 @@ _CONFLICT = [
     'dot',
   ),
   Mutant(
-    'two_losses: an infinite norm has an angle',
+    'two_losses: the angle stands for its chord',
     'conflict/_two_losses.py',
-    '(norms > 0) & jnp.isfinite(norms)',
-    'norms > 0',
+    '1 + 2 * jnp.sin(beta / 2)',
+    '1 + beta',
   ),
 ]
 
