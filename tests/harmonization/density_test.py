@@ -1,418 +1,326 @@
+"""Laws of the densities and their harmony weights, of all of them at once."""
+
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
 from optax_ghm import harmonization
 
+pytestmark = pytest.mark.device
+
 BINNED = optax_ghm.BinnedDensity(bins=10)
 WINDOWED = optax_ghm.WindowedDensity(width=0.1)
 EXACT = harmonization.ExactDensity(width=0.1)
-MMDETECTION = harmonization.MMDetectionDensity(bins=10)
-LOG_BINNED = optax_ghm.BinnedDensity(bins=8, low=1e-4, high=1e4, log=True)
-LOG_WINDOWED = optax_ghm.WindowedDensity(
-  width=1.0, low=1e-4, high=1e4, log=True
+LOG = {'low': 1e-4, 'high': 1e4, 'log': True}
+ALL = {
+  'binned': BINNED,
+  'windowed': WINDOWED,
+  'exact': EXACT,
+  'mmdetection': harmonization.MMDetectionDensity(bins=10),
+  'log binned': optax_ghm.BinnedDensity(bins=8, **LOG),
+  'log windowed': optax_ghm.WindowedDensity(width=1.0, **LOG),
+}
+REMEMBERING = {
+  name: dataclasses.replace(density, momentum=0.9, normalize=True)
+  for name, density in ALL.items()
+  if name != 'exact'
+}
+
+
+@functools.partial(jax.jit, static_argnames='train')
+def _weigh_all(norms, states, train=True, **options):
+  densities = ALL if train else REMEMBERING
+  return {
+    name: optax_ghm.harmony_weights(
+      norms[name] if isinstance(norms, dict) else norms,
+      density.init() if states is None else states[name],
+      density=density,
+      train=train,
+      **options,
+    )
+    for name, density in densities.items()
+  }
+
+
+def weigh_all(norms, states=None, **options):
+  """Weights and states by all densities; those that remember, in evaluation."""
+  found = jax.device_get(_weigh_all(norms, states, **options))
+  weights, states = ({k: v[i] for k, v in found.items()} for i in (0, 1))
+  return weights, states
+
+
+WEIGHTS = hnp.arrays(np.float32, 7, elements=st.sampled_from([0.0, 0.25, 1.0]))
+
+
+@given(
+  g=hnp.arrays(np.float32, 7, elements=st.floats(width=32).map(abs)),
+  weights=WEIGHTS,
 )
-ALL = [BINNED, WINDOWED, EXACT, MMDETECTION, LOG_BINNED, LOG_WINDOWED]
-HISTOGRAMS = [BINNED, WINDOWED, MMDETECTION, LOG_BINNED, LOG_WINDOWED]
-
-# Any float32 at all, in few shapes (each is compiled once), and whole,
-# fractional and no weights.
-ANY_NORMS = hnp.arrays(
-  np.float32,
-  st.sampled_from([(0,), (1,), (7,), (2, 5)]),
-  elements=st.floats(width=32).map(abs),
-)
-WEIGHTS = st.sampled_from([0.0, 0.25, 1.0])
-
-weigh = jax.jit(
-  optax_ghm.harmony_weights,
-  static_argnames=('density', 'axis_name', 'train'),
-)
-
-
-def density_of(density, norms, amounts=None):
-  norms = jnp.asarray(norms, jnp.float32)
-  regions, _ = density.update(norms, density.init(), amounts)
-  return regions.at_examples(regions.density)
-
-
-def window_density(g, width, low=0.0, high=1.0):
-  """The definition, O(N²), in float64."""
-  g = np.clip(np.asarray(g, np.float64), low, high)
-  inside = (g >= g[:, None] - width / 2) & (g < g[:, None] + width / 2)
-  length = np.minimum(g + width / 2, high) - np.maximum(g - width / 2, low)
-  return inside.sum(1) / length
+@example(np.full(7, 0.37, np.float32), np.ones(7, np.float32))
+@example(np.full(7, 0.37, np.float32), np.eye(7, dtype=np.float32)[2])
+def test_weights_average_to_one_in_any_order_and_bad_norms_harm_none(
+  g, weights
+):
+  valid = np.isfinite(g) & (weights > 0)
+  found, states = weigh_all(g, weights=weights)
+  turned, _ = weigh_all(g[::-1], weights=weights[::-1])
+  without, _ = weigh_all(g, weights=np.where(valid, weights, 0))
+  for name, factors in found.items():
+    assert np.isfinite(factors).all() and (factors >= 0).all()
+    assert ((factors > 0) == valid).all()
+    counts = (weights > 0).astype('f') if name == 'mmdetection' else weights
+    assert float(states[name].non_finite) == counts[~np.isfinite(g)].sum()
+    np.testing.assert_allclose(factors[::-1], turned[name], rtol=1e-5)
+    np.testing.assert_allclose(factors, without[name], rtol=1e-6)
+    if valid.any():
+      beta, counts = factors[valid] / weights[valid], counts[valid]
+      np.testing.assert_allclose(
+        np.average(beta, weights=counts), 1.0, rtol=1e-4
+      )
+      if len(set(g[valid])) == 1:
+        np.testing.assert_allclose(beta, 1, rtol=1e-6)
 
 
-def test_binned_density_counts_by_hand():
-  g = [0.05, 0.05, 0.15, 0.95, 1.0, 1.7]
-  expected = [20, 20, 10, 30, 30, 30]
-  np.testing.assert_allclose(density_of(BINNED, g), expected)
-
-
-def test_log_bins_are_decades():
-  g = [0.0, 1e-9, 2e-3, 5e-3, 5.0, 1e9]
-  np.testing.assert_allclose(density_of(LOG_BINNED, g), [2, 2, 2, 2, 1, 1])
-
-
-def test_exact_density_is_the_definition(rng):
-  g = rng.uniform(size=500).astype(np.float32)
-  np.testing.assert_allclose(
-    density_of(EXACT, g), window_density(g, 0.1), rtol=2e-2
+def test_mask_and_weights_together_say_who_counts_and_how_much():
+  g = np.float32([0.25, 0.25, 0.75, np.nan])
+  found, states = weigh_all(
+    g,
+    mask=np.array([True, True, True, False]),
+    weights=np.float32([0.5, 0.5, 1.0, 2.0]),
   )
-  close = np.isclose(density_of(EXACT, g), window_density(g, 0.1), rtol=1e-4)
-  assert close.mean() > 0.99  # the rest: a norm on the rim, by rounding
+  np.testing.assert_allclose(found['binned'], [0.5, 0.5, 1, 0], rtol=1e-6)
+  state = states['binned']
+  assert state.non_finite == 0 and state.histogram.sum() == 2
+  # There, every positive weight counts as one.
+  np.testing.assert_allclose(
+    found['mmdetection'], [0.375, 0.375, 1.5, 0], rtol=1e-6
+  )
 
 
-@pytest.mark.parametrize('width', [1 / 30, 0.1, 0.5])
-def test_windowed_density_approaches_the_exact_one(rng, width):
-  g = rng.beta(0.4, 1.0, size=200_000).astype(np.float32)
-  exact = density_of(harmonization.ExactDensity(width=width), g)
-  windowed = density_of(optax_ghm.WindowedDensity(width=width), g)
+def test_windows_approach_the_exact_density_and_lose_nobody(rng):
+  """A prefix sum over the whole range would lose an example beside a crowd."""
+  crowded = np.zeros(3_000_000, np.float32)
+  crowded[-1] = 0.9
+  spread = rng.beta(0.4, 1.0, size=200_000).astype(np.float32)
+
+  @jax.jit
+  def densities(crowded, spread):
+    return [
+      regions.at_examples(regions.density)
+      for density, g in (
+        (WINDOWED, crowded),
+        (WINDOWED, spread),
+        (EXACT, spread),
+      )
+      for regions, _ in [density.update(g, density.init())]
+    ]
+
+  of_crowd, windowed, exact = jax.device_get(densities(crowded, spread))
+  np.testing.assert_allclose(of_crowd[-1], 10.0, rtol=1e-3)
   error = np.abs(windowed / exact - 1)
   assert np.quantile(error, 0.99) < 0.01
   assert np.mean(error) < 0.004
 
 
-def test_windows_wider_than_all_count_everybody():
-  g = jnp.array([0.1, 0.5, 0.8])
-  density = optax_ghm.WindowedDensity(width=1.0)
-  # A window of 1 around 0.5 sees all; around 0.1, up to 0.6; length 0.6.
-  np.testing.assert_allclose(
-    density_of(density, g), [2 / 0.6, 3 / 1.0, 2 / 0.7], rtol=1e-3
-  )
-
-
-def test_a_window_narrower_than_a_cell_is_a_cell():
-  density = optax_ghm.WindowedDensity(width=1e-6, cells=10)
-  np.testing.assert_allclose(
-    density_of(density, [0.01, 0.02, 0.93]), [20, 20, 10], rtol=1e-6
-  )
-
-
-def test_sparse_regions_stay_exact_beside_a_crowd():
-  """A prefix sum over the whole range would lose the lone example."""
-  g = np.r_[np.zeros(3_000_000, np.float32), np.float32(0.9)]
-  np.testing.assert_allclose(density_of(WINDOWED, g)[-1], 10.0, rtol=1e-3)
-
-
-@pytest.mark.parametrize('density', ALL, ids=repr)
-@given(g=ANY_NORMS, data=st.data())
-def test_weights_average_to_one_and_are_finite(density, g, data):
-  weights = data.draw(hnp.arrays(np.float32, g.shape, elements=WEIGHTS))
-  factors, state = weigh(g, density=density, weights=weights)
-  factors = np.asarray(factors)
-  assert np.isfinite(factors).all() and (factors >= 0).all()
-  valid = np.isfinite(g) & (weights > 0)
-  assert ((factors > 0) == valid).all()
-  counts = weights > 0 if density is MMDETECTION else weights
-  if valid.any():
-    beta = factors[valid] / weights[valid]
-    np.testing.assert_allclose(
-      np.average(beta, weights=counts[valid]), 1.0, rtol=1e-4
-    )
-  assert float(state.non_finite) == counts[~np.isfinite(g)].sum()
-
-
-@pytest.mark.parametrize('density', ALL, ids=repr)
-def test_weights_do_not_depend_on_order_or_layout(density, rng):
-  g = rng.uniform(size=24).astype(np.float32)
-  order = rng.permutation(24)
-  weights, state = weigh(g, density=density)
-  permuted, permuted_state = weigh(g[order], density=density)
-  np.testing.assert_allclose(weights[order], permuted, rtol=1e-5)
-  chex.assert_trees_all_close(state, permuted_state)
-  folded, _ = weigh(g.reshape(2, 3, 4), density=density)
-  np.testing.assert_allclose(folded.reshape(-1), weights, rtol=1e-5)
-
-
-@pytest.mark.parametrize('density', [BINNED, WINDOWED, EXACT], ids=repr)
-def test_harmony_does_not_depend_on_the_scale_of_the_weights(density, rng):
-  g = rng.uniform(size=24).astype(np.float32)
-  weights = rng.uniform(0.1, 1, size=24).astype(np.float32)
-  one, _ = weigh(g, density=density, weights=weights)
-  scaled, _ = weigh(g, density=density, weights=weights * 64)
-  np.testing.assert_allclose(64 * one, scaled, rtol=1e-5)
-
-
-@pytest.mark.parametrize('density', [BINNED, WINDOWED, EXACT], ids=repr)
-def test_fractions_of_examples_count_as_fractions(density):
-  g = jnp.array([0.25, 0.25, 0.75])
-  twice_half = density_of(density, g, jnp.array([0.5, 0.5, 1.0]))
-  np.testing.assert_allclose(twice_half, [10.0] * 3, rtol=1e-2)
-
-
-def test_mmdetection_counts_every_positive_weight_as_one():
-  g, weights = jnp.array([0.25, 0.25, 0.75]), jnp.array([0.1, 0.5, 2.0])
-  factors, _ = weigh(g, density=MMDETECTION, weights=weights)
-  np.testing.assert_allclose(factors / weights, [0.75, 0.75, 1.5], rtol=1e-6)
-
-
-def test_raw_weights_are_the_papers():
-  g = jnp.array([0.05, 0.05, 0.05, 0.95])
-  raw = optax_ghm.BinnedDensity(bins=10, normalize=False)
-  weights, _ = weigh(g, density=raw)
-  np.testing.assert_allclose(weights, [4 / 30] * 3 + [4 / 10], rtol=1e-6)
-
-
 def test_one_example_over_an_edge_halves_all_others_only_in_bins(rng):
-  g = rng.uniform(0, 0.0999, size=1000).astype(np.float32)
-  before, after = np.r_[g, 0.0999], np.r_[g, 0.1001]
-
-  def others(density):
-    return (
-      weigh(after.astype(np.float32), density=density)[0][0]
-      / weigh(before.astype(np.float32), density=density)[0][0]
-    )
-
-  assert others(BINNED) < 0.51
-  assert abs(others(WINDOWED) - 1) < 0.01
-  assert abs(others(EXACT) - 1) < 0.01
-
-
-@pytest.mark.parametrize('momentum', [0.0, 0.75, 0.99])
-@pytest.mark.parametrize(
-  'family', [optax_ghm.BinnedDensity, optax_ghm.WindowedDensity]
-)
-def test_first_step_is_not_inflated(family, momentum, rng):
-  g = rng.uniform(size=256).astype(np.float32)
-  density = family(momentum=momentum, normalize=False)
-  memoryless = family(normalize=False)
-  weights, _ = weigh(g, density=density)
-  expected, _ = weigh(g, density=memoryless)
-  np.testing.assert_allclose(weights, expected, rtol=1e-5)
-  # The reference inflates by 1 / (1 - momentum).
-  reference = harmonization.MMDetectionDensity(bins=30, momentum=momentum)
-  inflated, _ = weigh(g, density=reference)
-  np.testing.assert_allclose(np.mean(inflated), 1 / (1 - momentum), rtol=1e-3)
-
-
-def test_moving_average_is_the_weighted_mean_of_the_batches(rng):
-  density = optax_ghm.BinnedDensity(bins=5, momentum=0.8)
-  state = density.init()
-  batches = [rng.uniform(size=40).astype(np.float32) for _ in range(6)]
-  histograms = [np.histogram(b, bins=5, range=(0, 1))[0] for b in batches]
-  for g in batches:
-    _, state = density.update(jnp.asarray(g), state)
-  powers = 0.8 ** np.arange(5, -1, -1)
-  np.testing.assert_allclose(
-    state.histogram / state.evidence,
-    np.average(histograms, axis=0, weights=powers),
-    rtol=1e-5,
+  g = rng.uniform(0, 0.0999, size=1001).astype(np.float32)
+  before, after = (
+    weigh_all(np.append(g[1:], np.float32(last)))[0]
+    for last in (0.0999, 0.1001)
   )
+  assert after['binned'][0] < 0.51 * before['binned'][0]
+  for name in ('windowed', 'exact'):
+    np.testing.assert_allclose(after[name][0], before[name][0], rtol=0.01)
 
 
-def test_every_bin_decays():
-  density = optax_ghm.BinnedDensity(bins=2, momentum=0.5)
-  _, state = density.update(jnp.array([0.9]), density.init())
-  before = state.histogram[1]
-  _, state = density.update(jnp.array([0.1]), state)
-  assert state.histogram[1] == before / 2
+def test_the_first_step_is_not_inflated(rng):
+  """The reference inflates it by 1 / (1 - momentum)."""
+  momenta = (0.75, 0.99)
+  families = (optax_ghm.BinnedDensity, optax_ghm.WindowedDensity)
 
+  @jax.jit
+  def first(g):
+    def weights(family, **settings):
+      return optax_ghm.harmony_weights(g, density=family(**settings))[0]
 
-@pytest.mark.parametrize('density', ALL, ids=repr)
-@pytest.mark.parametrize(
-  ('g', 'options'),
-  [
-    (np.zeros((0,)), {}),
-    (np.zeros((0, 3)), {}),
-    (np.array([0.2, 0.4]), {'mask': np.array([False, False])}),
-    (np.array([0.2, 0.4]), {'weights': np.zeros(2, np.float32)}),
-    (np.array([np.nan, np.inf]), {}),
-  ],
-)
-def test_a_batch_without_examples_changes_nothing(density, g, options):
-  _, state = weigh(jnp.array([0.3, 0.6], jnp.float32), density=density)
-  weights, after = weigh(
-    g.astype(np.float32), state, density=density, **options
+    of_families = [
+      [weights(u, momentum=m, normalize=False) for m in (0, *momenta)]
+      for u in families
+    ]
+    reference = [
+      weights(harmonization.MMDetectionDensity, momentum=m) for m in momenta
+    ]
+    return of_families, reference
+
+  of_families, reference = jax.device_get(
+    first(rng.uniform(size=256).astype(np.float32))
   )
-  np.testing.assert_array_equal(weights, np.zeros(g.shape))
-  chex.assert_trees_all_close(
-    after._replace(non_finite=state.non_finite), state
-  )
+  for plain, *running in of_families:
+    for weights in running:
+      np.testing.assert_allclose(weights, plain, rtol=1e-5)
+  for weights, momentum in zip(reference, momenta, strict=True):
+    np.testing.assert_allclose(np.mean(weights), 1 / (1 - momentum), rtol=1e-3)
 
 
-@pytest.mark.parametrize('density', ALL, ids=repr)
-def test_one_example_and_equal_norms_weigh_one(density):
-  for n in (1, 7):
-    weights, _ = weigh(jnp.full((n,), 0.37), density=density)
-    np.testing.assert_allclose(weights, np.ones(n), rtol=1e-6)
+def test_a_batch_without_examples_changes_nothing():
+  g = np.float32([0.3, 0.6, 0.2, 0.4, 0.5, 0.3, 0.9])
+  _, states = weigh_all(g, weights=np.ones(7, np.float32))
+  for norms, options in (
+    (np.zeros((0, 3), np.float32), {}),
+    (g, {'mask': np.zeros(7, bool)}),
+    (g, {'weights': np.zeros(7, np.float32)}),
+    (np.full(7, np.nan, np.float32), {'weights': np.ones(7, np.float32)}),
+  ):
+    found, after = weigh_all(norms, states, **options)
+    for name, weights in found.items():
+      np.testing.assert_array_equal(weights, np.zeros(norms.shape))
+      same = after[name]._replace(non_finite=states[name].non_finite)
+      chex.assert_trees_all_close(same, states[name])
 
 
-@pytest.mark.parametrize('density', ALL, ids=repr)
-def test_bad_norms_are_counted_and_harm_no_other(density):
-  g = jnp.array([0.1, jnp.nan, 0.1, jnp.inf, 0.8])
-  good = jnp.isfinite(g)
-  weights, state = weigh(g, density=density)
-  expected, _ = weigh(g[np.asarray(good)], density=density)
-  np.testing.assert_allclose(weights[np.asarray(good)], expected, rtol=1e-6)
-  np.testing.assert_array_equal(weights[~np.asarray(good)], [0, 0])
-  assert state.non_finite == 2
+def test_evaluation_leaves_the_state_and_ignores_the_batch(rng):
+  @jax.jit
+  def learned(g):
+    return {
+      name: optax_ghm.harmony_weights(g, density=density)[1]
+      for name, density in REMEMBERING.items()
+    }
+
+  g = rng.uniform(size=7).astype(np.float32)
+  states = jax.device_get(learned(g))
+  together, after = weigh_all(g, states, train=False)
+  chex.assert_trees_all_equal(after, states)
+  alone, _ = weigh_all(np.append(g[:6], np.float32(1e3)), states, train=False)
+  for name, weights in together.items():
+    np.testing.assert_allclose(alone[name][:6], weights[:6], rtol=1e-6)
+    np.testing.assert_allclose(np.mean(weights), 1.0, rtol=1e-4)
+    assert np.isfinite(alone[name]).all() and (alone[name] > 0).all()
+  # Before training, and after a batch of nobody, all weigh alike.
+  nobody = jax.device_get(learned(np.full(7, np.nan, np.float32)))
+  unseen = jax.tree.map(np.zeros_like, states)
+  for states in (nobody, unseen):
+    for weights in weigh_all(g, states, train=False)[0].values():
+      np.testing.assert_allclose(weights, np.ones(7), rtol=1e-6)
 
 
-@pytest.mark.parametrize('density', HISTOGRAMS, ids=repr)
-def test_evaluation_leaves_the_state_and_ignores_the_batch(density, rng):
-  density = type(density)(
-    **{**density.__dict__, 'momentum': 0.9, 'normalize': True}
-  )
-  g = rng.uniform(size=64).astype(np.float32)
-  _, state = weigh(g, density=density)
-  together, after = weigh(g, state, density=density, train=False)
-  chex.assert_trees_all_equal(after, state)
-  alone, _ = weigh(g[:1], state, density=density, train=False)
-  np.testing.assert_allclose(alone[0], together[0], rtol=1e-6)
-  np.testing.assert_allclose(np.mean(together), 1.0, rtol=1e-4)
-  unseen, _ = weigh(jnp.array([1e3]), state, density=density, train=False)
-  assert np.isfinite(unseen).all() and (unseen > 0).all()
-
-
-@pytest.mark.parametrize('density', HISTOGRAMS, ids=repr)
-def test_evaluation_before_training_weighs_all_alike(density, rng):
-  g = rng.uniform(size=9).astype(np.float32)
-  weights, _ = weigh(g, density=density, train=False)
-  np.testing.assert_allclose(weights, np.ones(9), rtol=1e-6)
-
-
-@pytest.mark.parametrize('density', ALL, ids=repr)
-def test_state_is_fixed_from_init(density):
-  state = density.init()
-  _, after = jax.eval_shape(
-    lambda s: density.update(jnp.ones(3), s, jnp.ones(3)), state
-  )
+@pytest.mark.parametrize('density', ALL.values(), ids=ALL)
+def test_the_state_is_fixed_from_init(density):
+  state = jax.eval_shape(density.init)
+  one = jax.ShapeDtypeStruct((3,), jnp.float32)
+  _, after = jax.eval_shape(density.update, one, state, one)
   chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
-  assert not any(x.weak_type for x in jax.tree.leaves((state, after)))
+  for leaf in jax.tree.leaves((state, after)):
+    assert leaf.dtype == jnp.float32 and not leaf.weak_type
 
 
-def test_summed_states_are_the_mean_of_the_updates(rng):
-  density = optax_ghm.BinnedDensity(bins=4, momentum=0.5)
-  _, state = density.update(
-    jnp.asarray(rng.uniform(size=8), jnp.float32), density.init()
-  )
-  a, b = (jnp.asarray(rng.uniform(size=8), jnp.float32) for _ in range(2))
-  (_, after_a), (_, after_b) = (
-    density.update(a, state),
-    density.update(b, state),
-  )
-  total = jax.tree.map(jnp.add, after_a, after_b)
-  _, one = density.update(a, total)
-  mean = jax.tree.map(lambda x, y: (x + y) / 2, after_a, after_b)
-  _, other = density.update(a, mean)
-  chex.assert_trees_all_close(one, other, rtol=1e-6)
+def test_summed_states_are_their_mean_and_scaled_ones_read_the_same(rng):
+  """Loss scaling divides all gradients, those of states among them."""
+  for density in (
+    optax_ghm.BinnedDensity(bins=4, momentum=0.5),
+    optax_ghm.WindowedDensity(cells=64, width=0.2, momentum=0.9),
+  ):
+
+    @jax.jit
+    def updates(g, a, b, density=density):
+      _, state = density.update(g, density.init())
+      states = [density.update(u, state)[1] for u in (a, b)]
+      both = jax.tree.map(jnp.add, *states)
+      mean = jax.tree.map(lambda x, y: (x + y) / 2, *states)
+      small = jax.tree.map(lambda x: x / 1024, both)
+      return [density.update(g, s) for s in (mean, both, small)]
+
+    mean, *others = updates(*rng.uniform(size=(3, 8)).astype(np.float32))
+    for other in others:
+      chex.assert_trees_all_close(other, mean, rtol=1e-6)
 
 
-def test_bin_edges_decide_not_the_floor_of_a_product():
-  bins = 30
-  edges = np.arange(bins + 1, dtype=np.float32) / np.float32(bins)
+def test_edges_decide_about_bins_not_the_floor_of_a_product():
+  edges = np.arange(31, dtype=np.float32) / np.float32(30)
   below = np.nextafter(edges, np.float32(-1))
-  density = optax_ghm.BinnedDensity(bins=bins)
-  for g, expected in ((edges[:-1], 1), (below[1:], 1)):
-    _, state = density.update(jnp.asarray(g), density.init())
-    np.testing.assert_array_equal(state.histogram, np.full(bins, expected))
+
+  @jax.jit
+  def histograms(*norms):
+    density = optax_ghm.BinnedDensity(bins=30)
+    return [density.update(g, density.init())[1].histogram for g in norms]
+
+  for histogram in histograms(edges[:-1], below[1:]):
+    np.testing.assert_array_equal(histogram, np.ones(30))
 
 
-@pytest.mark.parametrize(
-  ('make', 'name'),
-  [
-    (lambda: optax_ghm.BinnedDensity(bins=0), 'bins'),
-    (lambda: optax_ghm.BinnedDensity(bins=2.5), 'bins'),
-    (lambda: optax_ghm.BinnedDensity(momentum=1.0), 'momentum'),
-    (lambda: optax_ghm.BinnedDensity(low=1.0, high=1.0), 'low'),
-    (lambda: optax_ghm.BinnedDensity(log=True), 'low'),
-    (lambda: optax_ghm.WindowedDensity(width=0.0), 'width'),
-    (lambda: optax_ghm.WindowedDensity(width=1.5), 'width'),
-    (lambda: optax_ghm.WindowedDensity(cells=0), 'cells'),
-    (lambda: harmonization.ExactDensity(width=-1.0), 'width'),
-  ],
-)
-def test_bad_settings_are_named(make, name):
-  with pytest.raises(ValueError, match=name):
-    make()
-
-
-def test_bad_arguments_are_named():
-  g = jnp.ones(3)
-  with pytest.raises(TypeError, match='norms'):
-    optax_ghm.harmony_weights(jnp.ones(3, jnp.int32))
-  with pytest.raises(ValueError, match=r'mask of shape \(2,\).*\(3,\)'):
-    optax_ghm.harmony_weights(g, mask=jnp.ones(2, bool))
-  with pytest.raises(TypeError, match='mask must be bool.*as weights'):
-    optax_ghm.harmony_weights(g, mask=jnp.ones(3))
-  with pytest.raises(TypeError, match='weights must be real.*complex64'):
-    optax_ghm.harmony_weights(g, weights=jnp.ones(3, jnp.complex64))
-  with pytest.raises(ValueError, match='state'):
-    optax_ghm.harmony_weights(g, BINNED.init(), density=WINDOWED)
-  with pytest.raises(ValueError, match='axis_name'):
-    optax_ghm.harmony_weights(g, density=EXACT, axis_name='batch')
+def test_norms_above_the_range_are_counted_and_weigh_like_the_largest():
+  high = {name: density.high for name, density in ALL.items()}
+  shares = np.array([1 / 2, 1, 1e2, 1e3, 1 + 1e-6])  # the last is rounding
+  beyond = {name: np.float32(shares * h) for name, h in high.items()}
+  inside = {name: np.minimum(u, high[name]) for name, u in beyond.items()}
+  found, states = weigh_all(beyond)
+  expected, none = weigh_all(inside)
+  for name, weights in found.items():
+    np.testing.assert_allclose(weights, expected[name], rtol=1e-6)
+    assert states[name].above_range == 2 and none[name].above_range == 0
 
 
 def test_weights_are_constants_to_differentiation():
-  def total(g, state, weights):
+  @jax.jit
+  @functools.partial(jax.grad, argnums=(0, 1, 2))
+  def grads(g, state, weights):
     return optax_ghm.harmony_weights(g, state, weights=weights)[0].sum()
 
-  arguments = (
-    jnp.array([0.1, 0.2, 0.9]),
-    optax_ghm.WindowedDensity().init(),
-    jnp.array([0.5, 1.0, 0.7]),
+  state = jax.tree.map(
+    lambda leaf: np.ones(leaf.shape, leaf.dtype),
+    jax.eval_shape(optax_ghm.WindowedDensity().init),
   )
-  grads = jax.grad(total, argnums=(0, 1, 2))(*arguments)
-  chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, arguments))
+  found = grads(np.float32([0.1, 0.2, 0.9]), state, np.float32([0.5, 1.0, 0.7]))
+  for leaf in jax.tree.leaves(found):
+    np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
 
 
-def test_a_scaled_state_reads_the_same(rng):
-  """Loss scaling divides all gradients, those of states among them."""
-  density = optax_ghm.WindowedDensity(cells=64, width=0.2, momentum=0.9)
-  g = jnp.asarray(rng.uniform(size=20), jnp.float32)
-  _, state = density.update(g, density.init())
-  scaled = jax.tree.map(lambda s: s / 1024, state)
-  chex.assert_trees_all_close(
-    density.update(g, scaled), density.update(g, state), rtol=1e-6
-  )
+@pytest.mark.parametrize(
+  ('family', 'settings', 'name'),
+  [
+    (optax_ghm.BinnedDensity, {'bins': 0}, 'bins'),
+    (optax_ghm.BinnedDensity, {'bins': 2.5}, 'bins'),
+    (optax_ghm.BinnedDensity, {'momentum': 1.0}, 'momentum'),
+    (optax_ghm.BinnedDensity, {'low': 1.0, 'high': 1.0}, 'low'),
+    (optax_ghm.BinnedDensity, {'log': True}, 'low'),
+    (optax_ghm.WindowedDensity, {'width': 0.0}, 'width'),
+    (optax_ghm.WindowedDensity, {'width': 1.5}, 'width'),
+    (optax_ghm.WindowedDensity, {'cells': 0}, 'cells'),
+    (harmonization.ExactDensity, {'width': -1.0}, 'width'),
+  ],
+)
+def test_bad_settings_are_named(family, settings, name):
+  with pytest.raises(ValueError, match=name):
+    family(**settings)
+  with pytest.raises(TypeError):
+    family(0.2)
 
 
-def test_an_empty_first_batch_is_no_evidence():
-  for density in (
-    BINNED,
-    WINDOWED,
-    harmonization.MMDetectionDensity(momentum=0.9),
+def test_bad_arguments_are_named():
+  g, state = np.ones(3, np.float32), jax.eval_shape(BINNED.init)
+  for error, match, norms, options in (
+    (TypeError, 'norms', np.ones(3, np.int32), {}),
+    (ValueError, r'mask of shape \(2,\).*\(3,\)', g, {'mask': g[:2] > 0}),
+    (TypeError, 'mask must be bool.*as weights', g, {'mask': g}),
+    (
+      TypeError,
+      'weights must be real.*complex64',
+      g,
+      {'weights': np.ones(3, np.complex64)},
+    ),
+    (ValueError, 'state', g, {'state': state, 'density': WINDOWED}),
+    (ValueError, 'axis_name', g, {'density': EXACT, 'axis_name': 'batch'}),
   ):
-    _, state = weigh(jnp.zeros(0), density=density)
-    weights, _ = weigh(jnp.ones(2) / 2, state, density=density, train=False)
-    np.testing.assert_allclose(weights, [1, 1])
-
-
-def test_settings_are_named():
-  for family in (
-    optax_ghm.BinnedDensity,
-    optax_ghm.WindowedDensity,
-    harmonization.ExactDensity,
-  ):
-    with pytest.raises(TypeError):
-      family(0.2)
-
-
-@pytest.mark.parametrize('density', ALL, ids=repr)
-def test_norms_above_the_range_are_counted_and_weigh_like_the_largest(density):
-  high = density.high
-  beyond = np.float32([high / 2, high, 1e2 * high, 1e3 * high])
-  inside = np.minimum(beyond, np.float32(high))
-  weights, state = weigh(beyond, density=density)
-  expected, none = weigh(inside, density=density)
-  np.testing.assert_allclose(weights, expected, rtol=1e-6)
-  assert state.above_range == 2 and none.above_range == 0
-  rounded = np.float32([high * (1 + 1e-6)])
-  assert weigh(rounded, density=density)[1].above_range == 0
-
-
-def test_mask_and_weights_together_say_who_counts_and_how_much():
-  g = jnp.array([0.25, 0.25, 0.75, jnp.nan])
-  mask = jnp.array([True, True, True, False])
-  weights = jnp.array([0.5, 0.5, 1.0, 2.0])
-  factors, state = weigh(g, density=BINNED, mask=mask, weights=weights)
-  np.testing.assert_allclose(factors, [0.5, 0.5, 1.0, 0.0], rtol=1e-6)
-  assert state.non_finite == 0 and state.histogram.sum() == 2
+    with pytest.raises(error, match=match):
+      jax.eval_shape(
+        lambda norms=norms, options=options: optax_ghm.harmony_weights(
+          norms, **options
+        )
+      )
