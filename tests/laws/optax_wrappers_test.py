@@ -1,7 +1,8 @@
-"""Every transformation inside the wrappers of Optax does what it does alone."""
+"""A transformation inside the wrappers of Optax does what it does alone."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -10,7 +11,6 @@ from tests.support.trial import (
   LEARNING_RATE,
   assert_close,
   assert_same,
-  every,
   make_gradients,
   make_params,
   make_steps,
@@ -19,75 +19,75 @@ from tests.support.trial import (
   scale,
   scheduled,
   types,
-  whole,
+  typical,
+  typical_whole,
 )
 
-
-@every
-def test_chain_and_named_chain(entry):
-  expected, expected_state = run(entry.tx, make_steps(entry))
-  tx = optax.named_chain(
-    ('under_test', optax.chain(optax.identity(), entry.tx)),
-    ('sgd', optax.sgd(LEARNING_RATE)),
-  )
-  updates, state = run(tx, make_steps(entry), not_ours=1.0)
-  assert_close(updates, scale(expected, -LEARNING_RATE))
-  assert_close(state['under_test'][1], expected_state)
+pytestmark = pytest.mark.device
+PROGRAMS = 100
 
 
-@every
-def test_masked_and_partition(entry):
+@pytest.fixture(autouse=True)
+def _mixing():
+  """Optax itself adds floats and integers of several types."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+@typical
+def test_chains_masks_and_partitions(entry):
   def with_others(tree):
     return tree | {'other': tree['bias'], 'masked': tree['bias']}
 
   labels = {'bias': 'under_test', 'kernel': 'under_test', 'other': 'sgd'}
+  chain = optax.named_chain(
+    ('under_test', optax.chain(optax.identity(), entry.tx)),
+    ('sgd', optax.sgd(LEARNING_RATE)),
+  )
   tx = optax.masked(
     optax.partition(
-      {'under_test': entry.tx, 'sgd': optax.sgd(LEARNING_RATE)},
+      {'under_test': chain, 'sgd': optax.sgd(LEARNING_RATE)},
       labels | {'masked': optax.MaskedNode()},
     ),
     dict.fromkeys(labels, True) | {'masked': False},
   )
   steps = [with_others(gradients) for gradients in make_steps(entry)]
-  updates, state = run(tx, steps, with_others(make_params()))
+  updates, state = run(tx, steps, with_others(make_params()), not_ours=1.0)
   for update, gradients in zip(updates, steps, strict=True):
     assert_same(update.pop('masked'), gradients['masked'])
-    assert_same(update.pop('other'), -LEARNING_RATE * gradients['other'])
+    assert_same(update.pop('other'), scale(gradients['other'], -LEARNING_RATE))
   expected, expected_state = run(entry.tx, make_steps(entry))
-  assert_close(updates, expected)
+  assert_close(updates, scale(expected, -LEARNING_RATE))
   assert_close(jax.tree.leaves(state), jax.tree.leaves(expected_state))
-
-
-@every
-def test_inject_hyperparams(entry):
-  steps = make_steps(entry)
-  mask = {'mask': jnp.arange(BATCH) > 1} if entry.per_example else {}
-  expected, expected_state = run(entry.tx, steps, **mask)
-  tx = optax.inject_hyperparams(entry.factory)(**entry.keywords)
-  updates, state = run(tx, steps, **mask, not_ours=1.0)
-  assert state.hyperparams.keys() == entry.keywords.keys()
-  assert_close(updates, expected)
-  assert_close(state.inner_state, expected_state)
 
 
 @scheduled
 def test_inject_hyperparams_of_schedules(entry):
-  first, *_, last = make_steps(entry)
-  keywords = entry.keywords.items()
+  """Each halves after the first step."""
+  steps = make_steps(entry)[::2]
+  extra = {'mask': np.arange(BATCH) > 1} if entry.per_example else {}
   halving = {
     name: lambda step, value=value: jnp.where(step < 1, value, value / 2)
-    for name, value in keywords
+    for name, value in entry.keywords.items()
   }
-  (_, updates), _ = run(
-    optax.inject_hyperparams(entry.factory)(**halving), [first, last]
-  )
-  _, state = run(entry.tx, [first])
-  halved = entry.factory(**{name: value / 2 for name, value in keywords})
-  assert_close(updates, halved.update(last, state, make_params())[0])
+  tx = optax.inject_hyperparams(entry.factory)(**halving)
+  updates, state = run(tx, steps, **extra, not_ours=1.0)
+  assert state.hyperparams.keys() == entry.keywords.keys()
+  halved = entry.factory(**{k: v / 2 for k, v in entry.keywords.items()})
+
+  @jax.jit
+  def by_hand(one, other, params, extra):
+    state = entry.tx.init(params)
+    first, state = entry.tx.update(one, state, params, **extra)
+    second, state = halved.update(other, state, params, **extra)
+    return [first, second], state
+
+  expected = by_hand(*steps, make_params(), extra)
+  assert_close((updates, state.inner_state), expected)
 
 
 @scheduled
-def test_inject_hyperparams_of_schedules_on_mixed_leaves(entry):
+def test_inject_hyperparams_on_mixed_leaves(entry):
   """Optax casts hyperparameters to the first leaf's dtype, here bfloat16."""
   if entry.name == 'reference_trace':
     pytest.skip('There optax.trace makes float32 of bfloat16.')
@@ -98,57 +98,42 @@ def test_inject_hyperparams_of_schedules_on_mixed_leaves(entry):
     for name, value in entry.keywords.items()
   }
   tx = optax.inject_hyperparams(entry.factory)(**schedules)
-  rounded = {
-    name: float(jnp.bfloat16(value)) for name, value in entry.keywords.items()
-  }
-  with jax.numpy_dtype_promotion('standard'):  # Optax itself mixes dtypes
-    updates, state = run(tx, steps, mixed)
-    assert types(state) == types(tx.init(mixed))
+  state = jax.eval_shape(tx.init, mixed)
+  updates, after = jax.eval_shape(tx.update, steps[0], state, mixed)
+  assert types(updates) == types(mixed)
+  assert types(after) == types(state)
+  if entry.typical:
+    rounded = {
+      name: float(jnp.bfloat16(value)) for name, value in entry.keywords.items()
+    }
+    updates, _ = run(tx, steps, mixed)
     expected, _ = run(entry.factory(**rounded), steps, mixed)
-  assert types(updates[-1]) == types(mixed)
-  assert_close(updates, expected, rtol=0.02)
+    assert_close(updates, expected, rtol=0.02)
 
 
-def _multi_steps(tx):
-  return optax.MultiSteps(tx, every_k_schedule=2).gradient_transformation()
-
-
-@whole
-def test_inside_multi_steps(entry):
-  first, second = make_steps(entry)[:2]
-  mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
-  (expected,), expected_state = run(entry.tx, [mean])
-  # MultiSteps itself divides floats by ints.
-  with jax.numpy_dtype_promotion('standard'):
-    updates, state = run(_multi_steps(entry.tx), [first, second])
-  assert_same(updates[0], scale(make_params(), 0))
-  assert_close(updates[1], expected)
-  assert_close(state.inner_opt_state, expected_state)
-
-
-@whole
-def test_multi_steps_with_a_bad_micro_batch(entry):
+@typical_whole
+def test_multi_steps_and_a_bad_micro_batch(entry):
   """Optax can skip it; else its own accumulator would stay NaN for good."""
   first, second = make_steps(entry)[:2]
   mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
-  (expected,), expected_state = run(entry.tx, [mean])
+  (expected, *_), expected_state = run(entry.tx, [mean])
   tx = optax.MultiSteps(
     entry.tx, 2, should_skip_update_fn=optax.skip_not_finite
   ).gradient_transformation()
-  with jax.numpy_dtype_promotion('standard'):
-    updates, state = run(tx, [first, scale(second, jnp.nan), second])
+  updates, state = run(tx, [first, scale(second, np.nan), second])
+  assert_same(updates[0], scale(make_params(), 0))
   assert_close(updates[2], expected)
   assert_close(state.inner_opt_state, expected_state)
 
 
-@whole
+@typical_whole
 def test_inside_apply_if_finite(entry):
   first, second, third = make_steps(entry)
   expected, expected_state = run(entry.tx, [first, third])
   tx = optax.apply_if_finite(
     optax.chain(entry.tx, optax.sgd(LEARNING_RATE)), max_consecutive_errors=1
   )
-  updates, state = run(tx, [first, scale(second, jnp.nan), third])
+  updates, state = run(tx, [first, scale(second, np.nan), third])
   assert_close([updates[0], updates[2]], scale(expected, -LEARNING_RATE))
   assert_same(updates[1], scale(make_params(), 0))
   assert_close(state.inner_state[0], expected_state)
@@ -157,13 +142,13 @@ def test_inside_apply_if_finite(entry):
 @per_example
 def test_before_multi_steps_and_apply_if_finite(entry):
   first, second = make_steps(entry)[:2]
-  second['bias'] = second['bias'].at[1, 0].set(jnp.nan)
+  second['bias'][1, 0] = np.nan
   (one, two), expected_state = run(entry.tx, [first, second])
-  with jax.numpy_dtype_promotion('standard'):
-    guard = optax.apply_if_finite(
-      _multi_steps(optax.sgd(LEARNING_RATE)), max_consecutive_errors=1
-    )
-    updates, state = run(optax.chain(entry.tx, guard), [first, second])
+  guard = optax.apply_if_finite(
+    optax.MultiSteps(optax.sgd(LEARNING_RATE), 2).gradient_transformation(),
+    max_consecutive_errors=1,
+  )
+  updates, state = run(optax.chain(entry.tx, guard), [first, second])
   assert_same(updates[0], scale(make_params(), 0))
   mean = jax.tree.map(lambda x, y: (x + y) / 2, one, two)
   assert_close(updates[1], scale(mean, -LEARNING_RATE))

@@ -23,6 +23,8 @@ class Entry:
       params' leaves; ``update`` then takes the extra argument ``mask``.
     keywords: those arguments of ``factory`` that ``inject_hyperparams`` traces,
       each with a value to test it with.
+    typical: whether it stands for all with its engine, in what depends on the
+      shape of the state alone.
     own: whether it is of this library, whose states hold float32 and have field
       names of their own; Optax's need not.
   """
@@ -31,6 +33,7 @@ class Entry:
   factory: Callable[..., optax.GradientTransformationExtraArgs]
   per_example: bool = False
   keywords: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  typical: bool = False
   own: bool = True
 
   @functools.cached_property
@@ -84,6 +87,7 @@ ENTRIES = (
     functools.partial(optax_ghm.noise_scale_aggregate, 2),
     per_example=True,
     keywords={'decay': 0.5},
+    typical=True,
   ),
   Entry('clip_by_norm', optax_ghm.clip_by_norm, keywords={'max_norm': 2.0}),
   Entry(
@@ -117,6 +121,7 @@ ENTRIES = (
     'clip_by_zscore',
     optax_ghm.clip_by_zscore,
     keywords={'z_threshold': 0.5, 'decay': 0.9, 'warmup_steps': 1},
+    typical=True,
   ),
   Entry(
     'clip_by_norm_ema',
@@ -145,6 +150,7 @@ ENTRIES = (
   Entry(
     'normalize_by_norm_of_units',
     functools.partial(optax_ghm.normalize_by_norm, scope='unit'),
+    typical=True,
   ),
   Entry('standardize', optax_ghm.standardize),
   Entry('centralize', optax_ghm.centralize),
@@ -156,6 +162,7 @@ ENTRIES = (
       window=optax_ghm.SpikeWindow(length=4),
     ),
     keywords={'sigmas': 3.0, 'max_consecutive': 2},
+    typical=True,
     own=False,  # its optimizer is Optax's
   ),
   Entry(
@@ -165,11 +172,13 @@ ENTRIES = (
       _guarded_trace(0.5),
       optax_ghm.clip_by_zscore(0.5, warmup_steps=1),
     ),
+    typical=True,
     own=False,  # its optimizer is Optax's
   ),
   Entry(
     'watch',
     functools.partial(flow.watch, _guarded_trace(0.5)),
+    typical=True,
     own=False,  # its optimizer is Optax's
   ),
 )

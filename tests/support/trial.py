@@ -1,14 +1,14 @@
 """What the contract tests share: parameters, gradients, and the plain run.
 
-Most of the time goes into compiling: what is compared with the plain run on
-``make_params()`` and ``make_steps(entry)`` finds that compiled already.
+Most of the time goes into compiling. A run is one program: what is compared
+with that of a few steps finds it compiled already.
 """
 
+import functools
 import operator
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,15 +27,19 @@ def _parametrize(entries):
 
 every = _parametrize(ENTRIES)
 own = _parametrize([e for e in ENTRIES if e.own])
-per_example = _parametrize([e for e in ENTRIES if e.per_example])
 whole = _parametrize([e for e in ENTRIES if not e.per_example])
+per_example = _parametrize([e for e in ENTRIES if e.per_example])
 scheduled = _parametrize([e for e in ENTRIES if e.keywords])
+typical = _parametrize([e for e in ENTRIES if e.typical])
+typical_whole = _parametrize(
+  [e for e in ENTRIES if e.typical and not e.per_example]
+)
 bad_number = pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 
 
-def make_params(dtype=jnp.float32):
+def make_params(dtype=np.float32):
   """Those of a dense layer, in Linen and in nnx."""
-  return {'bias': jnp.ones((2,), dtype), 'kernel': jnp.ones((3, 2), dtype)}
+  return {'bias': np.ones((2,), dtype), 'kernel': np.ones((3, 2), dtype)}
 
 
 def make_gradients(entry, step=0, params=None):
@@ -48,7 +52,7 @@ def make_gradients(entry, step=0, params=None):
   def gradient(param):
     values = rng.normal(size=batch + param.shape)
     values *= sizes.reshape(batch + (1,) * param.ndim)
-    return jnp.asarray(values.astype(param.dtype))
+    return values.astype(param.dtype)
 
   return jax.tree.map(gradient, params)
 
@@ -57,23 +61,44 @@ def make_steps(entry, params=None):
   return [make_gradients(entry, step, params) for step in range(STEPS)]
 
 
+@functools.cache
+def jitted(tx):
+  """``init`` and ``update``, each a program."""
+  return jax.jit(tx.init), jax.jit(tx.update)
+
+
+@functools.cache
+def scanned(tx):
+  """All steps, as one program."""
+
+  @jax.jit
+  def run(steps, params, extra_args):
+    def step(state, gradients):
+      return tx.update(gradients, state, params, **extra_args)[::-1]
+
+    return jax.lax.scan(step, tx.init(params), steps)[::-1]
+
+  return run
+
+
 def run(tx, gradients, params=None, **extra_args):
   """The updates of every step, and the state at the end."""
   params = make_params() if params is None else params
-  update = jax.jit(tx.update)
-  state, every_update = tx.init(params), []
-  for gradient in gradients:
-    updates, state = update(gradient, state, params, **extra_args)
-    every_update.append(updates)
-  return every_update, state
+  updates, state = scanned(tx)(stack(gradients), params, extra_args)
+  updates = jax.tree.map(np.asarray, updates)
+  return [at(updates, i) for i in range(len(gradients))], state
 
 
 def stack(trees):
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
+def at(tree, i):
+  return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
 def scale(tree, factor):
-  return jax.tree.map(lambda x: factor * x, tree)
+  return jax.tree.map(lambda x: np.asarray(factor * x, x.dtype), tree)
 
 
 def types(tree):
