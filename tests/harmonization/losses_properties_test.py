@@ -1,4 +1,5 @@
-import dataclasses
+"""The losses are their formulas, on drawn numbers of every dtype."""
+
 import functools
 
 import jax
@@ -9,8 +10,13 @@ from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
-from optax_ghm import harmonization
-from tests.support import strategies_arrays as arrays_of
+from tests.support import (
+  oracles_harmonization as oracles,
+  strategies_arrays as arrays_of,
+)
+from tests.support.oracles_harmonization import MU, Smooth
+
+pytestmark = pytest.mark.device
 
 CASES = [  # few: each is compiled
   (jnp.float16, (5,)),
@@ -20,56 +26,6 @@ CASES = [  # few: each is compiled
   (jnp.float64, (3, 2)),
 ]
 WEIGHTS = st.sampled_from([0.0, 0.25, 1.0, -1.0, np.nan])
-MU = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Smooth(harmonization.ExactDensity):
-  """A density without edges: rounding of a norm moves no weight by much."""
-
-  def update(self, norms, state, amounts=None, axis_name=None, train=True):
-    regions, state = super().update(norms, state, amounts, axis_name, train)
-    density = jnp.where(regions.count > 0, crowd_of(norms.ravel()), 0)
-    return regions._replace(density=density), state
-
-
-def crowd_of(norms):
-  return 1 + 3 * norms
-
-
-@np.errstate(all='ignore')
-def sigmoid(x, y, largest):
-  """Loss, gradient and its norm, in float64; infinities as the largest."""
-  x = np.clip(x, -largest, largest)
-  loss = np.where(x >= 0, x * (1 - y), -x * y) + np.log1p(np.exp(-np.abs(x)))
-  error = np.exp(-np.logaddexp(0, -x)) - y
-  return loss, error, np.abs(error)
-
-
-def smooth_l1(x, y, largest):
-  d = np.clip(x - y, -largest, largest)
-  root = np.hypot(d, MU)
-  return d * (d / (root + MU)), d / root, np.abs(d) / root
-
-
-@np.errstate(all='ignore')
-def softmax(x, labels):
-  known = (labels >= 0) & (labels < x.shape[-1])
-  at = np.where(known, labels, 0)[..., None].astype(int)
-  log_p = x - x.max(-1, keepdims=True)
-  log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
-  loss = -np.take_along_axis(log_p, at, -1)[..., 0]
-  error = np.exp(log_p) - (np.arange(x.shape[-1]) == at)
-  loss = np.where(known, loss, np.nan)
-  return loss, error, -np.expm1(-loss)
-
-
-def harmony_of(g, weights):
-  """The harmony weights of :class:`Smooth`, in float64, times the weights."""
-  valid = (weights > 0) & np.isfinite(g)
-  mass = np.where(valid, weights, 0)
-  beta = np.where(valid, mass.sum() / crowd_of(np.where(valid, g, 0)), 0)
-  return mass * beta * mass.sum() / max((mass * beta).sum(), 1e-30)
 
 
 @functools.partial(jax.jit, static_argnames=('loss', 'density'))
@@ -88,7 +44,7 @@ def assert_defined(found, x, weights, defined, dtype):
   computed = np.promote_types(dtype, np.float32)
   assert losses.dtype == computed and grad.dtype == dtype
   plain, error, g = defined
-  factors = harmony_of(g, weights)
+  factors = oracles.harmony_of(g, weights)
   counts = weights > 0
   undefined = counts & np.isnan(g)
   np.testing.assert_array_equal(np.isnan(losses), undefined)
@@ -109,10 +65,10 @@ def assert_defined(found, x, weights, defined, dtype):
 
 
 ELEMENTWISE = {
-  'sigmoid': (optax_ghm.sigmoid_ghm_loss_with_state, sigmoid, (0, 1)),
+  'sigmoid': (optax_ghm.sigmoid_ghm_loss_with_state, oracles.sigmoid, (0, 1)),
   'smooth_l1': (
     functools.partial(optax_ghm.smooth_l1_ghm_loss_with_state, mu=MU),
-    smooth_l1,
+    oracles.smooth_l1,
     (-4, 4),
   ),
 }
@@ -172,7 +128,7 @@ def of_mu(d, mu):
 @example(mu=1e-42, d=0.0)
 def test_smooth_l1_of_any_mu(mu, d):
   mu = float(np.float32(mu))
-  losses, slope = of_mu(np.float32(d), mu)
+  losses, slope = jax.device_get(of_mu(np.float32(d), mu))
   d = float(np.float32(d))
   expected = abs(d) * (abs(d) / (np.hypot(d, mu) + mu))
   arrays_of.assert_close(losses, expected, 1e-6)
@@ -180,19 +136,21 @@ def test_smooth_l1_of_any_mu(mu, d):
     arrays_of.assert_close(slope, mu / np.hypot(d, mu) - 1, 1e-6, 1e-6)
 
 
-@given(x=st.floats(-9, 9), y=st.sampled_from([0, 1, True, 0.25]))
-def test_python_scalars_are_losses_of_one_example(x, y):
-  for loss, (_, formula, _) in (
-    (optax_ghm.sigmoid_ghm_loss, ELEMENTWISE['sigmoid']),
+def test_python_scalars_are_losses_of_one_example():
+  scalars = [(x, y) for x in (-9.0, 0.3) for y in (0, 1, True, 0.25)]
+  losses = (
+    (optax_ghm.sigmoid_ghm_loss, oracles.sigmoid),
     (
       functools.partial(optax_ghm.smooth_l1_ghm_loss, mu=MU),
-      ELEMENTWISE['smooth_l1'],
+      oracles.smooth_l1,
     ),
-  ):
-    losses = loss(x, y)
-    expected, *_ = formula(np.float32(x).astype(float), float(y), 1e38)
-    assert losses.shape == () and losses.dtype == jnp.float32
-    arrays_of.assert_close(losses, expected, 2e-6, 1e-6)
+  )
+  found = jax.jit(lambda: [[f(*u) for u in scalars] for f, _ in losses])()
+  for of_loss, (_, formula) in zip(found, losses, strict=True):
+    for loss, (x, y) in zip(of_loss, scalars, strict=True):
+      assert loss.shape == () and loss.dtype == jnp.float32
+      expected, *_ = formula(float(x), float(y))
+      arrays_of.assert_close(loss, expected, 2e-6, 1e-6)
 
 
 @given(
@@ -224,29 +182,33 @@ def test_softmax_losses_are_their_formula(case, layout, data):
       Smooth(),
     )
   x, weights = (np.asarray(u, np.float64) for u in (x, weights))
-  defined = softmax(x, labels)
+  defined = oracles.softmax(x, labels)
   assert_defined(found, x, weights, defined, dtype)
 
 
 INTEGERS = [np.int8, np.uint8, np.uint32]
 
 
-@pytest.mark.parametrize(
-  'loss',
-  [
-    optax_ghm.sigmoid_ghm_loss_with_integer_labels_with_state,
-    optax_ghm.softmax_ghm_loss_with_integer_labels_with_state,
-  ],
-)
+@jax.jit
+def of_integer_labels(x, labels, weights):
+  return [
+    loss(x, labels, None, density=Smooth(), weights=weights)
+    for loss in (
+      optax_ghm.sigmoid_ghm_loss_with_integer_labels_with_state,
+      optax_ghm.softmax_ghm_loss_with_integer_labels_with_state,
+    )
+  ]
+
+
 @given(dtype=st.sampled_from(INTEGERS), data=st.data())
-def test_labels_may_be_of_any_integers(loss, dtype, data):
+def test_labels_may_be_of_any_integers(dtype, data):
   info, classes = np.iinfo(dtype), 300
   some = st.integers(max(info.min, -400), min(info.max, 400))
   labels = data.draw(hnp.arrays(dtype, 4, elements=some))
   x = np.linspace(-3, 3, 4 * classes, dtype=np.float32).reshape(4, classes)
   weights = np.ones(4, np.float32)
-  found = losses_and_grad(loss, x, labels, weights, Smooth())
-  wide = losses_and_grad(loss, x, labels.astype(np.int32), weights, Smooth())
+  found = of_integer_labels(x, labels, weights)
+  wide = of_integer_labels(x, labels.astype(np.int32), weights)
   jax.tree.map(np.testing.assert_array_equal, found, wide)
 
 
@@ -285,24 +247,6 @@ def test_what_weighs_nothing_has_no_part_in_anything(name, data):
     for given_ in ((x, y), (other_x, other_y))
   )
   jax.tree.map(np.testing.assert_array_equal, found, other)
-  losses, _, grad = found
+  losses, _, grad = jax.device_get(found)
   assert (losses[out.reshape(4)] == 0).all()
   assert (grad[out.reshape(4)] == 0).all()
-
-
-@pytest.mark.parametrize('name', LOSSES)
-@given(data=st.data())
-def test_compiled_or_not_losses_are_the_same(name, data):
-  loss, targets = LOSSES[name]
-  shape = (4,) if targets is np.int32 else (4, 3)
-  x = data.draw(
-    arrays_of.arrays(np.float32, (4, 3), arrays_of.numbers(np.float32))
-  )
-  y = data.draw(hnp.arrays(targets, shape, elements=st.integers(0, 1)))
-  weights = np.ones(shape, np.float32)
-  losses, state, _ = losses_and_grad(loss, x, y, weights, Smooth())
-  eager, eager_state = loss(
-    x, y, Smooth().init(), density=Smooth(), weights=weights
-  )
-  np.testing.assert_allclose(losses, eager, rtol=1e-5, atol=1e-6)
-  jax.tree.map(np.testing.assert_array_equal, state, eager_state)
