@@ -242,6 +242,22 @@ def test_several_calls_add_up_and_other_models_are_left_alone():
   assert counts == {'first': 3, 'second': 3, 'head': 2, '': 2}
 
 
+def test_a_function_may_call_parts_of_the_model_in_turn():
+  face = Linen('mlp', X)
+
+  def parts(m, x):
+    return m.head(nn.tanh(m.second(nn.tanh(m.first(x)))))
+
+  @jax.jit
+  @Tapped(face.model).value_and_grad
+  def step(variables, x):
+    return wavy(face.model.apply(variables, x, method=parts))
+
+  _, _, taps = step(face.state, X)
+  counts = {name: int(stats.calls) for name, stats in taps.items()}
+  assert counts == {'first': 1, 'second': 1, 'head': 1}
+
+
 def test_the_model_untapped_beside_itself_tapped_is_left_alone():
   model = Linen('mlp', X)
 

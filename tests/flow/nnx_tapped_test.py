@@ -32,6 +32,11 @@ def model():
   return Nnx('mlp', X).build()
 
 
+class Count(nnx.Module):
+  def __call__(self, x):
+    return jnp.arange(len(x))
+
+
 class Nested(nnx.Module):
   def __init__(self, rngs):
     self.layers = nnx.List(
@@ -40,8 +45,10 @@ class Nested(nnx.Module):
     self.decoder = nnx.Sequential(
       nnx.Linear(WIDTH, 2, rngs=rngs), nnx.tanh, nnx.Linear(2, 2, rngs=rngs)
     )
+    self.count = Count()
 
   def __call__(self, x):
+    self.count(x)
     for layer in self.layers:
       x = nnx.tanh(layer(x))
     return self.decoder(x)
@@ -56,7 +63,9 @@ def test_names_are_the_paths_of_nnx_in_the_order_of_returns():
     ('decoder/layers/2', 'Linear', True),
     ('decoder', 'Sequential', False),
     ('', 'Nested', False),
+    ('count', 'Count', False),  # which returns nothing that has a gradient
   ]
+  assert taps['count'].calls == 0
 
 
 @pytest.mark.parametrize('model', ['mlp', 'normed', 'scan'])
