@@ -1,5 +1,7 @@
 """``python -m optax_ghm.flow``."""
 
+import os
+import runpy
 import subprocess
 import sys
 
@@ -7,17 +9,16 @@ import pytest
 
 from optax_ghm import flow
 from optax_ghm.flow import __main__ as command_line
-from tests.support.hand_made import taps
+from tests.support.hand_made import record_of, tapped
 
 
 @pytest.fixture
 def saved(tmp_path):
-  def save(name, *norms):
+  def save(name, *norms, names=('encoder', 'head')):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    record = flow.Record()
-    record.add(3, taps=taps(norms or [None, 1.0], ['encoder', 'head']))
-    record.save(path)
+    step = tapped(*(norms or [None, 1.0]), names=names)
+    record_of(step, start=3).save(path)
     return path
 
   return save
@@ -63,23 +64,38 @@ def test_records_of_one_name_in_two_folders_are_both_shown(saved):
   assert 'disconnected' in text and 'Nothing is wrong' in text
 
 
-BAD = {
-  'missing': lambda path: None,
-  'text': lambda path: path.write_text('no record'),
-  'truncated': lambda path: path.write_bytes(path.read_bytes()[:-100]),
-  'empty': lambda path: flow.Record().save(path),
-}
-
-
 @pytest.mark.filterwarnings('ignore::ResourceWarning')
-@pytest.mark.parametrize('kind', BAD)
-def test_a_bad_file_is_status_1_and_a_message(saved, tmp_path, capsys, kind):
-  path = saved('bad.npz') if kind == 'truncated' else tmp_path / 'bad.npz'
-  BAD[kind](path)
+@pytest.mark.parametrize(
+  ('name', 'told'),
+  [
+    ('folder', 'directory'),
+    ('text', 'not a zip file'),
+    ('two\nlines\x1b[2J', 'not a zip file'),  # truncated
+    ('without steps', 'nothing is recorded'),
+    ('missing', 'No such file'),
+  ],
+)
+def test_a_bad_file_is_status_1_and_a_line(saved, tmp_path, capsys, name, told):
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'text').write_text('no record')
+  flow.Record().save(tmp_path / 'without steps')
+  truncated = saved('two\nlines\x1b[2J')
+  truncated.write_bytes(truncated.read_bytes()[:-100])
+  path = tmp_path / name
   assert command_line.main(['report', str(path)]) == 1
   out, err = capsys.readouterr()
-  assert 'bad' in err and err.count('\n') == 1
-  assert out == '' and not path.with_suffix('.html').exists()
+  assert out == '' and err.endswith('\n') and err[:-1].isprintable()
+  assert told in err and name.split('\n')[0] in err
+  assert not path.with_suffix('.html').exists()
+
+
+def test_a_record_is_not_written_over_by_its_page(saved, capsys):
+  one, two = saved('one.html'), saved('two.npz')
+  before = one.read_bytes()
+  for arguments in ([one], [one, two], [two, '-o', two]):
+    assert command_line.main(['report', *map(str, arguments)]) == 1
+    assert 'is a record' in capsys.readouterr().err
+  assert one.read_bytes() == two.read_bytes() == before
 
 
 def test_a_page_that_cannot_be_written_is_status_1(saved, tmp_path, capsys):
@@ -107,21 +123,25 @@ def test_a_wrong_call_says_how_to_call_it(arguments, capsys):
   assert 'usage: python -m optax_ghm.flow' in capsys.readouterr().err
 
 
-def test_it_runs_as_a_module(saved, tmp_path):
-  command = [sys.executable, '-m', 'optax_ghm.flow', 'report']
+def test_it_runs_as_a_module_where_the_terminal_lacks_letters(saved):
+  path = saved('run.npz', names=('größe \ud800', 'x'))
   done = subprocess.run(
-    [*command, str(saved('run.npz'))],
+    [sys.executable, '-m', 'optax_ghm.flow', 'report', str(path)],
     check=False,
     capture_output=True,
-    text=True,
+    env={**os.environ, 'PYTHONIOENCODING': 'ascii', 'COLUMNS': '200'},
   )
   assert done.returncode == 0, done.stderr
-  assert (tmp_path / 'run.html').exists()
-  bad = subprocess.run(
-    [*command, str(tmp_path / 'missing')],
-    check=False,
-    capture_output=True,
-    text=True,
-  )
-  assert bad.returncode == 1
-  assert 'missing' in bad.stderr and 'Traceback' not in bad.stderr
+  assert rb'gr\xf6\xdfe \ud800' in done.stdout and done.stderr == b''
+  assert path.with_suffix('.html').exists()
+
+
+def test_run_as_a_module_it_exits_with_the_status(
+  tmp_path, monkeypatch, capsys
+):
+  path = str(tmp_path / 'missing')
+  monkeypatch.setattr(sys, 'argv', ['optax_ghm.flow', 'report', path])
+  with pytest.raises(SystemExit) as error:
+    runpy.run_path(command_line.__file__, run_name='__main__')
+  assert error.value.code == 1
+  assert 'missing' in capsys.readouterr().err

@@ -3,15 +3,20 @@
 import io
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
 
 from optax_ghm import flow
-from tests.support.hand_made import silent, stats, taps, watched
-
-HOSTILE = '[red]x[/red] <b>"\'\\ [0]'
+from tests.support.hand_made import (
+  KERNEL,
+  kernel,
+  record_of,
+  silent,
+  stats,
+  tapped,
+  watched,
+)
 
 
 def printed(records, **kwargs):
@@ -33,23 +38,19 @@ def rows(text, name):
 
 
 def full_record():
-  record = flow.Record({'one': {'kernel': jnp.ones((2, 2))}})
-  record.add(
-    4,
-    taps=taps(
-      [stats(5.0, zeros=25, largest=3.0, non_finite=2), silent(), 1.0],
-      ['one', 'two', ''],
-    ),
-    opt_state=watched(
-      {
-        'gradient_norm': 2.0,
-        'update_norm': 0.5,
-        'parameter_norm': 4.0,
-        'dead_units': 7,
-      }
-    ),
-  )
-  return record
+  one = stats(5.0, zeros=25, largest=3.0, non_finite=2)
+  layers = tapped(one, silent(), 1.0, names=['one', 'two', ''])
+  row = {
+    'gradient_norm': 2.0,
+    'update_norm': 0.5,
+    'parameter_norm': 4.0,
+    'dead_units': 7,
+  }
+  step = {
+    **layers,
+    'opt_state': watched(row),
+  }
+  return record_of(step, params={'one': {'kernel': kernel()}}, start=4)
 
 
 def test_layers_and_parameters_are_tables_of_their_figures():
@@ -75,12 +76,19 @@ def test_layers_and_parameters_are_tables_of_their_figures():
     assert head in text
 
 
-def test_it_is_the_last_step_that_is_shown():
-  record = flow.Record()
-  for i in range(3):
-    record.add(i, taps=taps([10.0**i], ['one']))
-  (row,) = rows(printed(record), 'one')
-  assert row[1] == '1.00e+02'
+def test_it_is_the_last_measured_step_that_is_shown():
+  """NaN in a table would say that the gradient was so."""
+  record = record_of(
+    tapped(1.0, names=['one']),
+    {**tapped(3.0, names=['one']), 'opt_state': watched({})},
+    {'loss': 0.5},
+    params=KERNEL,
+  )
+  text = printed(record)
+  (row,) = rows(text, 'one')
+  assert row[1] == '3.00e+00'
+  assert rows(text, 'w')
+  assert 'nan' not in text
 
 
 def test_all_verdicts_are_printed_with_what_to_try_and_why():
@@ -93,73 +101,43 @@ def test_all_verdicts_are_printed_with_what_to_try_and_why():
   assert 'nothing is wrong' not in text
 
 
-def test_where_nothing_is_wrong_it_says_so():
-  record = flow.Record()
-  record.add(0, taps=taps([1.0]))
-  assert 'nothing is wrong' in printed(record)
-
-
 def test_several_records_go_by_their_names():
-  healthy = flow.Record()
-  healthy.add(0, taps=taps([1.0], ['a']))
+  healthy = record_of(tapped(1.0, names=['a']))
   text = printed(
     {'good [1]': healthy, 'ill': full_record(), 'empty [2]': flow.Record()}
   )
   assert 'good [1]: gradients at the layers' in text
-  assert 'good [1]: nothing is wrong' in text
+  assert 'good [1]: nothing is wrong by 1 recorded steps' in text
   assert 'ill: parameters' in text
   assert 'ill: disconnected' in text
   assert 'empty [2]: nothing is recorded' in text
 
 
 def test_only_what_was_recorded_has_a_table():
-  taps_only, watch_only = flow.Record(), flow.Record({'w': jnp.ones(2)})
-  taps_only.add(0, taps=taps([1.0]))
-  watch_only.add(0, opt_state=watched({}))
-  losses = flow.Record({'w': jnp.ones(2)})
-  losses.add(0, loss=1.0)
-  assert 'parameter' not in printed(taps_only)
+  assert 'parameter' not in printed(record_of(tapped(1.0)))
+  watch_only = record_of({'opt_state': watched({})}, params=KERNEL)
   assert 'layer' not in printed(watch_only)
-  assert '│' not in printed(losses) and 'nothing is wrong' in printed(losses)
-
-
-def test_names_are_printed_as_they_are():
-  record = flow.Record({HOSTILE: jnp.ones(2), ':smile:': jnp.ones(2)})
-  record.add(
-    0,
-    taps=taps([None, 1.0], [HOSTILE, 'x']),
-    opt_state=watched({}, {'dead_units': 9}),
-  )
-  text = printed({HOSTILE: record})
-  assert text.count(HOSTILE) >= 5  # titles, layer, parameter, verdict
-  assert rows(text, ':smile:') and rows(text, HOSTILE)
+  losses = printed(record_of({'loss': 1.0}, params=KERNEL))
+  assert '│' not in losses and 'nothing is wrong' in losses
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_what_is_not_finite_is_printed(bad):
-  record = flow.Record({'w': jnp.ones(2)})
-  record.add(
-    0,
-    taps=taps([bad], ['one']),
-    opt_state=watched({'gradient_norm': bad, 'parameter_norm': 0.0}),
-  )
-  text = printed(record)
+  row = {'gradient_norm': bad, 'parameter_norm': 0.0}
+  step = {**tapped(bad, names=['one']), 'opt_state': watched(row)}
+  text = printed(record_of(step, params=KERNEL))
   (one,) = rows(text, 'one')
   assert one[1] == str(bad) and one[-1] == '1'
   (w,) = rows(text, 'w')
   assert w[1] == str(bad) and w[4] == 'inf'
 
 
-def test_a_last_step_without_taps_or_state_hides_nothing():
-  """NaN in a table says that the gradient was so."""
-  record = flow.Record({'w': jnp.ones(2)})
-  record.add(0, taps=taps([3.0], ['one']), opt_state=watched({}))
-  record.add(1, loss=0.5)
-  text = printed(record)
-  (one,) = rows(text, 'one')
-  assert one[1] == '3.00e+00'
-  assert rows(text, 'w')
-  assert 'nan' not in text
+def test_batch_norms_are_a_table():
+  numbers = np.array([123, 0.25, 0, 0, 0.5], 'f')
+  step = {'batch_norm': {'a': {'stats': flow.BatchNormStats(numbers)}}}
+  text = printed(record_of(step, {'loss': 1.0}))
+  assert 'batch normalization' in text
+  assert rows(text, 'a') == [['a', '1.2e+02', '0.25', '0', '0', '0.5']]
 
 
 def test_without_a_console_it_prints_to_the_terminal(capsys):

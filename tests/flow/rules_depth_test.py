@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from hypothesis import example, given, strategies as st
 
 from optax_ghm import flow
 from tests.support.hand_made import (
@@ -16,6 +17,39 @@ def falling(count, decades, **kwargs):
   """Norms that fall towards the input by so many decades per layer."""
   norms = 10.0 ** (decades * (np.arange(count) - count))
   return tapped(*norms, **kwargs)
+
+
+SIZES = st.sampled_from(
+  [0.0, 1e-45, 1e-38, 1e-20, 1e-3, 1.0, 1.5, 30.0, 1e20, 3e38]
+  + [np.nan, np.inf]
+)
+
+
+@given(
+  norms=st.lists(
+    st.lists(SIZES | st.floats(1e-9, 1e9), min_size=7, max_size=7),
+    min_size=1,
+    max_size=3,
+  )
+)
+@example(norms=[[0.0, 1.0, *[1.0] * 5], [1.0, np.nan, *[1.0] * 5]])
+def test_the_depth_profile_is_the_line_of_least_squares(norms):
+  record = record_of(*[tapped(*each) for each in norms])
+  profile = flow.depth_profile(record)
+  np.testing.assert_array_equal(profile.layers, np.arange(7))
+  for t, each in enumerate(record.layer_stats['norm']):
+    if not np.isfinite(each).all():
+      assert not np.isfinite(profile.slope[t])
+      continue
+    y = np.log10(np.maximum(each, 2.0**-149))
+    np.testing.assert_allclose(profile.log_norms[t], y)
+    slope, at_0 = np.polyfit(np.arange(7), y, 1)
+    np.testing.assert_allclose(profile.slope[t], slope, atol=1e-9)
+    np.testing.assert_allclose(profile.decades[t], 6 * slope, atol=1e-9)
+    total = ((y - y.mean()) ** 2).sum()
+    if total > 1e-9:
+      residual = ((y - at_0 - slope * np.arange(7)) ** 2).sum()
+      np.testing.assert_allclose(profile.r2[t], 1 - residual / total, atol=1e-6)
 
 
 def test_the_profile_is_of_layers_with_a_kernel_that_were_reached():

@@ -1,34 +1,26 @@
 """What the writers hand on, and to whom."""
 
 import json
+import pathlib
 import subprocess
 import sys
+import tempfile
 import types
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, strategies as st
 
 from optax_ghm import flow
-from tests.support.hand_made import stats, taps, watched
-
-
-def strict_json(line):
-  def refuse(constant):
-    raise ValueError(f'{constant} is no JSON.')
-
-  return json.loads(line, parse_constant=refuse)
+from tests.support.hand_made import KERNEL, add, kernel, stats, tapped, watched
 
 
 def record_with(writer):
-  record = flow.Record({'w': jnp.ones((2, 2))}, writers=[writer])
+  record = flow.Record(KERNEL, writers=[writer])
   for i, loss in enumerate([0.5, np.nan, np.inf, -np.inf]):
-    record.add(
-      10 * i,
-      taps=taps([stats(3.0, non_finite=i)], ['größe[0] "x"\n']),
-      opt_state=watched({'parameter_norm': float(i), 'update_norm': 1.0}),
-      loss=loss,
-    )
+    step = tapped(stats(3.0, non_finite=i), names=['größe[0] "x"\n'])
+    state = watched({'parameter_norm': float(i), 'update_norm': 1.0})
+    add(record, 10 * i, **step, opt_state=state, loss=loss)
   assert len(record) == 4  # all have arrived
   return record
 
@@ -44,51 +36,89 @@ def expected(i, loss):
   }
 
 
-def test_json_lines_are_strict_json_of_every_step(tmp_path):
-  path = tmp_path / 'flow.jsonl'
-  record_with(flow.json_lines_writer(path))
-  lines = path.read_text(encoding='utf-8').split('\n')
-  assert lines.pop() == ''
-  found = [strict_json(line) for line in lines]
-  losses = [0.5, 'NaN', 'Infinity', '-Infinity']
-  for i, (line, loss) in enumerate(zip(found, losses, strict=True)):
-    line_expected = {'step': 10 * i, **expected(i, loss)}
-    if i == 0:
-      line_expected['parameters/update_ratio/w'] = 'Infinity'
-    assert list(line) == list(line_expected)
-    for name, value in line_expected.items():
-      if isinstance(value, str):
-        assert line[name] == value
-      else:
-        assert line[name] == pytest.approx(value)
+def assert_logged(logged):
+  """Pairs of a step and its numbers."""
+  assert [step for step, _ in logged] == [0, 10, 20, 30]
+  for i, (_, numbers) in enumerate(logged):
+    wanted = expected(i, [0.5, np.nan, np.inf, -np.inf][i])
+    assert list(numbers) == list(wanted)
+    np.testing.assert_allclose(
+      list(numbers.values()), list(wanted.values()), rtol=1e-6
+    )
 
 
-def test_json_lines_are_appended(tmp_path):
-  path = tmp_path / 'flow.jsonl'
-  path.write_text('{"step": -1}\n')
-  for _ in range(2):
-    record = flow.Record(writers=[flow.json_lines_writer(str(path))])
-    record.add(0, loss=1.0)
-    assert len(record) == 1
-  lines = [strict_json(line) for line in path.read_text().splitlines()]
-  assert lines == [{'step': -1}, *[{'step': 0, 'loss': 1.0}] * 2]
+def test_writers_get_every_step_in_order_before_it_is_dropped():
+  written, other = [], []
+  record = flow.Record(
+    {'dense': {'kernel': kernel()}},
+    capacity=4,
+    writers=[
+      lambda step, numbers: written.append((step, numbers)),
+      lambda step, numbers: other.append(step),
+    ],
+  )
+  for i in range(20):
+    step = tapped(i + 1.0, stats(2.0, non_finite=3), names=['dense', ''])
+    row = {'gradient_norm': i, 'update_norm': 4, 'parameter_norm': 8}
+    add(record, 2 * i, **step, opt_state=watched(row), loss=i)
+  add(record, 100)
+  assert len(record) <= 4
+  assert written.pop() == (100, {})
+  assert [step for step, _ in written] == other[:-1] == list(range(0, 40, 2))
+  for i, (_, numbers) in enumerate(written):
+    assert numbers == {
+      'loss': i,
+      'flow/norm/dense': i + 1.0,
+      'flow/non_finite/dense': 0,
+      'flow/norm/output': 2,
+      'flow/non_finite/output': 3,
+      'parameters/gradient_norm/dense/kernel': i,
+      'parameters/update_ratio/dense/kernel': 0.5,
+      'parameters/non_finite/dense/kernel': 0,
+    }
+    assert all(type(x) is float for x in numbers.values())
 
 
-def test_a_step_is_on_disk_as_soon_as_it_has_arrived(tmp_path):
-  path = tmp_path / 'flow.jsonl'
-  write = flow.json_lines_writer(path)
-  write(3, {'loss': 0.25})
-  assert strict_json(path.read_text()) == {'step': 3, 'loss': 0.25}
+SIZES = [0.0, 1e-45, 1.5, 3e38, np.nan, np.inf, -np.inf]
 
 
-def test_steps_that_are_numbers_of_numpy_are_written_too(tmp_path):
-  path = tmp_path / 'flow.jsonl'
-  record = flow.Record(writers=[flow.json_lines_writer(path)])
-  for step in np.arange(2):
-    record.add(step, loss=1.0)
-  assert record.steps.tolist() == [0, 1]
-  lines = [strict_json(line) for line in path.read_text().splitlines()]
-  assert [line['step'] for line in lines] == [0, 1]
+@given(
+  values=st.lists(
+    st.dictionaries(
+      st.text(min_size=1, max_size=5),
+      st.sampled_from(SIZES) | st.floats(),
+      max_size=3,
+    ),
+    max_size=4,
+  )
+)
+@example(values=[{'a': -np.inf, 'b': np.inf, 'c': np.nan}])
+def test_json_lines_are_strict_json_of_every_step(values):
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'lines'
+    path.write_text('{"step": -1}\n')  # which stays
+    record = flow.Record(writers=[flow.json_lines_writer(path)])
+    for i, each in enumerate(values):
+      add(record, i, **{f'_{name}': x for name, x in each.items()})
+    assert len(record) == len(values)
+    first, *lines, end = path.read_text(encoding='utf-8').split('\n')
+  assert first == '{"step": -1}' and end == '' and len(lines) == len(values)
+  for i, (line, each) in enumerate(zip(lines, values, strict=True)):
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert found.pop('step') == i
+    for name, x in each.items():
+      said = found.pop(f'_{name}')
+      assert isinstance(said, float if np.isfinite(x) else str)
+      np.testing.assert_equal(float(said), x)
+    assert not found
+
+
+def test_json_lines_have_the_numbers_of_every_step(tmp_path):
+  record_with(flow.json_lines_writer(str(tmp_path / 'flow.jsonl')))
+  text = (tmp_path / 'flow.jsonl').read_text(encoding='utf-8')
+  lines = [json.loads(line) for line in text.split('\n')[:-1]]
+  logged = [(line.pop('step'), line) for line in lines]
+  assert_logged([(i, {k: float(x) for k, x in u.items()}) for i, u in logged])
 
 
 class FakeTensorBoard(types.ModuleType):
@@ -121,17 +151,10 @@ def test_tensorboard_gets_every_scalar_with_its_step(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorboard.summary', fake)
   record_with(flow.tensorboard_writer(tmp_path))
   assert fake.logdirs == [str(tmp_path)] and fake.unflushed == 0
-  wanted = [
-    (name, value, 10 * i)
-    for i, loss in enumerate([0.5, np.nan, np.inf, -np.inf])
-    for name, value in expected(i, loss).items()
-  ]
-  assert [(tag, step) for tag, _, step in fake.scalars] == [
-    (tag, step) for tag, _, step in wanted
-  ]
-  np.testing.assert_allclose(
-    [x for _, x, _ in fake.scalars], [x for _, x, _ in wanted], rtol=1e-6
-  )
+  logged = {}
+  for tag, x, step in fake.scalars:
+    logged.setdefault(step, {})[tag] = x
+  assert_logged(list(logged.items()))
 
 
 def test_the_real_tensorboard_reads_what_was_written(tmp_path):
@@ -151,16 +174,6 @@ class FakeRun:
 
   def log(self, numbers, step=None):
     self.logged.append((step, dict(numbers)))
-
-
-def assert_logged(logged):
-  assert [step for step, _ in logged] == [0, 10, 20, 30]
-  for i, (_, numbers) in enumerate(logged):
-    wanted = expected(i, [0.5, np.nan, np.inf, -np.inf][i])
-    assert list(numbers) == list(wanted)
-    np.testing.assert_allclose(
-      list(numbers.values()), list(wanted.values()), rtol=1e-6
-    )
 
 
 def test_a_run_of_wandb_gets_the_numbers_of_every_step():
@@ -189,7 +202,8 @@ def test_mlflow_gets_names_without_brackets(monkeypatch, run_id):
   )
   monkeypatch.setitem(sys.modules, 'mlflow', fake)
   record = flow.Record(writers=[flow.mlflow_writer(run_id)])
-  record.add(4, taps=taps([1.0, 2.0, 3.0], ['a[0][1]', 'a[0]', 'b']), loss=0.5)
+  step = tapped(1.0, 2.0, 3.0, names=['a[0][1]', 'a[0]', 'b'])
+  add(record, 4, **step, loss=0.5)
   assert len(record) == 1
   assert logged == [
     (
@@ -217,11 +231,14 @@ def test_without_the_package_it_raises_at_once(monkeypatch, name):
     getattr(flow, f'{name}_writer')(*arguments)
 
 
-def test_no_writer_and_no_picture_is_imported_with_the_library():
+def test_no_writer_and_no_picture_is_imported_before_it_is_used():
+  """And what is drawn is not registered with pyplot."""
   code = (
     'import sys, optax_ghm.flow as flow\n'
     'record = flow.Record()\nrecord.add(0, loss=1.0)\nlen(record)\n'
     "for name in ('tensorboard', 'wandb', 'mlflow', 'matplotlib'):\n"
     '  assert name not in sys.modules, name\n'
+    'flow.figure(record)\n'
+    "assert 'matplotlib.pyplot' not in sys.modules\n"
   )
   subprocess.run([sys.executable, '-c', code], check=True)
