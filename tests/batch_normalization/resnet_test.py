@@ -40,25 +40,12 @@ def flax_promotes():
 @pytest.fixture
 def batches(rng):
   """Three batches of images and labels."""
-  images = rng.normal(0.5, 1, size=(3, 8, 6, 6, 3)).astype(np.float32)
-  return list(zip(images, rng.integers(0, 4, size=(3, 8)), strict=True))
+  images = rng.normal(0.5, 1, size=(3, 6, 8, 8, 3)).astype(np.float32)
+  return list(zip(images, rng.integers(0, 4, size=(3, 6)), strict=True))
 
 
-class LinenBlock(nn.Module):
-  conv: Any
-  norm: Any
-  width: int
-  stride: int
-
-  @nn.compact
-  def __call__(self, x):
-    y = self.conv(self.width, (3, 3), self.stride)(x)
-    y = self.conv(self.width, (3, 3))(nn.relu(self.norm()(y)))
-    y = self.norm(scale_init=nn.initializers.constant(0.5))(y)
-    if x.shape != y.shape:
-      x = self.conv(self.width, (1, 1), self.stride, name='projection')(x)
-      x = self.norm(name='norm_of_projection')(x)
-    return nn.relu(x + y)
+def mean_loss(logits, labels):
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 class LinenResNet(nn.Module):
@@ -66,7 +53,7 @@ class LinenResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=True):
-    conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+    conv = functools.partial(nn.Conv, 4, use_bias=False, dtype=self.dtype)
     norm = functools.partial(
       BatchNorm,
       use_running_average=not train,
@@ -74,10 +61,11 @@ class LinenResNet(nn.Module):
       epsilon=1e-5,
       dtype=self.dtype,
     )
-    x = nn.relu(norm(name='first')(conv(4, (3, 3))(x)))
-    x = LinenBlock(conv, norm, 4, 1)(x)
-    x = LinenBlock(conv, norm, 8, 2)(x)
-    x = jnp.mean(x, axis=(1, 2))
+    x = nn.relu(norm(name='first')(conv((3, 3))(x)))
+    y = conv((3, 3))(nn.relu(norm()(conv((3, 3), 2)(x))))
+    y = norm(scale_init=nn.initializers.constant(0.5))(y)
+    x = norm(name='norm_of_projection')(conv((1, 1), 2, name='projection')(x))
+    x = jnp.mean(nn.relu(x + y), axis=(1, 2))
     return nn.Dense(4, dtype=self.dtype)(x)
 
 
@@ -95,8 +83,7 @@ def test_a_resnet_of_linen(use, batches):
         logits, updated = model.apply(
           {**variables, 'params': params}, images, mutable=['batch_stats']
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), updated
+        return mean_loss(logits, labels), updated
 
       (value, updated), grads = jax.value_and_grad(loss, has_aux=True)(
         variables['params']
@@ -105,8 +92,13 @@ def test_a_resnet_of_linen(use, batches):
       params = optax.apply_updates(variables['params'], updates)
       return {'params': params, **updated}, opt_state, value
 
-    start = variables = jax.jit(model.init)(jax.random.key(0), batches[0][0])
-    opt_state, losses = tx.init(variables['params']), []
+    init = jax.jit(model.init, static_argnums=2)
+    key, images = jax.random.key(0), batches[0][0]
+    start = variables = init(key, images, True)
+    # There are no other collections, however it is initialized.
+    shapes = jax.eval_shape(lambda: model.init(key, images, False))
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, start)
+    opt_state, losses = jax.jit(tx.init)(variables['params']), []
     for images, labels in batches:
       variables, opt_state, value = step(variables, opt_state, images, labels)
       losses.append(value)
@@ -124,61 +116,50 @@ def test_a_resnet_of_linen(use, batches):
     all_close(other[3](restored, images), expected)
 
 
-class NnxBlock(nnx.Module):
-  def __init__(self, width_in, width, stride, norm, rngs):
-    conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs)
-    self.first = conv(width_in, width, (3, 3), stride)
-    self.first_norm = norm(width, rngs=rngs)
-    self.second = conv(width, width, (3, 3))
-    self.second_norm = norm(
-      width, scale_init=nnx.initializers.constant(0.5), rngs=rngs
-    )
-    self.projection = conv(width_in, width, (1, 1), stride)
-    self.norm_of_projection = norm(width, rngs=rngs)
-
-  def __call__(self, x):
-    y = nnx.relu(self.first_norm(self.first(x)))
-    y = self.second_norm(self.second(y))
-    return nnx.relu(self.norm_of_projection(self.projection(x)) + y)
-
-
 class NnxResNet(nnx.Module):
   def __init__(self, rngs):
+    conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs)
     norm = functools.partial(
-      BatchNorm, momentum=0.9, epsilon=1e-5, dtype=jnp.float32
+      BatchNorm, 4, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs
     )
-    self.conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
-    self.norm = norm(4, use_fast_variance=False, rngs=rngs)
-    self.blocks = nnx.List(
-      [NnxBlock(4, 4, 1, norm, rngs), NnxBlock(4, 8, 2, norm, rngs)]
+    self.convs = nnx.List(
+      [conv(3, 4, (3, 3)), conv(4, 4, (3, 3), 2), conv(4, 4, (3, 3))]
     )
-    self.dense = nnx.Linear(8, 4, rngs=rngs)
+    half = nnx.initializers.constant(0.5)
+    self.norms = nnx.List(
+      [norm(use_fast_variance=False), norm(), norm(scale_init=half)]
+    )
+    self.projection = conv(4, 4, (1, 1), 2)
+    self.norm_of_projection = norm()
+    self.dense = nnx.Linear(4, 4, rngs=rngs)
 
   def __call__(self, x):
-    x = nnx.relu(self.norm(self.conv(x)))
-    for block in self.blocks:
-      x = block(x)
+    x = nnx.relu(self.norms[0](self.convs[0](x)))
+    y = nnx.relu(self.norms[1](self.convs[1](x)))
+    y = self.norms[2](self.convs[2](y))
+    x = nnx.relu(self.norm_of_projection(self.projection(x)) + y)
     return self.dense(jnp.mean(x, axis=(1, 2)))
 
 
 @nnx.jit
 def nnx_step(model, optimizer, images, labels):
-  def loss(model):
-    return optax.softmax_cross_entropy_with_integer_labels(
-      model(images), labels
-    ).mean()
-
-  value, grads = nnx.value_and_grad(loss)(model)
+  value, grads = nnx.value_and_grad(
+    lambda model: mean_loss(model(images), labels)
+  )(model)
   optimizer.update(model, grads)
   return value
+
+
+def values_of(model):
+  return nnx.to_pure_dict(nnx.state(model))
 
 
 def test_a_resnet_of_nnx(use, batches):
   def run(norm):
     """The model after three steps, its first state, and losses."""
     use(norm)
-    model = NnxResNet(nnx.Rngs(0))
-    start = jax.tree.map(jnp.copy, nnx.state(model))
+    model = nnx.jit(lambda: NnxResNet(nnx.Rngs(0)))()
+    start = jax.tree.map(np.array, values_of(model))
     optimizer = nnx.Optimizer(
       model, optax.sgd(0.05, momentum=0.9), wrt=nnx.Param
     )
@@ -190,16 +171,17 @@ def test_a_resnet_of_nnx(use, batches):
   theirs, ours = map(run, (nnx.BatchNorm, optax_ghm.nnx.BatchNorm))
   chex.assert_trees_all_equal(ours[1], theirs[1])
   kinds = [
-    [(path, type(u)) for path, u in nnx.to_flat_state(start)]
-    for _, start, _ in (theirs, ours)
+    [(path, type(u)) for path, u in nnx.to_flat_state(nnx.state(model))]
+    for model, *_ in (theirs, ours)
   ]
   assert kinds[0] == kinds[1]
   all_close(ours[2], theirs[2])
-  states = [nnx.to_pure_dict(nnx.state(run[0])) for run in (theirs, ours)]
-  all_close(states[1], states[0])
+  before = jax.tree.map(np.array, values_of(ours[0]))
+  all_close(before, values_of(theirs[0]))
   images = batches[0][0]
   evaluate = nnx.jit(lambda model, x: model(x))
   expected = evaluate(theirs[0], images)
   for (model, *_), (other, *_) in ((ours, theirs), (theirs, ours)):
     restored = nnx.merge(nnx.graphdef(other), nnx.state(model))
     all_close(evaluate(restored, images), expected)
+  chex.assert_trees_all_equal(values_of(ours[0]), before)

@@ -300,3 +300,37 @@ def assert_same(actual, expected, rtol=1e-5, second=1e-4, rounding=0.0):
   for i, grad in enumerate(expected.second or ()):
     own = rounding if i in (0, 3) else 0
     assert_close(actual.second[i], grad, second, own)
+
+
+# Statistics of whole data sets.
+
+
+def by_numpy(batches, masks=None):
+  """Mean and variance of everything."""
+  counts = np.ones((sum(map(len, batches)), 1), bool)
+  counts = counts if masks is None else np.concatenate(masks)
+  x = np.concatenate(batches).astype(np.float64)
+  of = moments_of(x, counts=np.broadcast_to(counts, x.shape))
+  return {'mean': of.mean, 'var': of.var}
+
+
+def normalized(x):
+  """X by its own mean and variance."""
+  return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+
+
+def seen_in_turn(batches, kernels, biases, activation=np.asarray):
+  """The statistics of what the norms of two layers see, one upon another."""
+  seen = [], []
+  w, b = (list(map(np.float64, u)) for u in (kernels, biases))
+  for x in batches:
+    h = np.float64(x) @ w[0] + b[0]
+    seen[0].append(h)
+    seen[1].append(activation(normalized(h)) @ w[1] + b[1])
+  return [by_numpy(of) for of in seen]
+
+
+def assert_is(stats, expected, rtol=2e-5):
+  for name, value in expected.items():
+    assert stats[name].dtype == jnp.float32
+    np.testing.assert_allclose(stats[name], value, rtol=rtol, atol=rtol / 10)
