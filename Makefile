@@ -5,7 +5,7 @@ TORCH ?= torch
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-oldest test-newest bench bench-torch bench-reference lint format docs clean
+.PHONY: setup demo test test-oldest test-newest bench bench-torch bench-reference lint format mutants docs clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -14,12 +14,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[examples]' --group dev
 	@touch $(STAMP)
 
-demo: setup  ## train on digits, print the comparisons, write the pictures
-	$(BIN)/python examples/harmonize.py
-	$(BIN)/python examples/domain_adaptation.py
-	$(BIN)/python examples/spikes.py
-	$(BIN)/python examples/gradient_flow.py
-	$(BIN)/python examples/batch_norm.py
+DEMO := harmonize gradient_flow spikes batch_norm domain_adaptation
+demo: setup  ## two minutes of comparisons; pictures in examples/output
+	@for name in $(DEMO); do echo "== examples/$$name.py" && \
+	  $(BIN)/python examples/$$name.py || exit; done
+	@echo "Each script has a long version: --full"
 
 test: setup  ## the whole suite, doctests included
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -55,6 +54,9 @@ lint: setup  ## formatting, lint, spelling and types
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+mutants: setup  ## wrong lines that the tests must notice, one after another
+	$(BIN)/python -m tests.mutants
 
 docs: setup  ## the site, in docs/_build/html; a warning is an error
 	$(BIN)/python -m pip install --quiet --group docs

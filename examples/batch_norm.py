@@ -2,8 +2,10 @@
 
 Four experiments use BatchNorm, BatchRenorm and recalibrate in networks of three
 hidden layers of 100 units, trained by SGD without momentum on scikit-learn's
-digits, or on MNIST. For each, this is what the paper reports at its own scale,
-what is tried here, and what came out with three seeds:
+digits, or on MNIST (mnist.npz). The short version has fewer steps and only the
+first and the last of them. For each, this is what the paper reports at its own
+scale, what is tried here, and what came out of the long version (``--full``)
+with three seeds:
 
 speed: Ioffe and Szegedy (2015) train three layers of 100 sigmoids on MNIST, 60
 examples a batch. With batch norm test accuracy rises sooner and ends higher
@@ -40,8 +42,9 @@ undone entirely, and brightness nearly; noise in part, and hardly on digits.
 Clean images lose nothing.
 
   python examples/batch_norm.py
-  python examples/batch_norm.py --only renorm --seeds 5
-  python examples/batch_norm.py --data mnist --path FOLDER  # of mnist.npz
+  python examples/batch_norm.py --full
+  python examples/batch_norm.py --full --only renorm --seeds 5
+  python examples/batch_norm.py --full --data mnist --path FOLDER
 """
 
 import argparse
@@ -222,11 +225,9 @@ def train(model, data, batches, steps, rate, seeds, look=None, every=None):
   at = np.stack(at).astype(np.int32)
   now, upcoming = at[:, :-1], at[:, every::every]
   now = now.reshape(*upcoming.shape[:2], every, *now.shape[2:])
-  starts = [
-    model.init(jax.random.key(seed), data.x[:2], train=True)
-    for seed in range(seeds)
-  ]
-  variables = jax.tree.map(lambda *u: jnp.stack(u), *starts)
+  variables = jax.jit(
+    jax.vmap(lambda key: model.init(key, data.x[:2], train=True))
+  )(jax.vmap(jax.random.key)(np.arange(seeds)))
   return descend(model, look or no_look, data, rate, variables, now, upcoming)
 
 
@@ -257,10 +258,11 @@ def steps_to_goal(accuracies, every):
   return int(both[0] + 1) * every if len(both) else None
 
 
-def speed(data, seeds, quick, ax):
+def speed(data, seeds, full, ax):
   """Ioffe and Szegedy 2015: sooner, and at larger learning rates."""
   start = time.perf_counter()
-  steps, every = (400, 40) if quick else (6_000, 20)
+  steps, every = (6_000, 20) if full else (1_200, 20)
+  rates = RATES if full else RATES[1:3]
   x, labels = data.x_test[:1_000], data.labels_test[:1_000]
   norms = {
     'plain': None,
@@ -274,13 +276,13 @@ def speed(data, seeds, quick, ax):
     def look(variables, *_, model=model):
       return accuracy(model, variables, x, labels)
 
-    for rate in RATES:
+    for rate in rates:
       _, curve = train(
         model, data, Batches(60), steps, rate, seeds, look, every
       )
       curves[name, rate] = np.asarray(curve)
   rows = []
-  for rate in RATES:
+  for rate in rates:
     row = [f'{rate:g}']
     for name in norms:
       when = [steps_to_goal(curve, every) for curve in curves[name, rate]]
@@ -334,10 +336,10 @@ def landscape(model, rate, variables, x, labels):
   return jax.vmap(at)(jnp.array(STEP_SIZES))
 
 
-def smoothness(data, seeds, quick, ax):
+def smoothness(data, seeds, full, ax):
   """Santurkar et al. 2018: loss and gradient vary less along the gradient."""
   start = time.perf_counter()
-  steps, every = (100, 20) if quick else (1_500, 10)
+  steps, every = (1_500, 10) if full else (100, 20)
   rows = []
   for name, norm in (('plain', None), ('batch norm', BatchNorm)):
     model = Network(norm)
@@ -396,16 +398,16 @@ def in_training(model):
   return apply
 
 
-def renorm(data, seeds, quick, ax):
+def renorm(data, seeds, full, ax):
   """Ioffe 2017: batches that are small or not independent."""
   start = time.perf_counter()
-  steps = 60 if quick else 1_000
+  steps = 1_000 if full else 60
   kinds = (32, None), (4, None), (2, None), (32, 2), (4, 1)
   settings = {
     f'{size}' if classes is None else f'{size} of {classes}': Batches(
       size, GRADIENT_BATCH // size, classes
     )
-    for size, classes in (kinds[-1:] if quick else kinds)
+    for size, classes in (kinds if full else kinds[-1:])
   }
   # The shares of training at which the paper widens its limits.
   r_max, d_max = ghm.renorm_schedules(
@@ -417,7 +419,7 @@ def renorm(data, seeds, quick, ax):
     'BatchNorm': BatchNorm,
     'BatchRenorm': functools.partial(BatchRenorm, r_max=r_max, d_max=d_max),
   }
-  if quick:
+  if not full:
     del norms[FLAX_EXACT]
   test = data.x_test, data.labels_test
   scores = {name: [] for name in (*norms, RECALIBRATED)}
@@ -473,10 +475,10 @@ def shifts():
   }
 
 
-def adabn(data, seeds, quick, ax):
+def adabn(data, seeds, full, ax):
   """Li et al. 2016: the statistics of the target domain."""
   start = time.perf_counter()
-  steps = 100 if quick else 1_500
+  steps = 1_500 if full else 500
   model = Network(BatchNorm)
   variables, _ = train(model, data, Batches(60), steps, 0.1, seeds)
   count = len(data.x_test) // TEST_BATCH * TEST_BATCH
@@ -495,7 +497,7 @@ def adabn(data, seeds, quick, ax):
     return (found == labels).mean(-1)
 
   scores = {}
-  for name, shift in list(shifts().items())[: 2 if quick else None]:
+  for name, shift in list(shifts().items())[: None if full else 3]:
     x = shift(data.x_test[:count])
     adapted = recalibrate(
       in_training(model), variables, x.reshape(-1, TEST_BATCH, x.shape[-1])
@@ -527,6 +529,7 @@ EXPERIMENTS = {
   'renorm': renorm,
   'adabn': adabn,
 }
+DEMO = 'speed', 'adabn'
 
 
 def main(arguments=None):
@@ -545,17 +548,17 @@ def main(arguments=None):
   parser.add_argument(
     '--output', type=pathlib.Path, default=HERE / 'output' / 'batch_norm.png'
   )
-  parser.add_argument(
-    '--quick', action='store_true', help='few steps: does it run?'
-  )
+  parser.add_argument('--full', action='store_true', help='the long version')
   args = parser.parse_args(arguments)
   data, console = load(args.data, args.path), Console()
   figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout='constrained')
   for ax, (name, experiment) in zip(
     axes.flat, EXPERIMENTS.items(), strict=True
   ):
-    if args.only in (None, name):
-      console.print(experiment(data, args.seeds, args.quick, ax))
+    if args.only == name or (not args.only and (args.full or name in DEMO)):
+      with console.status(name):
+        table = experiment(data, args.seeds, args.full, ax)
+      console.print(table)
     else:
       ax.set_axis_off()
   args.output.parent.mkdir(parents=True, exist_ok=True)

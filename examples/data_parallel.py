@@ -280,8 +280,11 @@ def spawn(args, folder, crash):
     free.bind(('localhost', 0))
     coordinator = f'localhost:{free.getsockname()[1]}'
   environment = dict(os.environ)
-  environment['XLA_FLAGS'] = (
-    f'--xla_force_host_platform_device_count={args.devices}'
+  environment['XLA_FLAGS'] = ' '.join(
+    [
+      environment.get('XLA_FLAGS', ''),
+      f'--xla_force_host_platform_device_count={args.devices}',
+    ]
   )
   environment['JAX_PLATFORMS'] = 'cpu'
   command = [sys.executable, __file__, f'--folder={folder}']

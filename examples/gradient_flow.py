@@ -7,8 +7,8 @@ ReLUs, with skip connections (whose branches are scaled down, lest gradients
 explode) and with batch normalization. One HTML page shows all of them, and a
 picture shows the norms over depth.
 
-  python examples/gradient_flow.py
-  python examples/gradient_flow.py --depth 50 --steps 300
+  python examples/gradient_flow.py         # two of the five
+  python examples/gradient_flow.py --full  # all of them, more steps
 """
 
 import argparse
@@ -72,6 +72,9 @@ METHODS = {
   'skip connections': Method(lambda depth: Network(depth, skip=True)),
   'batch normalization': Method(lambda depth: Network(depth, normalized=True)),
 }
+
+
+DEMO = 'plain', 'skip connections'
 
 
 class Data(NamedTuple):
@@ -155,19 +158,21 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument('--full', action='store_true', help='the long version')
   parser.add_argument('--depth', type=int, default=30)
-  parser.add_argument('--steps', type=int, default=300)
+  parser.add_argument('--steps', type=int, help='300 or, in short, 60')
   parser.add_argument('--seed', type=int, default=0)
-  docs = HERE.parent / 'docs'
+  output = HERE / 'output'
   parser.add_argument(
-    '--picture', type=pathlib.Path, default=docs / 'gradient_flow.png'
+    '--picture', type=pathlib.Path, default=output / 'gradient_flow.png'
   )
   parser.add_argument(
-    '--page', type=pathlib.Path, default=HERE / 'output' / 'gradient_flow.html'
+    '--page', type=pathlib.Path, default=output / 'gradient_flow.html'
   )
   args = parser.parse_args()
+  steps = args.steps or (300 if args.full else 60)
   data, console, records = load(args.seed), Console(), {}
-  table = Table(title=f'{args.depth} layers, {args.steps} steps of SGD')
+  table = Table(title=f'{args.depth} layers, {steps} steps of SGD')
   for column in (
     '',
     'accuracy',
@@ -176,8 +181,11 @@ def main():
     'verdicts',
   ):
     table.add_column(column)
-  for name, method in METHODS.items():
-    accuracy, record = train(method, data, args.depth, args.steps, args.seed)
+  for name in METHODS if args.full else DEMO:
+    with console.status(f'training: {name}'):
+      accuracy, record = train(
+        METHODS[name], data, args.depth, steps, args.seed
+      )
     records[name] = record
     decades = flow.depth_profile(record).decades
     table.add_row(
@@ -189,8 +197,9 @@ def main():
     )
   flow.print_report({'plain': records['plain']}, console)
   console.print(table)
+  for path in args.picture, args.page:
+    path.parent.mkdir(parents=True, exist_ok=True)
   plot(records, args.picture)
-  args.page.parent.mkdir(exist_ok=True)
   flow.write_page(args.page, records, 'A deep network that does not learn')
   console.print(f'written: {args.picture}, {args.page}')
 

@@ -1,6 +1,7 @@
 """One training step on one device, and on two processes that do not survive."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,7 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-EXAMPLE = pathlib.Path(__file__).parent.parent / 'examples' / 'data_parallel.py'
+ROOT = pathlib.Path(__file__).parent.parent
+CACHED = {  # what is restarted need not compile again
+  'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache'),
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+}
+EXAMPLE = ROOT / 'examples' / 'data_parallel.py'
 
 
 def run(folder, *arguments):
@@ -17,6 +23,7 @@ def run(folder, *arguments):
     capture_output=True,
     text=True,
     check=True,
+    env=os.environ | CACHED,
   ).stdout
   return json.loads((folder / 'result.json').read_text()), output
 

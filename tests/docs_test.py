@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.public import public_names
 
+PROGRAMS = 1300  # as a reader would run them, not under jit
+
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 PAGES = {
   str(path.relative_to(DOCS)): path.read_text()

@@ -6,6 +6,7 @@ import re
 import jax
 import pytest
 
+PROGRAMS = 120  # as a reader would run them, not under jit
 README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
