@@ -15,6 +15,7 @@ the columns.
 import functools
 import itertools
 import math
+from typing import Any
 
 import batch_norm
 import clipping
@@ -134,11 +135,13 @@ def recording(steps, width):
     return x, jax.jit(model.init)(jax.random.key(1), x)
 
   def stepping(optimizer, every, x, params):
+    def mean_square(params):
+      y: Any = model.apply(params, x)
+      return jnp.mean(y**2)
+
     @jax.jit
     def step(params, state):
-      loss, grads = jax.value_and_grad(
-        lambda params: jnp.mean(model.apply(params, x) ** 2)
-      )(params)
+      loss, grads = jax.value_and_grad(mean_square)(params)
       updates, state = optimizer.update(grads, state, params)
       return optax.apply_updates(params, updates), state, loss
 

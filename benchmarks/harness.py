@@ -194,6 +194,7 @@ def _copy(program):
 
 def _timed(call, repeats):
   """Seconds of a call, and seconds of all processors."""
+  result = None
   start, cpu_start = time.perf_counter(), time.process_time()
   for _ in range(repeats):
     result = call()
