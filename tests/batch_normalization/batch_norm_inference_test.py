@@ -1,6 +1,5 @@
 """Normalization by given statistics."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -90,33 +89,3 @@ def test_inference_is_differentiable_in_everything(rng):
   wanted, _ = oracle.derivatives(formula, wide, dy.astype(np.float64))
   for a, b in zip(found, wanted, strict=True):
     assert_close(a, b, 1e-6)
-
-
-@pytest.mark.parametrize(
-  ('kwargs', 'error', 'match'),
-  [
-    ({'mean': np.ones(4)}, ValueError, 'mean must'),
-    ({'var': np.ones((1, 3))}, ValueError, 'var must'),
-    ({'scale': np.ones(2)}, ValueError, 'scale must'),
-    ({'bias': np.ones(2)}, ValueError, 'bias must'),
-    ({'axis': 5}, ValueError, 'axis must'),
-    ({'domain': np.zeros(4, int)}, ValueError, 'mean must'),
-    (
-      {
-        'domain': np.zeros(3, int),
-        'mean': np.ones((2, 3)),
-        'var': np.ones((2, 3)),
-      },
-      ValueError,
-      'domain must',
-    ),
-    ({'domain': np.zeros(4)}, TypeError, 'domain must be integers'),
-  ],
-  ids=str,
-)
-def test_arguments_of_inference_that_do_not_fit(kwargs, error, match):
-  kwargs = {'mean': np.ones(3), 'var': np.ones(3), **kwargs}
-  given_ = averages(kwargs.pop('mean'), kwargs.pop('var'))
-  f = functools.partial(optax_ghm.batch_norm_inference, **kwargs)
-  with pytest.raises(error, match=match):
-    jax.eval_shape(f, np.ones((4, 3), np.float32), given_)

@@ -152,24 +152,3 @@ def test_limits_widen_from_start_to_end(start, r_after, d_after):
     np.testing.assert_array_equal(values[: start + 1], first)
     np.testing.assert_array_equal(values[start + max(after, 1) :], last)
     assert (np.diff(values) >= 0).all()
-
-
-@pytest.mark.parametrize(
-  ('kwargs', 'match'),
-  [
-    ({'running': averages(np.zeros(4), np.ones(4))}, 'running.mean must'),
-    (
-      {'running': RUNNING._replace(var=np.ones(2, np.float32))},
-      'running.var must',
-    ),
-    ({'scale': np.ones(2, np.float32)}, 'scale must'),
-    ({'bias': np.ones(2, np.float32)}, 'bias must'),
-    ({'axis': 4}, 'axis must'),
-    ({'mask': np.ones((2, 1), bool)}, 'mask of shape'),
-  ],
-  ids=str,
-)
-def test_arguments_that_do_not_fit(kwargs, match):
-  kwargs = {'x': np.ones((7, 3), np.float32), 'running': RUNNING, **kwargs}
-  with pytest.raises(ValueError, match=match):
-    jax.eval_shape(functools.partial(optax_ghm.batch_renorm, **kwargs))

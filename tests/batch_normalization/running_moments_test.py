@@ -59,6 +59,8 @@ def test_averages_of_flax_of_pytorch_and_of_adam(unbiased, rng):
     np.testing.assert_allclose(plain[:2], torch, rtol=1e-5)
     same(plain.weight, np.ones(3))
     np.testing.assert_allclose(debiased[:2], adam / weight, rtol=2e-5)
+    if k == 1:  # the first batch, exactly
+      same(debiased[:2], [moments.mean, moments.m2 / np.float32(divisor)])
     np.testing.assert_allclose(debiased.weight, np.full(3, weight), rtol=1e-5)
 
 
