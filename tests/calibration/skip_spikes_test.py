@@ -9,23 +9,24 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import assume, given, strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_ghm
+from tests.support.oracles_calibration import spikes
 
-LENGTH, SIGMAS, ROW = 64, 6.0, 5
+pytestmark = pytest.mark.device
+
+LENGTH, SIGMAS, ROW, STEPS = 64, 6.0, 5, 156
 NONE = np.finfo(np.float32).max
 DIRECTION = np.array([[0.6, -0.8], [0.0, 0.0]], np.float32)
-PARAMS = {'w': jnp.ones((2, 2)), 'none': None}
+PARAMS = {'w': np.ones((2, 2), np.float32), 'none': None}
 
 
-def skipping(optimizer, length=LENGTH, row=ROW, axis_name=None):
+def skipping(optimizer, length=LENGTH, row=ROW):
   return optax_ghm.skip_spikes(
     optimizer,
     sigmas=SIGMAS,
     window=optax_ghm.SpikeWindow(length=length),
     max_consecutive=row,
-    axis_name=axis_name,
   )
 
 
@@ -56,47 +57,21 @@ def scanned(name, length=LENGTH, row=ROW):
 
 
 def run(name, norms, values=None, **kwargs):
+  """The updates, and the state after each step; of streams of one length."""
+  count, steps = len(norms), max(len(norms), STEPS) if not kwargs else None
+
+  def padded(x):
+    x = np.asarray(x, np.float32)
+    return np.append(x, np.ones((steps or count) - count, np.float32))
+
   with jax.numpy_dtype_promotion('standard'):  # Optax mixes ints and floats
-    updates, states = scanned(name, **kwargs)(
-      np.asarray(norms, np.float32),
-      None if values is None else np.asarray(values, np.float32),
+    results = scanned(name, **kwargs)(
+      padded(norms), None if values is None else padded(values)
     )
-  return np.asarray(updates), jax.tree.map(np.asarray, states)
+  return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], results)
 
 
-def by_hand(norms, values=None, length=LENGTH, row=ROW):
-  """Applies the rule in float64, one step at a time."""
-
-  def known(window):
-    return len(window) >= max(length // 8, 2)
-
-  def limit(window):
-    last = window[-length:]
-    deviation = max(np.std(last, ddof=1), 1e-6 * abs(np.mean(last)))
-    return np.mean(last) + SIGMAS * deviation
-
-  windows, in_a_row, results = ([], []), 0, []
-  for t, norm in enumerate(norms):
-    x = (norm,) if values is None else (norm, values[t])
-    limits = [limit(w) if known(w) else np.inf for w in windows]
-    finite = np.isfinite(x).all()
-    outlier = windows[0] and norm > 1e4 * np.mean(windows[0][-length:])
-    spike = outlier or any(
-      number > own for number, own in zip(x, limits, strict=False)
-    )
-    reset = finite and spike and in_a_row >= row
-    taken = finite and (not spike or reset)
-    if taken:
-      in_a_row = 0
-      for number, window in zip(x, windows, strict=False):
-        if reset:
-          window.clear()
-        if window is windows[1] or number > 0:
-          window.append(number)
-    elif finite:
-      in_a_row += 1
-    results.append((bool(taken), in_a_row, *limits))
-  return [np.array(column) for column in zip(*results, strict=True)]
+by_hand = functools.partial(spikes, length=LENGTH, row=ROW)
 
 
 def calm(seed=0, steps=150):
@@ -152,7 +127,7 @@ NUMBERS += [np.nan, np.inf]
 )
 def test_any_stream_at_all(norms, values):
   """With a window of four and two skips in a row, everything happens soon."""
-  taken, in_a_row, *limits = by_hand(norms, values, length=4, row=2)
+  taken, in_a_row, *limits = spikes(norms, values, length=4, row=2)
   with np.errstate(invalid='ignore', divide='ignore'):
     for x, own in zip((norms, values), limits, strict=True):
       assume(not (np.abs(np.array(x) / own - 1) < 3e-6).any())
@@ -166,7 +141,7 @@ def test_any_stream_at_all(norms, values):
   assert not updates[~taken].any()
 
 
-@pytest.mark.parametrize('scale', [1e-30, 1e-10, 1e10, 1e30])
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
 def test_the_scale_of_the_gradients_is_no_matter(scale):
   norms, values = calm()
   norms[[50, 51, 100]] *= [30, 1e5, 2.5]
@@ -231,7 +206,7 @@ def test_the_optimizer_does_not_know_of_spikes(name):
 
 
 @pytest.mark.parametrize('at', [10, 100])
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf, 1e30, 3e38])
+@pytest.mark.parametrize('bad', [np.nan, -np.inf, 3e38])
 @pytest.mark.parametrize('of', ['norm', 'value', 'both'])
 def test_a_bad_step_leaves_no_trace(of, bad, at):
   norms, values = calm()
@@ -331,19 +306,16 @@ def test_no_number_of_nans_is_taken():
   assert states.skipped[-1] == len(norms) - 20
 
 
-def test_counts_go_to_the_end_of_int32():
-  """Spikes are still seen where the counts end."""
-  top, tx = jnp.iinfo(jnp.int32).max, skipping(optax.sgd(0.5), 8)
-  recent = jax.tree.map(lambda s: s[-1], run('sgd', *calm(), length=8)[1])
+def test_spikes_are_still_seen_where_the_counts_end():
+  top, update = np.iinfo(np.int32).max, jax.jit(skipping(optax.sgd(0.5)).update)
   state = jax.tree.map(
-    lambda leaf: np.full_like(leaf, top) if leaf.dtype == np.int32 else leaf,
-    recent,
-  )._replace(skipped_in_a_row=jnp.int32(0))
-  update = jax.jit(tx.update)
+    lambda s: np.full_like(s[-1], top) if s.dtype == np.int32 else s[-1],
+    run('sgd', *calm())[1],
+  )._replace(skipped_in_a_row=np.int32(0))
   for norm, skipped in ((1.0, False), (30.0, True), (1.0, False)):
-    grads = {'w': norm * DIRECTION, 'none': None}
+    grads = {'w': np.float32(norm) * DIRECTION, 'none': None}
     updates, state = update(grads, state, PARAMS, value=2.0)
-    assert updates['w'].any() != skipped
+    assert np.any(updates['w']) != skipped
     assert state.skipped == state.recent_norms.recorded == top
 
 
@@ -366,20 +338,19 @@ def test_the_window_goes_around():
 
 
 @pytest.mark.parametrize(
-  'as_given',
-  [float, np.float32, np.asarray, jnp.float32, jnp.bfloat16, int],
-  ids=['float', 'numpy scalar', 'numpy', 'float32', 'bfloat16', 'int'],
+  'as_given', [float, np.float32, jnp.bfloat16, int], ids=str
 )
-@pytest.mark.parametrize('jitted', [False, True])
-def test_a_loss_of_any_kind(as_given, jitted):
+def test_a_loss_of_any_kind(as_given):
   tx = skipping(optax.sgd(0.5), 16)
-  update = jax.jit(tx.update) if jitted else tx.update
-  grads, state = {'w': DIRECTION, 'none': None}, tx.init(PARAMS)
+  grads, state = {'w': DIRECTION, 'none': None}, jax.jit(tx.init)(PARAMS)
+  update = jax.jit(tx.update)
   for loss in np.float32([2, 3, 2, 3, 64]):
     updates, state = update(grads, state, PARAMS, value=as_given(loss))
-  assert state.skipped == 1 and not updates['w'].any()
+  assert state.skipped == 1 and not np.any(updates['w'])
   np.testing.assert_allclose(state.value_threshold, 2.5 + 6 / 3**0.5, rtol=1e-6)
-  np.testing.assert_array_equal(state.recent_values.values[:5], [2, 3, 2, 3, 0])
+  np.testing.assert_array_equal(
+    np.asarray(state.recent_values.values)[:5], [2, 3, 2, 3, 0]
+  )
 
 
 @chex.dataclass
@@ -403,7 +374,7 @@ def listening():
 
 def test_the_optimizer_hears_the_loss_too():
   tx = skipping(listening(), 16)
-  state, update = tx.init(PARAMS), jax.jit(tx.update)
+  state, update = jax.jit(tx.init)(PARAMS), jax.jit(tx.update)
   grads = {'w': DIRECTION, 'none': None}
   for loss in (2.0, 3.0, 2.0, 64.0, np.nan, 3.0):
     _, state = update(grads, state, PARAMS, value=loss, other=1.0)
@@ -417,16 +388,20 @@ def test_reduce_on_plateau_inside_sees_the_steps_that_are_taken():
   )
   tx, losses = skipping(plateau, 16), [2.0, 3.0, 2.0, 3.0, 2.0, 2.0, 3.0, 3.0]
 
-  def run(tx, losses):
-    state, update = tx.init(PARAMS), jax.jit(tx.update)
-    for loss in losses:
-      updates, state = update(grads, state, PARAMS, value=jnp.float32(loss))
-    return updates, state
-
   grads = {'w': DIRECTION, 'none': None}
+
+  def run(tx, losses):
+    def step(state, loss):
+      updates, state = tx.update(grads, state, PARAMS, value=loss)
+      return state, updates
+
+    state, updates = jax.lax.scan(step, tx.init(PARAMS), jnp.float32(losses))
+    return jax.tree.map(lambda u: u[-1], updates), state
+
   with jax.numpy_dtype_promotion('standard'):
-    expected, expected_state = run(plateau, losses)
-    updates, state = run(tx, [*losses[:4], 90.0, 1e30, *losses[4:]])
+    expected, expected_state = jax.jit(lambda: run(plateau, losses))()
+    spiky = [*losses[:4], 90.0, 1e30, *losses[4:]]
+    updates, state = jax.jit(lambda: run(tx, spiky))()
   assert state.skipped == 2
   chex.assert_trees_all_close(
     (updates, state.optimizer), (expected, expected_state), rtol=1e-6
@@ -460,79 +435,7 @@ def test_windows_are_equal_by_value_and_named():
 def test_the_smallest_window():
   """The third step is compared with the two before."""
   norms = [1.0, 1.5, 1.25 + 7 / 8**0.5, 1.2]
-  taken, *_ = by_hand(norms, length=2)
+  taken, *_ = spikes(norms, None, length=2, row=ROW)
   _, states = run('sgd', norms, length=2)
   np.testing.assert_array_equal(states.skipped, np.cumsum(~taken))
   assert taken.tolist() == [True, True, False, True]
-
-
-# Devices.
-
-
-NORMS = np.float32([1.0, 1.5, 1.2, 90.0, 1.1, np.nan, 1.4])
-VALUES = np.float32([2.0, 2.5, 2.2, 2.0, 30.0, 2.0, 2.3])
-MOMENTUM = optax.sgd(0.1, 0.9)
-
-
-def all_steps(tx, grads, state):
-  """Runs all steps, three of which are left out."""
-
-  def step(state, of_step):
-    norm, value = of_step
-    scaled = jax.tree.map(lambda g: norm * g, grads)
-    return tx.update(scaled, state, None, value=value)[::-1]
-
-  return jax.lax.scan(step, state, (NORMS, VALUES))
-
-
-def sharded_tree():
-  """Returns gradients of which the devices see unequal parts."""
-  rng = np.random.default_rng(0)
-  w = rng.normal(size=(16, 4))
-  w[3:] *= 1e-3
-  return {
-    'w': jnp.asarray(w, jnp.float32),
-    'b': jnp.asarray(rng.normal(size=8), jnp.float32),
-  }
-
-
-@functools.cache
-def unsharded():
-  tx, grads = skipping(MOMENTUM, 16), sharded_tree()
-  expected = jax.jit(functools.partial(all_steps, tx))(grads, tx.init(grads))
-  assert expected[0].skipped == 3
-  return expected
-
-
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_sharded_jit(kind):
-  mesh = jax.make_mesh((8,), ('model',), axis_types=(kind,))
-  tx = skipping(MOMENTUM, 16)
-  with jax.set_mesh(mesh):
-    grads = jax.device_put(sharded_tree(), NamedSharding(mesh, P('model')))
-    state = tx.init(grads)
-    step = jax.jit(functools.partial(all_steps, tx))
-    compiled = step.lower(grads, state).compile()
-    actual = compiled(grads, state)
-  assert 'all-gather' not in compiled.as_text()
-  chex.assert_trees_all_close(
-    jax.device_get(actual), jax.device_get(unsharded()), rtol=1e-5
-  )
-
-
-def test_shard_map_takes_one_decision_for_all_devices():
-  mesh = jax.make_mesh((8,), ('model',), axis_types=(AxisType.Auto,))
-  tx, grads = skipping(MOMENTUM, 16, axis_name='model'), sharded_tree()
-  state = tx.init(grads)
-  specs = jax.tree.map(lambda leaf: P(), state)._replace(
-    optimizer=jax.tree.map(lambda leaf: P('model'), state.optimizer)
-  )
-  mapped = jax.jit(
-    jax.shard_map(
-      functools.partial(all_steps, tx),
-      mesh=mesh,
-      in_specs=(P('model'), specs),
-      out_specs=(specs, P(None, 'model')),
-    )
-  )
-  chex.assert_trees_all_close(mapped(grads, state), unsharded(), rtol=1e-5)
