@@ -1,130 +1,99 @@
-"""The schedules of domain-adversarial training."""
+"""The schedules of domain-adversarial training, by formula."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import optax_ghm
 
-
-@pytest.mark.parametrize('gamma', [1.0, 10.0, 40.0])
-def test_reversal_schedule_is_the_formula(gamma):
-  schedule = optax_ghm.dann_reversal_schedule(
-    200, 0.7, gamma=gamma, init_value=0.1, transition_begin=50
-  )
-  for step in (0, 49, 50, 51, 100, 249, 250, 251, 10_000):
-    p = min(max((step - 50) / 200, 0), 1)
-    expected = 0.1 + 0.6 * (2 / (1 + np.exp(-gamma * p)) - 1)
-    np.testing.assert_allclose(schedule(step), expected, rtol=2e-6)
-
-
-def test_learning_rate_schedule_is_the_formula():
-  schedule = optax_ghm.dann_learning_rate_schedule(200)
-  steps = jnp.arange(0, 300, 7)
-  p = np.minimum(np.asarray(steps) / 200, 1)
-  np.testing.assert_allclose(
-    schedule(steps), 0.01 / (1 + 10 * p) ** 0.75, rtol=2e-6
-  )
-
-
-def test_reversal_is_exactly_off_before_it_begins():
-  schedule = optax_ghm.dann_reversal_schedule(10, transition_begin=5)
-  np.testing.assert_array_equal(schedule(jnp.arange(6)), jnp.zeros(6))
-  assert schedule(6) > 0
-
-
-def test_schedules_are_precise_where_floats_are_coarse():
-  late = 2**24
-  schedule = optax_ghm.dann_reversal_schedule(4, transition_begin=late)
-  np.testing.assert_allclose(
-    schedule(jnp.int32(late + 1)), np.tanh(1.25), rtol=1e-6
-  )
-  early = optax_ghm.dann_reversal_schedule(10**9)
-  np.testing.assert_allclose(early(1), 5e-9, rtol=1e-6)  # no cancellation
-
-
-@pytest.mark.parametrize('dtype', [np.int8, np.uint8, np.uint32, np.int32])
-def test_steps_of_every_dtype_do_not_wrap(dtype):
-  schedule = optax_ghm.dann_reversal_schedule(1000, transition_begin=200)
-  assert schedule(dtype(50)) == 0
-  assert schedule(np.asarray(100, dtype)).dtype == jnp.float32
-
-
-@pytest.mark.parametrize('steps', [0, -1, float('nan')])
-@pytest.mark.parametrize(
-  'schedule',
-  [
-    optax_ghm.dann_reversal_schedule,
-    optax_ghm.dann_learning_rate_schedule,
-  ],
-)
-def test_schedules_need_steps(schedule, steps):
-  with pytest.raises(ValueError, match='transition_steps'):
-    schedule(steps)
-
-
-def test_schedules_drive_optimizers_of_optax():
-  ramp = optax_ghm.dann_reversal_schedule(10)
-  tx = optax.chain(
-    optax.scale_by_schedule(lambda step: -ramp(step)),
-    optax.sgd(optax_ghm.dann_learning_rate_schedule(10), momentum=0.9),
-  )
-  params = jnp.ones(2)
-  run = jax.jit(tx.update)
-  state = tx.init(params)
-  updates, state = run(params, state, params)
-  np.testing.assert_array_equal(updates, jnp.zeros(2))
-  updates, state = run(params, state, params)
-  assert (updates > 0).all()
-
-
+pytestmark = pytest.mark.device
+BOTH = optax_ghm.dann_reversal_schedule, optax_ghm.dann_learning_rate_schedule
+SETTINGS = {  # few: each is compiled
+  'default': (BOTH[0], (2000,), {}),
+  'gentle': (
+    BOTH[0],
+    (200, 0.7),
+    {'gamma': 1.0, 'init_value': 0.1, 'transition_begin': 50},
+  ),
+  'falling': (
+    BOTH[0],
+    (1, -0.5),
+    {'gamma': 100.0, 'init_value': 2.0, 'transition_begin': 1000},
+  ),
+  'learning rate': (BOTH[1], (200,), {}),
+  'slow learning rate': (BOTH[1], (2000, 2.0), {'alpha': 3.0, 'beta': 2.0}),
+}
 STEPS = st.one_of(
   st.integers(-1000, 2**31 - 1).map(np.int32),
-  st.integers(0, 255).map(np.uint8),
-  st.integers(0, 2000),
+  st.integers(0, 127).map(np.int8),
+  st.integers(0, 2**31 - 1).map(np.uint32),
   hnp.arrays(np.int32, (2, 3), elements=st.integers(0, 2000)),
 )
 
 
-def progress(count, steps, begin=0):
-  done = (np.float64(count) - begin) / steps
-  return np.clip(done, 0, 1)
+@functools.cache
+def schedule(name):
+  make, args, kwargs = SETTINGS[name]
+  return jax.jit(make(*args, **kwargs))
 
 
-@given(
-  count=STEPS,
-  steps=st.integers(1, 2000),
-  begin=st.integers(0, 1000),
-  ends=st.tuples(*[st.floats(-2, 2, width=16)] * 2),
-  gamma=st.sampled_from([0.5, 10.0, 100.0]),
-)
-def test_dann_reversal_schedule(count, steps, begin, ends, gamma):
-  low, high = ends
-  actual = optax_ghm.dann_reversal_schedule(
-    steps, high, gamma=gamma, init_value=low, transition_begin=begin
-  )(count)
-  rise = 2 / (1 + np.exp(-gamma * progress(count, steps, begin))) - 1
+@pytest.mark.parametrize('name', SETTINGS)
+@given(STEPS)
+@example(np.int32([[0, 49, 50], [51, 249, 250]]))
+@example(np.int32([[999, 1000, 1001], [1002, 10_000, 2000]]))
+def test_schedules_are_their_formulas(name, count):
+  """Also of small integers, which do not wrap."""
+  actual = schedule(name)(count)
   assert actual.dtype == jnp.float32 and actual.shape == np.shape(count)
-  np.testing.assert_allclose(
-    actual, low + (high - low) * rise, rtol=1e-5, atol=2e-6
+  make, (steps, *peak), kwargs = SETTINGS[name]
+  begin = kwargs.get('transition_begin', 0)
+  p = np.clip((np.float64(count) - begin) / steps, 0, 1)
+  if make is optax_ghm.dann_reversal_schedule:
+    low, high = kwargs.get('init_value', 0), (*peak, 1)[0]
+    rise = 2 / (1 + np.exp(-kwargs.get('gamma', 10) * p)) - 1
+    expected = low + (high - low) * rise
+    # It is off, exactly, before it begins.
+    assert np.all((p > 0) | (np.asarray(actual) == np.float32(low)))
+  else:
+    slope, power = kwargs.get('alpha', 10), kwargs.get('beta', 0.75)
+    expected = (*peak, 0.01)[0] / (1 + slope * p) ** power
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_schedules_are_precise_where_floats_are_coarse():
+  make, late = optax_ghm.dann_reversal_schedule, 2**24
+  values = jax.jit(
+    lambda count: (make(4, transition_begin=late)(count), make(10**9)(1))
+  )(np.int32(late + 1))
+  # The second shows no cancellation.
+  np.testing.assert_allclose(values, [np.tanh(1.25), 5e-9], rtol=1e-6)
+
+
+@pytest.mark.parametrize('make', BOTH)
+def test_schedules_need_steps(make):
+  for steps in (0, -1, float('nan')):
+    with pytest.raises(ValueError, match='transition_steps'):
+      make(steps)
+
+
+def test_schedules_drive_optimizers_of_optax():
+  ramp, rate = (make(10) for make in BOTH)
+  tx = optax.chain(
+    optax.scale_by_schedule(lambda step: -ramp(step)),
+    optax.sgd(rate, momentum=0.9),
   )
 
+  @jax.jit
+  def two_steps(params):
+    first, state = tx.update(params, tx.init(params), params)
+    return first, tx.update(params, state, params)[0]
 
-@given(
-  count=STEPS,
-  steps=st.integers(1, 2000),
-  first=st.floats(0, 2, width=16),
-  alpha=st.sampled_from([0.0, 10.0]),
-  beta=st.sampled_from([0.0, 0.75, 2.0]),
-)
-def test_dann_learning_rate_schedule(count, steps, first, alpha, beta):
-  actual = optax_ghm.dann_learning_rate_schedule(
-    steps, first, alpha=alpha, beta=beta
-  )(count)
-  expected = first / (1 + alpha * progress(count, steps)) ** beta
-  assert actual.dtype == jnp.float32 and actual.shape == np.shape(count)
-  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+  first, second = two_steps(np.ones(2, np.float32))
+  np.testing.assert_array_equal(first, np.zeros(2))
+  assert (np.asarray(second) > 0).all()
