@@ -24,7 +24,7 @@ from tests.support.tapped import (
   stack_by_hand,
   without_and_with_taps,
 )
-from tests.support.tapped_nnx import Mlp, Nnx, about, scan, stacked
+from tests.support.tapped_nnx import Mlp, Nnx, about, linear, scan, stacked
 
 
 @pytest.fixture
@@ -39,11 +39,9 @@ class Count(nnx.Module):
 
 class Nested(nnx.Module):
   def __init__(self, rngs):
-    self.layers = nnx.List(
-      nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2)
-    )
+    self.layers = nnx.List(linear(rngs) for _ in range(2))
     self.decoder = nnx.Sequential(
-      nnx.Linear(WIDTH, 2, rngs=rngs), nnx.tanh, nnx.Linear(2, 2, rngs=rngs)
+      linear(rngs, 2), nnx.tanh, nnx.Linear(2, 2, rngs=rngs)
     )
     self.count = Count()
 
@@ -180,7 +178,7 @@ class Deep(nnx.Module):
   def __init__(self, rngs):
     def make(rngs):
       return nnx.Sequential(
-        nnx.Linear(WIDTH, WIDTH, rngs=rngs),
+        linear(rngs),
         nnx.LayerNorm(WIDTH, rngs=rngs),
         Sine(),
       )

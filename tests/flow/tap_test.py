@@ -23,6 +23,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
 SHAPES = [(), (1,), (6, 5), (6, 2, 3), (6, 0), (0, 3)]
 FEW = (6, 2)  # the shape where the numbers matter
 device = pytest.mark.device
+PROGRAMS = 70
 
 
 @functools.partial(jax.jit, static_argnames=('histogram', 'examples'))

@@ -153,18 +153,18 @@ def unrolled(f):
   return functools.partial(cotangents, method=f)
 
 
-def stack_by_hand(face, state, x, shared=False):
+def stack_by_hand(face, state, x, depth=DEPTH, shared=False):
   """An oracle: of blocks of which the parameters are stacked, then a head."""
   params = face.flat(state)
   noise = {
-    'blocks/dense': jnp.zeros((DEPTH, *x.shape)),
-    'blocks': jnp.zeros((DEPTH, *x.shape)),
+    'blocks/dense': jnp.zeros((depth, *x.shape)),
+    'blocks': jnp.zeros((depth, *x.shape)),
     'head': jnp.zeros((len(x), 2)),
   }
 
   def loss(noise):
     y = x
-    for i in range(DEPTH):
+    for i in range(depth):
       kernel, bias = (params[f'blocks/dense/{k}'] for k in ('kernel', 'bias'))
       if not shared:
         kernel, bias = kernel[i], bias[i]
@@ -176,7 +176,7 @@ def stack_by_hand(face, state, x, shared=False):
   whole = jax.grad(loss)(noise)
   found = {'head': [whole['head']], '': [whole['head']]}
   for name in ('blocks/dense', 'blocks'):
-    for i in range(DEPTH):
+    for i in range(depth):
       key = name if shared else (name, i)
       found.setdefault(key, []).append(whole[name][i])
   return found

@@ -27,18 +27,13 @@ class Mlp(nn.Module):
     return self.head(self.encode(x))
 
 
-class Shared(nn.Module):
+class Pair(nn.Module):
+  """A layer that is called twice, and several outputs."""
+
   @nn.compact
   def __call__(self, x):
     dense = nn.Dense(WIDTH, name='dense')
-    return dense(nn.tanh(dense(x)))
-
-
-class Pair(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    x = nn.Dense(WIDTH, name='dense')(x)
-    return nn.tanh(x), (jnp.sum(x, 1), jnp.arange(2))
+    return dense(nn.tanh(dense(x))), (jnp.sum(x, 1), jnp.arange(2))
 
 
 class Several(nn.Module):
@@ -87,11 +82,6 @@ class Stack(nn.Module):
 
   def __call__(self, x):
     return self.head(self.blocks(x, None)[0])
-
-  def repeated(self, x):
-    for _ in range(DEPTH):
-      x, _ = self.blocks(x)
-    return self.head(x)
 
 
 def scanned(axes=0, **kwargs):
@@ -157,12 +147,10 @@ MODELS = {
   'bfloat16': Mlp((('param_dtype', jnp.bfloat16),)),
   'computed in bfloat16': Mlp((('dtype', jnp.bfloat16),)),
   'partitioned': Mlp((('kernel_init', partitioned),)),
-  'shared': Shared(),
   'several': Several(),
   'normed': Normed(),
   'evaluated': Normed(train=False),
   'attention': Attention(),
-  'plain block': Stack(()),
   'remat': Stack((nn.remat,)),
   'jit': Stack((nn.jit,)),
   'scan': Stack((scanned(),)),

@@ -1,7 +1,8 @@
 """The models that are tapped, in NNX."""
 
 import contextlib
-import functools
+from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,14 @@ from tests.support.oracles_flow import inexact_leaves, wavy
 from tests.support.tapped import DEPTH, WIDTH, weights
 
 
+def linear(rngs, width=WIDTH, **kwargs):
+  return nnx.Linear(WIDTH, width, rngs=rngs, **kwargs)
+
+
 class Mlp(nnx.Module):
   def __init__(self, rngs, **kwargs):
-    self.first = nnx.Linear(WIDTH, WIDTH, rngs=rngs, **kwargs)
-    self.second = nnx.Linear(WIDTH, WIDTH, rngs=rngs, **kwargs)
-    self.head = nnx.Linear(WIDTH, 2, rngs=rngs, **kwargs)
+    self.first, self.second = linear(rngs, **kwargs), linear(rngs, **kwargs)
+    self.head = linear(rngs, 2, **kwargs)
 
   def encode(self, x):
     return nnx.tanh(self.second(nnx.tanh(self.first(x))))
@@ -25,21 +29,16 @@ class Mlp(nnx.Module):
     return self.head(self.encode(x))
 
 
-class Shared(nnx.Module):
+class Pair(nnx.Module):
+  """A layer that is called twice, and several outputs."""
+
   def __init__(self, rngs):
-    self.dense = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+    self.dense = linear(rngs)
     self.same = self.dense
 
   def __call__(self, x):
-    return self.same(nnx.tanh(self.dense(x)))
-
-
-class Pair(nnx.Module):
-  def __init__(self, rngs):
-    self.dense = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-
-  def __call__(self, x):
-    return nnx.tanh(self.dense(x)), (jnp.sum(x, 1), jnp.arange(2))
+    y = self.same(nnx.tanh(self.dense(x)))
+    return y, (jnp.sum(x, 1), jnp.arange(2))
 
 
 class Several(nnx.Module):
@@ -53,10 +52,10 @@ class Several(nnx.Module):
 
 class Normed(nnx.Module):
   def __init__(self, rngs, *, train=True):
-    self.dense = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+    self.dense = linear(rngs)
     self.norm = nnx.BatchNorm(WIDTH, use_running_average=not train, rngs=rngs)
     self.drop = nnx.Dropout(0.5, deterministic=not train, rngs=rngs)
-    self.head = nnx.Linear(WIDTH, 2, rngs=rngs)
+    self.head = linear(rngs, 2)
 
   def __call__(self, x):
     return self.head(self.drop(self.norm(self.dense(x))))
@@ -75,7 +74,7 @@ class Attention(nnx.Module):
 
 class Block(nnx.Module):
   def __init__(self, rngs):
-    self.dense = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+    self.dense = linear(rngs)
 
   def __call__(self, x):
     return x + nnx.tanh(self.dense(x))
@@ -107,38 +106,26 @@ class Stack(nnx.Module):
   def __init__(self, rngs, run, *, axes=None):
     alone = axes is None
     self.blocks = Block(rngs) if alone else stacked(Block, rngs, axes)
-    self.head = nnx.Linear(WIDTH, 2, rngs=rngs)
+    self.head = linear(rngs, 2)
     self.run = run
 
   def __call__(self, x):
     return self.head(self.run(x, self.blocks))
 
-  def repeated(self, x):
-    for _ in range(DEPTH):
-      x = self.blocks(x)
-    return self.head(x)
-
 
 def stack(scanned_axes, step=call, axes=0):
-  run = functools.partial(scan, scanned_axes, step=step)
-  return functools.partial(Stack, run=run, axes=axes)
+  run = partial(scan, scanned_axes, step=step)
+  return partial(Stack, run=run, axes=axes)
 
 
 class Branches(nnx.Module):
   def __init__(self, rngs):
-    self.one = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-    self.other = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-    self.head = nnx.Linear(WIDTH, 2, rngs=rngs)
+    self.one, self.other = linear(rngs), linear(rngs)
+    self.head = linear(rngs, 2)
 
   def __call__(self, x, choice):
-    x = nnx.cond(
-      choice == 0,
-      lambda m, x: m.apply_one(x),
-      lambda m, x: m.apply_other(x),
-      self,
-      x,
-    )
-    return self.head(x)
+    branches = [lambda m, x: m.apply_one(x), lambda m, x: m.apply_other(x)]
+    return self.head(nnx.cond(choice == 0, *branches, self, x))
 
   def apply_one(self, x):
     return nnx.tanh(self.one(x))
@@ -150,10 +137,10 @@ class Branches(nnx.Module):
 class Vmapped(nnx.Module):
   def __init__(self, rngs, *, shared):
     def make(rngs):
-      return nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+      return linear(rngs)
 
     self.many = make(rngs) if shared else stacked(make, rngs)
-    self.head = nnx.Linear(WIDTH, 2, rngs=rngs)
+    self.head = linear(rngs, 2)
     self.axis = None if shared else 0
 
   def __call__(self, x):
@@ -161,38 +148,31 @@ class Vmapped(nnx.Module):
     return self.head(nnx.tanh(many(self.many, x)))
 
 
+partitioned = nnx.with_partitioning(
+  nnx.initializers.lecun_normal(), (None, 'm')
+)
+along_1 = nnx.StateAxes({...: 1})
 MODELS = {
   'mlp': Mlp,
-  'bfloat16': functools.partial(Mlp, param_dtype=jnp.bfloat16),
-  'computed in bfloat16': functools.partial(Mlp, dtype=jnp.bfloat16),
-  'partitioned': functools.partial(
-    Mlp,
-    kernel_init=nnx.with_partitioning(
-      nnx.initializers.lecun_normal(), (None, 'm')
-    ),
-  ),
-  'shared': Shared,
+  'bfloat16': partial(Mlp, param_dtype=jnp.bfloat16),
+  'computed in bfloat16': partial(Mlp, dtype=jnp.bfloat16),
+  'partitioned': partial(Mlp, kernel_init=partitioned),
   'several': Several,
   'normed': Normed,
-  'evaluated': functools.partial(Normed, train=False),
+  'evaluated': partial(Normed, train=False),
   'attention': Attention,
-  'plain block': functools.partial(Stack, run=lambda x, m: m(x)),
-  'remat': functools.partial(Stack, run=lambda x, m: nnx.remat(call)(m, x)),
-  'jit': functools.partial(Stack, run=lambda x, m: nnx.jit(call)(m, x)),
+  'remat': partial(Stack, run=lambda x, m: nnx.remat(call)(m, x)),
+  'jit': partial(Stack, run=lambda x, m: nnx.jit(call)(m, x)),
   'scan': stack(0),
   'scan of remat': stack(0, nnx.remat(call)),
   'scan of the axes of states': stack(nnx.StateAxes({nnx.Param: 0, ...: None})),
-  'scan along axis 1': stack(
-    nnx.StateAxes({...: 1}), axes=nnx.StateAxes({...: 1})
-  ),
-  'shared scan': functools.partial(Stack, run=functools.partial(scan, None)),
-  'shared scan of remat': functools.partial(
-    Stack, run=functools.partial(scan, None, step=nnx.remat(call))
-  ),
+  'scan along axis 1': stack(along_1, axes=along_1),
+  'shared scan': stack(None, axes=None),
+  'shared scan of remat': stack(None, nnx.remat(call), axes=None),
   'lstm': lambda rngs: nnx.RNN(nnx.LSTMCell(2, WIDTH, rngs=rngs), rngs=rngs),
   'cond': Branches,
-  'vmap': functools.partial(Vmapped, shared=False),
-  'shared vmap': functools.partial(Vmapped, shared=True),
+  'vmap': partial(Vmapped, shared=False),
+  'shared vmap': partial(Vmapped, shared=True),
 }
 
 
@@ -201,7 +181,6 @@ def observing(model, f):
   """Makes f(name, output) the output of all modules; patches their classes."""
   names = {id(m): '/'.join(map(str, p)) for p, m in nnx.iter_modules(model)}
   kinds = {type(m) for _, m in nnx.iter_modules(model) if callable(m)}
-  kept = {kind: kind.__dict__.get('__call__') for kind in kinds}
 
   def patched(kind, call):
     def __call__(self, *args, **kwargs):
@@ -212,17 +191,11 @@ def observing(model, f):
 
     return __call__
 
-  calls = {kind: patched(kind, kind.__call__) for kind in kinds}
-  try:
-    for kind, call in calls.items():
-      kind.__call__ = call
+  with contextlib.ExitStack() as patches:
+    for kind in kinds:
+      patch = mock.patch.object(kind, '__call__', patched(kind, kind.__call__))
+      patches.enter_context(patch)
     yield
-  finally:
-    for kind, call in kept.items():
-      if call is None:
-        del kind.__call__
-      else:
-        kind.__call__ = call
 
 
 def about(model):
@@ -238,7 +211,7 @@ CALL = '__call__'
 
 def bound(model, method):
   if callable(method):
-    return functools.partial(method, model)
+    return partial(method, model)
   return getattr(model, method or CALL)
 
 
