@@ -1,5 +1,7 @@
 """The Flax faces train as the plain function does."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,94 +20,148 @@ from optax_ghm.backward import OVERWRITE_WITH_GRADIENT
 DENSITY = optax_ghm.WindowedDensity(width=0.2, cells=64, momentum=0.9)
 REDUCTION = 16 / 2**0.5
 TX = optax.sgd(0.5, momentum=0.9)
+TX_BACKWARD = optax.chain(optax.scale(0.5), optax.trace(0.9))
+MOMENTUM = optax_ghm.in_backward(TX_BACKWARD)
+STEPS = 3
+
+_rng = np.random.default_rng(0)
+X = _rng.normal(size=(16, 4)).astype(np.float32)
+Y = _rng.integers(0, 3, size=16)
 
 
-@pytest.fixture
-def data(rng):
-  x = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
-  return x, jnp.asarray(rng.integers(0, 3, size=16))
+def cross_entropy(logits):
+  return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
 
 
-def cross_entropy(logits, labels):
-  return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-@jax.jit
-def plain_step(params, opt_state, harmony, x, y):
-  def loss(params, harmony):
-    logits = x @ params['kernel'] + params['bias'][None]
-    logits = optax_ghm.harmonize(
-      logits, harmony, density=DENSITY, reduction=REDUCTION
-    )
-    return cross_entropy(logits, y)
-
-  grads, harmony = jax.grad(loss, argnums=(0, 1))(params, harmony)
-  updates, opt_state = TX.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state, harmony
-
-
-def plain_training(params, x, y, steps=3):
-  opt_state, harmony = TX.init(params), DENSITY.init()
-  for _ in range(steps):
-    params, opt_state, harmony = plain_step(params, opt_state, harmony, x, y)
-  return params, harmony
-
-
-def linen_model():
-  return nn.Sequential(
-    [
-      nn.Dense(3),
-      optax_ghm.linen.Harmonize(density=DENSITY, reduction=REDUCTION),
-    ]
+def harmonize(logits, state):
+  return optax_ghm.harmonize(
+    logits, state, density=DENSITY, reduction=REDUCTION
   )
 
 
-def test_linen_train_state(data):
-  x, y = data
-  model = linen_model()
-  state = TrainState.create(
-    apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=TX
+@functools.partial(jax.jit, static_argnames='face')
+def plain_training(params, face):
+  """The parameters and the state of the backward pass after a few steps."""
+  f = {'harmonize': harmonize, 'in_backward': MOMENTUM}[face]
+  state = DENSITY.init()
+  if face == 'in_backward':
+    state = MOMENTUM.init(jnp.zeros((16, 3)))
+
+  def loss(params, state):
+    logits = X @ params['kernel'] + params['bias'][None]
+    return cross_entropy(f(logits, state))
+
+  opt_state = TX.init(params)
+  for _ in range(STEPS):
+    grads, state = jax.grad(loss, argnums=(0, 1))(params, state)
+    updates, opt_state = TX.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+FACES = {
+  'harmonize': (
+    functools.partial(
+      optax_ghm.linen.Harmonize, density=DENSITY, reduction=REDUCTION
+    ),
+    functools.partial(
+      optax_ghm.nnx.Harmonize, density=DENSITY, reduction=REDUCTION
+    ),
+  ),
+  'in_backward': (
+    functools.partial(optax_ghm.linen.InBackward, TX_BACKWARD),
+    functools.partial(
+      optax_ghm.nnx.InBackward,
+      TX_BACKWARD,
+      jax.ShapeDtypeStruct((16, 3), jnp.float32),
+    ),
+  ),
+}
+each_face = pytest.mark.parametrize('face', FACES)
+
+
+def assert_as_plain(start, params, state, face):
+  expected, expected_state = plain_training(start, face)
+  chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(state, expected_state, rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def linen_model(face):
+  """The model and its first variables."""
+  model = nn.Sequential([nn.Dense(3), FACES[face][0]()])
+  return model, jax.jit(model.init)(jax.random.key(0), X)
+
+
+def state_of(tree, face):
+  """The state of the one module with a state."""
+  kind = harmonization.DensityState
+  if face == 'in_backward':
+    kind = optax_ghm.backward.InBackwardState
+  (state,) = jax.tree.leaves(
+    tree[OVERWRITE_WITH_GRADIENT], is_leaf=lambda s: isinstance(s, kind)
   )
-  expected, harmony = plain_training(state.params['params']['layers_0'], x, y)
+  return state
+
+
+@each_face
+def test_linen_trains_with_a_train_state_and_in_a_plain_loop(face):
+  model, start = linen_model(face)
 
   @jax.jit
-  def step(state):
-    grads = jax.grad(lambda v: cross_entropy(state.apply_fn(v, x), y))(
-      state.params
+  def trainings(variables):
+    def grad(variables):
+      return jax.grad(lambda v: cross_entropy(model.apply(v, X)))(variables)
+
+    state = TrainState.create(apply_fn=model.apply, params=variables, tx=TX)
+    opt_state = TX.init(variables['params'])
+    for _ in range(STEPS):
+      state = state.apply_gradients(grads=grad(state.params))
+      variables, opt_state = optax_ghm.apply_gradients(
+        TX, grad(variables), opt_state, variables
+      )
+    return state.params, variables
+
+  dense = 'layers_0'
+  for variables in trainings(start):
+    found = variables['params'][dense], state_of(variables, face)
+    assert_as_plain(start['params'][dense], *found, face)
+
+
+@each_face
+def test_nnx_trains_with_an_optimizer(face):
+  @nnx.jit
+  def training():
+    dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(dense, FACES[face][1]())
+    start = {'kernel': dense.kernel[...], 'bias': dense.bias[...]}
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+    grad = nnx.grad(
+      lambda m: cross_entropy(m(X)), argnums=optax_ghm.nnx.differentiable
     )
-    return state.apply_gradients(grads=grads)
+    for _ in range(STEPS):
+      optax_ghm.nnx.apply_gradients(optimizer, model, grad(model))
+    after = {'kernel': dense.kernel[...], 'bias': dense.bias[...]}
+    return start, after, model.layers[1].state.get_value()
 
-  for _ in range(3):
-    state = step(state)
-  chex.assert_trees_all_close(
-    state.params['params']['layers_0'], expected, rtol=1e-5, atol=1e-6
-  )
-  (learned,) = jax.tree.leaves(
-    state.params[OVERWRITE_WITH_GRADIENT],
-    is_leaf=lambda s: isinstance(s, harmonization.DensityState),
-  )
-  chex.assert_trees_all_close(learned, harmony, rtol=1e-5, atol=1e-5)
+  assert_as_plain(*training(), face)
 
 
-def test_linen_in_a_plain_optax_loop(data):
-  x, y = data
-  model = linen_model()
-  variables = model.init(jax.random.key(0), x)
-  expected, _ = plain_training(variables['params']['layers_0'], x, y)
-  opt_state = TX.init(variables['params'])
-  grad = jax.jit(jax.grad(lambda v: cross_entropy(model.apply(v, x), y)))
-  for _ in range(3):
-    variables, opt_state = optax_ghm.apply_gradients(
-      TX, grad(variables), opt_state, variables
+def test_nnx_without_gradients_of_the_states_is_named():
+  @nnx.jit
+  def step():
+    model = nnx.Sequential(
+      nnx.Linear(4, 3, rngs=nnx.Rngs(0)), FACES['harmonize'][1]()
     )
-  chex.assert_trees_all_close(
-    variables['params']['layers_0'], expected, rtol=1e-5, atol=1e-6
-  )
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+    grads = nnx.grad(lambda m: cross_entropy(m(X)))(model)
+    optax_ghm.nnx.apply_gradients(optimizer, model, grads)
+
+  with pytest.raises(ValueError, match='differentiable'):
+    step()
 
 
-def test_linen_scanned_and_rematted_layers_keep_a_state_each(data):
-  x, _ = data
-
+def test_linen_scanned_and_rematted_layers_keep_a_state_each():
   class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -118,192 +174,76 @@ def test_linen_scanned_and_rematted_layers_keep_a_state_each(data):
     split_rngs={'params': True},
     length=3,
   )()
-  variables = stack.init(jax.random.key(0), x, None)
-  grads = jax.grad(lambda v: jnp.mean(stack.apply(v, x, None)[0] ** 2))(
-    variables
-  )
-  (state,) = jax.tree.leaves(
-    grads[OVERWRITE_WITH_GRADIENT],
-    is_leaf=lambda s: isinstance(s, harmonization.DensityState),
-  )
-  np.testing.assert_array_equal(state.calls, [1, 1, 1])
-  np.testing.assert_allclose(
-    (state.histogram.sum(-1) / state.evidence), [16] * 3, rtol=1e-5
-  )
-
-
-def nnx_model():
-  class Model(nnx.Module):
-    def __init__(self):
-      self.dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-      self.harmonize = optax_ghm.nnx.Harmonize(
-        density=DENSITY, reduction=REDUCTION
-      )
-
-    def __call__(self, x):
-      return self.harmonize(self.dense(x))
-
-  return Model()
-
-
-def test_nnx_optimizer(data):
-  x, y = data
-  model = nnx_model()
-  start = {
-    'kernel': model.dense.kernel[...],
-    'bias': model.dense.bias[...],
-  }
-  expected, harmony = plain_training(start, x, y)
-  optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
-
-  @nnx.jit
-  def step(model, optimizer):
-    grads = nnx.grad(
-      lambda m: cross_entropy(m(x), y), argnums=optax_ghm.nnx.differentiable
-    )(model)
-    optax_ghm.nnx.apply_gradients(optimizer, model, grads)
-
-  for _ in range(3):
-    step(model, optimizer)
-  chex.assert_trees_all_close(
-    {'kernel': model.dense.kernel[...], 'bias': model.dense.bias[...]},
-    expected,
-    rtol=1e-5,
-    atol=1e-6,
-  )
-  chex.assert_trees_all_close(
-    model.harmonize.state.get_value(), harmony, rtol=1e-5, atol=1e-5
-  )
-
-
-def test_nnx_without_gradients_of_the_states_is_named(data):
-  x, y = data
-  model = nnx_model()
-  optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
-  grads = nnx.grad(lambda m: cross_entropy(m(x), y))(model)
-  with pytest.raises(ValueError, match='differentiable'):
-    optax_ghm.nnx.apply_gradients(optimizer, model, grads)
-
-
-def test_linen_keeps_a_memory_that_no_gradient_reaches(data):
-  x, y = data
-  model = linen_model()
-  variables = model.init(jax.random.key(0), x)
-  opt_state = TX.init(variables['params'])
-  for enabled in (True, False):
-    grads = jax.grad(
-      lambda v, e=enabled: (
-        (x @ v['params']['layers_0']['kernel']).sum()
-        if not e
-        else cross_entropy(model.apply(v, x), y)
-      )
-    )(variables)
-    before = variables
-    variables, opt_state = optax_ghm.apply_gradients(
-      TX, grads, opt_state, variables
-    )
-  chex.assert_trees_all_equal(
-    variables[OVERWRITE_WITH_GRADIENT], before[OVERWRITE_WITH_GRADIENT]
-  )
-
-
-def test_evaluation_changes_no_state(data):
-  x, _ = data
-  model = linen_model()
-  variables = model.init(jax.random.key(0), x)
-  _, mutated = model.apply(variables, x, mutable=True)
-  chex.assert_trees_all_equal(
-    mutated[OVERWRITE_WITH_GRADIENT], variables[OVERWRITE_WITH_GRADIENT]
-  )
-  nnx_twin = nnx_model()
-  before = jax.tree.map(jnp.copy, nnx_twin.harmonize.state.get_value())
-  nnx_twin(x)
-  chex.assert_trees_all_equal(nnx_twin.harmonize.state.get_value(), before)
-
-
-# Any Optax transformation, as a module.
-
-
-TX_BACKWARD = optax.chain(optax.scale(0.5), optax.trace(0.9))
-
-
-def plain_momentum(params, x, y, steps=3):
-  """Training with momentum in the backward pass, at the logits."""
-  identity = optax_ghm.in_backward(TX_BACKWARD)
-  opt_state, state = TX.init(params), identity.init(jnp.zeros((16, 3)))
 
   @jax.jit
-  def grad(params, state):
-    def loss(params, state):
-      logits = x @ params['kernel'] + params['bias'][None]
-      return cross_entropy(identity(logits, state), y)
+  def grads(key):
+    variables = stack.init(key, X, None)
+    return jax.grad(lambda v: jnp.mean(stack.apply(v, X, None)[0] ** 2))(
+      variables
+    )
 
-    return jax.grad(loss, argnums=(0, 1))(params, state)
-
-  for _ in range(steps):
-    grads, state = grad(params, state)
-    updates, opt_state = TX.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-  return params, state
-
-
-def test_linen_in_backward_trains_with_a_train_state(data):
-  x, y = data
-  model = nn.Sequential([nn.Dense(3), optax_ghm.linen.InBackward(TX_BACKWARD)])
-  state = TrainState.create(
-    apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=TX
-  )
-  expected, momentum = plain_momentum(state.params['params']['layers_0'], x, y)
-  grad = jax.jit(jax.grad(lambda v: cross_entropy(model.apply(v, x), y)))
-  for _ in range(3):
-    state = state.apply_gradients(grads=grad(state.params))
-  chex.assert_trees_all_close(
-    state.params['params']['layers_0'], expected, rtol=1e-5, atol=1e-6
-  )
-  chex.assert_trees_all_close(
-    state.params[OVERWRITE_WITH_GRADIENT]['layers_1']['in_backward'],
-    momentum,
-    rtol=1e-5,
-    atol=1e-7,
+  state = state_of(jax.device_get(grads(jax.random.key(0))), 'harmonize')
+  np.testing.assert_array_equal(state.calls, [1, 1, 1])
+  np.testing.assert_allclose(
+    state.histogram.sum(-1) / state.evidence, [16] * 3, rtol=1e-5
   )
 
 
-def test_nnx_in_backward_trains_with_an_optimizer(data):
-  x, y = data
-  model = nnx.Sequential(
-    nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
-    optax_ghm.nnx.InBackward(
-      TX_BACKWARD, jax.ShapeDtypeStruct((16, 3), x.dtype)
-    ),
-  )
-  dense = model.layers[0]
-  start = {'kernel': dense.kernel[...], 'bias': dense.bias[...]}
-  expected, momentum = plain_momentum(start, x, y)
-  optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
-  grad = nnx.jit(
-    nnx.grad(
-      lambda m: cross_entropy(m(x), y), argnums=optax_ghm.nnx.differentiable
+@each_face
+def test_evaluation_and_a_step_without_gradient_keep_the_state(face):
+  """The memory is no longer that of the start."""
+  model, start = linen_model(face)
+
+  @jax.jit
+  def states(variables):
+    def step(variables, loss):
+      grads = jax.grad(loss)(variables)
+      opt_state = TX.init(variables['params'])
+      return optax_ghm.apply_gradients(TX, grads, opt_state, variables)[0]
+
+    before = step(variables, lambda v: cross_entropy(model.apply(v, X)))
+    after = step(
+      before, lambda v: (X @ v['params']['layers_0']['kernel']).sum()
+    )
+    _, mutated = model.apply(before, X, mutable=True)
+    kept = [state_of(tree, face) for tree in (before, after, mutated)]
+    return state_of(variables, face), kept
+
+  @nnx.jit
+  def states_of_nnx():
+    module = FACES[face][1]()
+    before = jax.tree.map(jnp.copy, module.state.get_value())
+    module(jnp.ones((16, 3)))
+    return before, module.state.get_value()
+
+  first, (before, *others) = jax.device_get(states(start))
+  assert any(
+    np.any(a != b)
+    for a, b in zip(
+      jax.tree.leaves(first), jax.tree.leaves(before), strict=True
     )
   )
-  for _ in range(3):
-    optax_ghm.nnx.apply_gradients(optimizer, model, grad(model))
-  chex.assert_trees_all_close(
-    {'kernel': dense.kernel[...], 'bias': dense.bias[...]},
-    expected,
-    rtol=1e-5,
-    atol=1e-6,
-  )
-  chex.assert_trees_all_close(
-    model.layers[1].state.get_value(), momentum, rtol=1e-5, atol=1e-7
-  )
+  for other in others:
+    chex.assert_trees_all_equal(other, before)
+  chex.assert_trees_all_equal(*states_of_nnx())
 
 
-def test_stateless_transformations_leave_no_variable(data):
-  x, _ = data
+def test_stateless_transformations_leave_no_variable():
   clip = optax.clip_by_global_norm(1.0)
   model = optax_ghm.linen.InBackward(clip)
-  assert model.init(jax.random.key(0), x) == {}
-  expected = jax.grad(lambda x: (optax_ghm.in_backward(clip)(x) ** 2).sum())(x)
-  for module in (model.bind({}), optax_ghm.nnx.InBackward(clip)):
-    actual = jax.grad(lambda x, m=module: (m(x) ** 2).sum())(x)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+  assert jax.eval_shape(model.init, jax.random.key(0), X) == {}
+
+  @jax.jit
+  def grads(x):
+    modules = (
+      optax_ghm.in_backward(clip),
+      model.bind({}),
+      optax_ghm.nnx.InBackward(clip),
+    )
+    return [
+      jax.grad(lambda x, m=module: (m(x) ** 2).sum())(x) for module in modules
+    ]
+
+  expected, *found = grads(X)
+  for actual in found:
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
