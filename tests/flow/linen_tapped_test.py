@@ -161,21 +161,6 @@ def test_even_where_the_shapes_do_not_tell_another_axis_is_an_error():
     model.tapped(model.state, taps, x, None)
 
 
-def test_layers_stacked_along_another_axis_can_be_left_out():
-  model = Linen('scan along axis 1', X)
-
-  def heads(name, _):
-    return name in ('head', '')
-
-  @jax.jit
-  def program(state, x):
-    return without_and_with_taps(model, state, x, where=heads)
-
-  before, after, taps = program(model.state, X)
-  assert_bit_for_bit(after, before)
-  assert list(taps) == ['head', '']
-
-
 def test_a_module_jitted_untapped_is_traced_anew():
   model = Linen('jit', X)
 

@@ -176,10 +176,19 @@ def test_the_branch_not_taken_has_no_calls(face, model, choice):
 
 
 @pytest.mark.parametrize(('face', 'axis'), [(Linen, 1), (Linen, -1), (Nnx, 1)])
-def test_layers_stacked_along_another_axis_are_an_error(face, axis):
+def test_layers_stacked_along_another_axis_are_an_error_or_left_out(face, axis):
   model = face(f'scan along axis {axis}', X)
   with pytest.raises(ValueError, match='stacked along leading axes'):
     model.empty(model.state, X)
+
+  @jax.jit
+  def program(state, x):
+    heads = lambda name, _: name in ('head', '')  # noqa: E731
+    return without_and_with_taps(model, state, x, where=heads)
+
+  before, after, taps = program(model.state, X)  # which are left out
+  assert_bit_for_bit(after, before)
+  assert list(taps) == ['head', '']
 
 
 @both
