@@ -1,6 +1,5 @@
 """Normalization by given statistics."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

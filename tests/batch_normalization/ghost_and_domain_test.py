@@ -1,6 +1,5 @@
 """Parts of a batch that are normalized by themselves."""
 
-
 import jax
 import numpy as np
 import pytest

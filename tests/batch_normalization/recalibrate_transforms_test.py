@@ -11,6 +11,7 @@ import optax_ghm.nnx
 from tests.support.faces_batch_norm import Linen, Nnx, face_of, start
 from tests.support.oracles_batch_norm import assert_is, by_numpy, seen_in_turn
 
+PROGRAMS = 65
 recalibrate = optax_ghm.linen.recalibrate
 
 
