@@ -16,16 +16,8 @@ from tests.support.hand_made import (
 )
 
 KINDS = (
-  'not finite',
-  'disconnected',
-  'no gradient',
-  'vanishing',
-  'exploding',
-  'dead units',
-  'small updates',
-  'large updates',
-  'spikes',
-  'conflict',
+  *('not finite', 'disconnected', 'no gradient', 'vanishing', 'exploding'),
+  *('dead units', 'small updates', 'large updates', 'spikes', 'conflict'),
 )
 
 

@@ -126,7 +126,7 @@ def full_record(steps=5):
 def drawn(tmp_path_factory):
   """The text of two records on a page."""
   path = tmp_path_factory.mktemp('page') / 'page.html'
-  flow.write_page(path, {'one': full_record(), 'two': full_record()})
+  flow.write_page(path, {'one': full_record(), HOSTILE: full_record()})
   return path.read_text(encoding='utf-8')
 
 
@@ -170,7 +170,7 @@ def test_the_pictures_are_those_of_the_figure(drawn):
   titles = [ax.get_title() for ax in flow.figure(full_record()).axes[:4]]
   headings = [h.lower() for h in page.headings()]
   assert {title.lower() for title in titles} <= set(headings)
-  assert page.text('h2') == 'onetwo' and len(page.all('section')) == 2
+  assert page.text('h2') == f'one{HOSTILE}' and len(page.all('section')) == 2
 
 
 def test_it_is_the_same_each_time_and_in_any_style(drawn, tmp_path):
@@ -179,7 +179,7 @@ def test_it_is_the_same_each_time_and_in_any_style(drawn, tmp_path):
   with matplotlib.rc_context(style):
     before = dict(matplotlib.rcParams)
     flow.write_page(
-      tmp_path / 'b', {'one': full_record(), 'two': full_record()}
+      tmp_path / 'b', {'one': full_record(), HOSTILE: full_record()}
     )
     assert dict(matplotlib.rcParams) == before
   assert (tmp_path / 'b').read_text(encoding='utf-8') == drawn
@@ -289,39 +289,11 @@ def test_it_follows_a_light_and_a_dark_theme(drawn):
 
 # A browser.
 
-BROWSER = next(
-  filter(
-    None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
-  ),
-  None,
-)
-
-
-def opened(path, tmp_path):
-  """The DOM, and what the console says."""
-  done = subprocess.run(
-    [
-      BROWSER,
-      '--headless',
-      '--no-sandbox',
-      '--disable-gpu',
-      '--disable-quic',
-      '--no-first-run',
-      '--disable-background-networking',
-      '--disable-component-update',
-      '--disable-sync',
-      f'--user-data-dir={tmp_path / "profile"}',
-      '--enable-logging=stderr',
-      '--dump-dom',
-      path.as_uri(),
-    ],
-    check=True,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  console = [line for line in done.stderr.splitlines() if 'CONSOLE' in line]
-  return done.stdout, console
+BROWSERS = map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
+BROWSER = next(filter(None, BROWSERS), None)
+OFFLINE = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
+  --disable-background-networking --disable-component-update --disable-sync
+  --enable-logging=stderr --dump-dom"""
 
 
 @pytest.mark.slow
@@ -330,6 +302,17 @@ def test_a_browser_opens_it_from_disk_without_complaint(tmp_path):
   path = tmp_path / 'flow page é.html'
   records = {'a': full_record(), HOSTILE: full_record()}
   flow.write_page(path, records, HOSTILE)
-  dom, console = opened(path, tmp_path)
-  assert console == []
-  assert dom.count('<svg') == len(Page(path.read_text('utf-8')).all('svg')) > 6
+  profile = f'--user-data-dir={tmp_path / "profile"}'
+  done = subprocess.run(
+    [BROWSER, *OFFLINE.split(), profile, path.as_uri()],
+    check=True,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert 'CONSOLE' not in done.stderr
+  assert (
+    done.stdout.count('<svg')
+    == len(Page(path.read_text('utf-8')).all('svg'))
+    > 6
+  )

@@ -11,20 +11,10 @@ import pytest
 from optax_ghm import flow
 from optax_ghm.flow import _record
 from tests.support import hand_made
-from tests.support.hand_made import MEASURED, ONES, stats, taps, watched
+from tests.support.hand_made import MEASURED, ONES, taps, watched
 
 PARAMS = {'a': np.ones((2, 3), 'f'), 'é\n"b"': {'bias': np.ones(3, 'f')}}
 NAMES = ['encoder/Dense_0', 'größe "x"\t<b>']
-LAYER_STATS = (
-  'calls',
-  'elements',
-  'sum',
-  'norm',
-  'rms',
-  'largest',
-  'zeros',
-  'non_finite',
-)
 
 
 def assert_same_records(actual, expected):
@@ -97,7 +87,6 @@ def test_what_is_read_is_what_the_statistics_say():
     record.add(10 * i, taps=measure(cotangents))
   assert record.steps.tolist() == [0, 10, 20]
   assert [layer.name for layer in record.layers] == ['one', 'other']
-  assert set(record.layer_stats) == set(LAYER_STATS)
   expected = {
     'calls': lambda u: 1,
     'elements': np.size,
@@ -108,20 +97,13 @@ def test_what_is_read_is_what_the_statistics_say():
     'zeros': lambda u: np.sum(u == 0),
     'non_finite': lambda u: 0,
   }
+  assert record.layer_stats.keys() == expected.keys()
   for name, values in record.layer_stats.items():
     numbers = [[u.astype(float) for u in pair.values()] for pair in every]
     numbers = [[expected[name](u) for u in pair] for pair in numbers]
     np.testing.assert_allclose(values, numbers, rtol=1e-6, err_msg=name)
   counted = record.layer_stats['elements'] - record.layer_stats['zeros']
   np.testing.assert_array_equal(record.histograms.sum(2), counted)
-
-
-def test_the_largest_of_several_calls_is_at_most_the_norm():
-  record = hand_made.record_of(
-    {'taps': taps([stats(5.0, calls=2, largest=8.0), stats(5.0)])},
-    {'taps': taps([stats(5.0, calls=2, largest=4.0), 3.0])},
-  )
-  assert record.layer_stats['largest'].tolist() == [[5, 5], [4, 3]]
 
 
 def test_every_column_of_a_watched_optimizer_is_read_by_its_name():
@@ -137,13 +119,6 @@ def test_every_column_of_a_watched_optimizer_is_read_by_its_name():
   np.testing.assert_allclose(ratios, [[11 / 12, 21 / 22]])
   assert set(record.leaf_stats) == {*MEASURED, 'update_ratio'}
   assert record.leaves == (flow.Leaf('a', 2), flow.Leaf('é\n"b"/bias', 1))
-
-
-def test_a_ratio_to_a_parameter_of_zeros_is_infinite_and_warns_of_nothing():
-  rows = {'parameter_norm': 0.0}, {'parameter_norm': 0.0, 'update_norm': 0.0}
-  record = hand_made.record_of({'opt_state': watched(*rows)}, params=PARAMS)
-  ((one, other),) = record.leaf_stats['update_ratio']
-  assert one == np.inf and np.isnan(other)
 
 
 def test_what_a_step_does_not_have_is_nan():

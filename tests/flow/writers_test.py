@@ -121,40 +121,27 @@ def test_json_lines_have_the_numbers_of_every_step(tmp_path):
   assert_logged([(i, {k: float(x) for k, x in u.items()}) for i, u in logged])
 
 
-class FakeTensorBoard(types.ModuleType):
-  """What tensorboard.summary has, as far as it is used."""
-
-  def __init__(self):
-    super().__init__('tensorboard.summary')
-    self.logdirs, self.scalars, self.unflushed = [], [], 0
-    outer = self
-
-    class Writer:
-      def __init__(self, logdir=None):
-        outer.logdirs.append(logdir)
-
-      def add_scalar(self, tag, data, step=None):
-        outer.scalars.append((tag, data, step))
-        outer.unflushed += 1
-
-      def flush(self):
-        outer.unflushed = 0
-
-    self.Writer = Writer
-
-
 def test_tensorboard_gets_every_scalar_with_its_step(tmp_path, monkeypatch):
-  fake = FakeTensorBoard()
-  monkeypatch.setitem(
-    sys.modules, 'tensorboard', types.ModuleType('tensorboard')
-  )
-  monkeypatch.setitem(sys.modules, 'tensorboard.summary', fake)
+  module, scalars, dirs = types.ModuleType('tensorboard.summary'), {}, []
+  unflushed = []
+
+  class Writer:
+    flush = unflushed.clear
+
+    def __init__(self, logdir):
+      dirs.append(logdir)
+
+    def add_scalar(self, tag, data, step=None):
+      scalars.setdefault(step, {})[tag] = data
+      unflushed.append(tag)
+
+  module.Writer = Writer
+  parent = types.ModuleType('tensorboard')
+  monkeypatch.setitem(sys.modules, 'tensorboard', parent)
+  monkeypatch.setitem(sys.modules, 'tensorboard.summary', module)
   record_with(flow.tensorboard_writer(tmp_path))
-  assert fake.logdirs == [str(tmp_path)] and fake.unflushed == 0
-  logged = {}
-  for tag, x, step in fake.scalars:
-    logged.setdefault(step, {})[tag] = x
-  assert_logged(list(logged.items()))
+  assert_logged(list(scalars.items()))
+  assert dirs == [str(tmp_path)] and not unflushed
 
 
 def test_the_real_tensorboard_reads_what_was_written(tmp_path):
@@ -176,15 +163,11 @@ class FakeRun:
     self.logged.append((step, dict(numbers)))
 
 
-def test_a_run_of_wandb_gets_the_numbers_of_every_step():
-  run = FakeRun()
-  record_with(flow.wandb_writer(run))
+def test_wandb_gets_the_numbers_of_every_step(monkeypatch):
+  record_with(flow.wandb_writer(run := FakeRun()))
   assert_logged(run.logged)
-
-
-def test_without_a_run_wandb_logs_to_the_active_one(monkeypatch):
   fake = types.ModuleType('wandb')
-  fake.run = FakeRun()
+  fake.run = FakeRun()  # the active one
   monkeypatch.setitem(sys.modules, 'wandb', fake)
   record_with(flow.wandb_writer())
   assert_logged(fake.run.logged)
@@ -205,21 +188,10 @@ def test_mlflow_gets_names_without_brackets(monkeypatch, run_id):
   step = tapped(1.0, 2.0, 3.0, names=['a[0][1]', 'a[0]', 'b'])
   add(record, 4, **step, loss=0.5)
   assert len(record) == 1
-  assert logged == [
-    (
-      {
-        'loss': 0.5,
-        'flow/norm/a_0_1': 1,
-        'flow/non_finite/a_0_1': 0,
-        'flow/norm/a_0': 2,
-        'flow/non_finite/a_0': 0,
-        'flow/norm/b': 3,
-        'flow/non_finite/b': 0,
-      },
-      4,
-      run_id,
-    )
-  ]
+  wanted = {'loss': 0.5}
+  for name, norm in {'a_0_1': 1, 'a_0': 2, 'b': 3}.items():
+    wanted |= {f'flow/norm/{name}': norm, f'flow/non_finite/{name}': 0}
+  assert logged == [(wanted, 4, run_id)]
 
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb', 'mlflow'])

@@ -6,27 +6,12 @@ from optax_ghm import flow
 from optax_ghm.flow import _batch_norms, _record_file
 
 NUMBERS = (
-  'calls',
-  'elements',
-  'sum',
-  'small_squares',
-  'squares',
-  'large_squares',
-  'zeros',
-  'non_finite',
-  'largest',
+  *('calls', 'elements', 'sum', 'small_squares', 'squares', 'large_squares'),
+  *('zeros', 'non_finite', 'largest'),
 )
 MEASURED = (
-  'gradient_norm',
-  'update_norm',
-  'parameter_norm',
-  'elements',
-  'zeros',
-  'non_finite',
-  'units',
-  'dead_units',
-  'signal_to_noise',
-  'cosine',
+  *('gradient_norm', 'update_norm', 'parameter_norm', 'elements', 'zeros'),
+  *('non_finite', 'units', 'dead_units', 'signal_to_noise', 'cosine'),
 )
 ONES = np.ones(64, np.float32)
 """A histogram."""
