@@ -52,10 +52,7 @@ def test_x_must_be_real_and_floating_and_a_mask_bool(name):
     ({'mask': X[None] > 0}, r'mask of shape \(1, 4, 3\)'),
     ({'x': X[:, :1], 'mask': X > 0}, r'mask of shape \(4, 3\)'),
     ({'mask': X[:, 0] > 0}, r'mask of shape \(4,\).*Give mask\[:, None\]'),
-    (
-      {'x': X[:3], 'mask': X[0] > 0},
-      r'mask\[:, None\] or mask\[None, :\]',
-    ),
+    ({'x': X[:3], 'mask': X[0] > 0}, r'mask\[:, None\] or mask\[None, :\]'),
     ({'scale': X[:, 0]}, r'scale must .*3\), got \(4,\)|scale .*\(3,\), got'),
     ({'scale': np.float32(1)}, r'scale must .*got \(\)'),
     ({'bias': X[:1]}, r'bias must .*got \(1, 3\)'),

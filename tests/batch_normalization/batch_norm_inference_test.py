@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 import optax_ghm
-from tests.support import (
-  oracles_batch_norm as oracle,
-)
+from tests.support import oracles_batch_norm as oracle
 from tests.support.oracles_batch_norm import EPSILON, assert_close, averages
 
 inference = jax.jit(

@@ -21,11 +21,7 @@ close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 DOMAIN = np.array([0, 1, 1, 3])
 KINDS = {  # of the module, options, and the function with its own
   'BatchNorm': ('BatchNorm', {'unbiased': True}, {}),
-  'ghosts': (
-    'BatchNorm',
-    {'debias': True, 'momentum': 0.5},
-    {'ghost_size': 2},
-  ),
+  'ghosts': ('BatchNorm', {'debias': True, 'momentum': 0.5}, {'ghost_size': 2}),
   'renorm': ('BatchRenorm', {'debias': True, 'epsilon': 0.1}, {}),
   'limits': ('BatchRenorm', {}, {'r_max': 1.5, 'd_max': 0.25}),
   'schedule of r': ('BatchRenorm', {}, {'r_max': widening}),

@@ -12,11 +12,7 @@ from flax import linen as nn, nnx
 import optax_ghm
 import optax_ghm.linen
 import optax_ghm.nnx
-from tests.support.faces_batch_norm import (
-  both,
-  face_of,
-  widening,
-)
+from tests.support.faces_batch_norm import both, face_of, widening
 
 same = np.testing.assert_array_equal
 

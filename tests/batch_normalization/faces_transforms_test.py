@@ -165,10 +165,7 @@ def test_masked_shards_are_one_batch(name, mapped, rng):
     else:
       mesh = jax.make_mesh((8,), ('d',), axis_types=(AxisType.Auto,))
       found = jax.shard_map(
-        call,
-        mesh=mesh,
-        in_specs=(P(), P('d'), P('d')),
-        out_specs=(P('d'), P()),
+        call, mesh=mesh, in_specs=(P(), P('d'), P('d')), out_specs=(P('d'), P())
       )(variables, x, mask)
     return variables, same_variables, expected, found
 

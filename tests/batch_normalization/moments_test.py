@@ -89,25 +89,15 @@ def test_bad_numbers_reach_their_feature_only_and_none_if_masked_out(rng):
 
 
 @pytest.mark.device
-def test_no_rows_and_nothing_that_counts():
-  ones = np.ones((3, 2), np.float32)
-
-  @jax.jit
-  def program():
-    found = [
-      Moments.of(ones[:0]),
-      Moments.of(ones, mask=np.zeros((3, 1), bool)),
-      Moments.init((2,)),
-    ]
-    return found, [m.variance(u) for m in found for u in (False, True)]
-
-  for u in jax.tree.leaves(program()):
-    assert u.dtype == np.float32
-    same(u, np.zeros(2))
-  assert (
-    jax.eval_shape(lambda: Moments.init((1,), jnp.bfloat16).m2).dtype
-    == jnp.bfloat16
-  )
+def test_moments_of_nothing():
+  init = jax.jit(Moments.init, static_argnums=(0, 1))
+  for dtype, moments in (
+    (jnp.float32, init((2,))),
+    (jnp.float32, measured(np.zeros((0, 2), np.float32))),
+    (jnp.bfloat16, init((2,), jnp.bfloat16)),
+  ):
+    assert {u.dtype for u in moments} == {np.dtype(dtype)}
+    same(np.float32(moments), np.zeros((3, 2)))
 
 
 @pytest.mark.device
@@ -231,50 +221,41 @@ def test_pooling_along_an_axis(axis, rng):
   assert_moments(pooled(stacked, axis=axis), defined(x.reshape(-1, 3)))
 
 
-def test_pooling_devices(rng):
-  """Over a named axis, under shard_map, and along an axis as well."""
-  x = (2 + rng.normal(size=(16, 5, 3))).astype(np.float32)
-  mask = np.arange(80).reshape(16, 5, 1) % 3 != 1
-  mask[2:4] = False  # all of one device
-  wanted = defined(x.reshape(-1, 3), mask=mask.reshape(-1, 1))
-
-  def of_each(x, mask):
-    moments = jax.vmap(lambda x, m: Moments.of(x, mask=m))(x, mask)
-    both = moments.pool(axis=0, axis_name='d')
-    return both, moments.pool(axis=0).pool(axis_name='d')
-
-  sharded = jax.shard_map(
-    of_each,
-    mesh=jax.make_mesh((8,), ('d',), axis_types=(AxisType.Auto,)),
-    in_specs=P('d'),
-    out_specs=P(),
-  )
-  named = jax.vmap(of_each, axis_name='d', out_axes=None)
-  in_parts = (u.reshape(8, 2, *u.shape[1:]) for u in (x, mask))
-  for found in (*jax.jit(sharded)(x, mask), *jax.jit(named)(*in_parts)):
-    assert_moments(found, wanted)
-
-
-def test_devices_whose_parts_differ_are_one_batch(rng):
-  """Named axes, both of vmap and of a mesh, one shard without anything."""
-  x = (1e3 + rng.normal(size=(4, 2, 5, 3))).astype(np.float32)
+@pytest.mark.parametrize('mapped', ['vmap', 'shard_map'])
+def test_devices_whose_parts_differ_are_one_batch(mapped, rng):
+  """Over one or more named axes, and along an axis as well."""
+  x = (2 + rng.normal(size=(4, 2, 5, 3))).astype(np.float32)
   mask = np.arange(40).reshape(4, 2, 5, 1) % 3 != 1
-  mask[1, 1] = False
+  mask[1, 1] = False  # all of one device
+  far = x + np.float32(1e3)
 
-  def measure(x, mask):
-    return Moments.of(x, mask=mask, axis_name=('a', 'b'))
+  def of_each(x, far, mask):
+    names = ('a', 'b')
+    halves = jax.tree.map(
+      lambda *u: jnp.stack(u),
+      Moments.of(x[:2], mask=mask[:2]),
+      Moments.of(x[2:], mask=mask[2:]),
+    )
+    return (
+      Moments.of(far, mask=mask, axis_name=names),
+      halves.pool(axis=0, axis_name=names),
+      halves.pool(axis=0).pool(axis_name='b').pool(axis_name='a'),
+    )
 
-  wanted = defined(x.reshape(-1, 3), mask=mask.reshape(-1, 1))
-  named = jax.vmap(
-    jax.vmap(measure, axis_name='b', out_axes=None),
-    axis_name='a',
-    out_axes=None,
+  if mapped == 'vmap':
+    f = jax.vmap(of_each, axis_name='b', out_axes=None)
+    f = jax.vmap(f, axis_name='a', out_axes=None)
+  else:
+    f = jax.shard_map(
+      lambda *parts: of_each(*(u[0, 0] for u in parts)),
+      mesh=jax.make_mesh((4, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2),
+      in_specs=P('a', 'b'),
+      out_specs=P(),
+    )
+  whole, *pooled_ = jax.jit(f)(x, far, mask)
+  wanted, of_far = (
+    defined(u.reshape(-1, 3), mask=mask.reshape(-1, 1)) for u in (x, far)
   )
-  sharded = jax.shard_map(
-    lambda x, mask: measure(x[0, 0], mask[0, 0]),
-    mesh=jax.make_mesh((4, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2),
-    in_specs=P('a', 'b'),
-    out_specs=P(),
-  )
-  for f in (named, sharded):
-    assert_moments(jax.jit(f)(x, mask), wanted, rtol=1e-5)
+  assert_moments(whole, of_far, rtol=1e-5)
+  for found in pooled_:
+    assert_moments(found, wanted)

@@ -13,12 +13,7 @@ from flax import linen as nn, nnx
 import optax_ghm
 import optax_ghm.linen
 import optax_ghm.nnx
-from tests.support.faces_batch_norm import (
-  Linen,
-  Nnx,
-  both,
-  start,
-)
+from tests.support.faces_batch_norm import Linen, Nnx, both, start
 from tests.support.oracles_batch_norm import (
   assert_is,
   by_numpy,

@@ -1,6 +1,5 @@
 """Running averages replaced by the statistics of a whole data set."""
 
-
 import chex
 import flax
 import jax
@@ -13,17 +12,8 @@ import optax_ghm
 import optax_ghm.linen
 import optax_ghm.nnx
 from tests.support import oracles_batch_norm as oracle
-from tests.support.faces_batch_norm import (
-  Linen,
-  both,
-  face_of,
-  start,
-  widening,
-)
-from tests.support.oracles_batch_norm import (
-  assert_is,
-  by_numpy,
-)
+from tests.support.faces_batch_norm import Linen, both, face_of, start, widening
+from tests.support.oracles_batch_norm import assert_is, by_numpy
 
 PROGRAMS = 115
 recalibrate = optax_ghm.linen.recalibrate

@@ -129,22 +129,6 @@ def test_stays_finite_whatever_comes(stream, momentum, debias):
 
 
 @pytest.mark.device
-def test_empty_and_bad_batches_change_nothing(rng):
-  x = rng.normal(size=(4, 3)).astype(np.float32)
-  running = update(start(True), *batches(1, rng))
-
-  @jax.jit
-  def program(running, x):
-    nothing = Moments.of(x, mask=np.zeros((4, 1), bool))
-    found = [nothing, Moments.init((3,)), Moments.of(x[:0])]
-    found += [Moments.of(x * np.float32(np.nan)), Moments.of(x + jnp.inf)]
-    return [running.update(moments) for moments in found]
-
-  for after in program(running, x):
-    jax.tree.map(same, after, running)
-
-
-@pytest.mark.device
 def test_no_gradient_flows_through_and_micro_batches_merged_are_one(rng):
   x = (3 + rng.normal(size=(12, 3))).astype(np.float32)
 
