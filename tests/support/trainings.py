@@ -110,7 +110,7 @@ class Convolutions(nn.Module):
   @nn.compact
   def __call__(self, x, _):
     x = x.reshape(len(x), 4, 8, 1)
-    for _ in range(9):
+    for _ in range(7):
       x = nn.relu(nn.Conv(16, (3, 3), kernel_init=he)(x))
     x = nn.avg_pool(x, (2, 2), (2, 2))
     x = nn.relu(nn.Conv(16, (3, 3), kernel_init=he)(x))
@@ -201,7 +201,7 @@ HEALTHY = {
   'tanh, Glorot': plain(activation='tanh', change=gain(1.0)),
   'selu, LeCun': plain(activation='selu', change=gain(1.0)),
   'batch normalization': Case(BatchNorms()),
-  'layer normalization': Case(Plain(8, nn.LayerNorm)),
+  'layer normalization': Case(Plain(6, nn.LayerNorm)),
   'dropout': Case(Plain(6, dropout=0.3)),
   'pre-LN residual, 4 blocks': Case(PreNorm(4)),
   'pre-LN residual, scanned': Case(PreNorm(12, scanned=True)),
