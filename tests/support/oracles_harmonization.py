@@ -33,11 +33,11 @@ def windowed(density, cells):
   return over, over.sum(1) * cell
 
 
-def exact(g, mass, width):
-  """The definition of the paper, O(N²), with norms in [0, 1]."""
+def exact(g, mass, width, low=0.0):
+  """The definition of the paper, O(N²), with norms in [low, 1]."""
   inside = g >= g[:, None] - width / 2
   inside &= (g < g[:, None] + width / 2) | (g == g[:, None])
-  length = np.minimum(width / 2, 1 - g) + np.minimum(width / 2, g)
+  length = np.minimum(width / 2, 1 - g) + np.minimum(width / 2, g - low)
   return np.where(mass > 0, inside @ mass / length, 0)
 
 
