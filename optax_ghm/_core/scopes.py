@@ -190,7 +190,10 @@ def scoped(scope: Scope, tree: Any) -> Scoped:
 
 
 def _grouped(scope, tree):
-  labels = scope.labels(tree) if callable(scope.labels) else scope.labels
+  labels = scope.labels
+  # A module of labels may be callable, too, but a function is a leaf.
+  if callable(labels) and jax.tree.leaves(labels) == [labels]:
+    labels = labels(tree)
   names = sorted(set(jax.tree.leaves(labels)), key=str)
   of_leaves = jax.tree.leaves(jax.tree.broadcast(labels, tree))
   groups = [

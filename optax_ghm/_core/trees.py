@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_ghm._core import arrays
 
@@ -25,6 +26,23 @@ def counted_with_path(tree: Any) -> list[tuple[tuple[Any, ...], jax.Array]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if is_counted(leaf)
   ]
+
+
+def like(tree: Any, other: Any) -> Any:
+  """``other`` without those leaves in whose place ``tree`` has none.
+
+  Frozen parameters are None, or a ``MaskedNode``, among the updates.
+  """
+
+  def is_gap(node):
+    return node is None or isinstance(node, optax.MaskedNode)
+
+  return jax.tree.map(
+    lambda node, own: None if is_gap(node) else own,
+    tree,
+    other,
+    is_leaf=is_gap,
+  )
 
 
 def select(where: jax.Array, new: Any, old: Any) -> Any:

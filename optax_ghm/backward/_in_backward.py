@@ -58,6 +58,21 @@ class InBackward:
     """Returns whether ``tx`` keeps a state for such activations."""
     return bool(jax.tree.leaves(jax.eval_shape(self.init, x).floats))
 
+  def _reads_state(self, x):
+    """Whether the updates depend on the state."""
+    state = jax.eval_shape(self.tx.init, x)
+    first = len(jax.tree.leaves(x))
+    jaxpr, (updates, _) = jax.make_jaxpr(self.tx.update, return_shape=True)(
+      x, state, x
+    )
+    last = first + len(jax.tree.leaves(state))
+    dependent = {id(v) for v in jaxpr.jaxpr.invars[first:last]}
+    for equation in jaxpr.jaxpr.eqns:
+      if dependent.intersection(map(id, equation.invars)):
+        dependent.update(map(id, equation.outvars))
+    of_updates = jaxpr.jaxpr.outvars[: len(jax.tree.leaves(updates))]
+    return bool(dependent.intersection(map(id, of_updates)))
+
   def unpack(self, state: InBackwardState, x: Any) -> optax.OptState:
     """Returns the state as ``tx.update`` would have returned it.
 
@@ -85,7 +100,8 @@ class InBackward:
     Args:
       x: array or pytree of arrays.
       state: from :meth:`init` for an ``x`` of the same shapes and dtypes; None
-        if ``tx`` keeps no state.
+        if ``tx`` keeps no state, or one that its updates do not depend on, as
+        :func:`~optax_ghm.clip_by_norm` does.
       enabled: False makes this the plain identity, for forward mode, and for
         evaluation with a batch size that the state was not made for.
 
@@ -93,15 +109,15 @@ class InBackward:
       ``x``.
 
     Raises:
-      ValueError: if ``tx`` keeps a state and ``state`` is None or does not fit
-        ``x``, or if ``tx`` changes the structure or the shapes of its updates
-        or of its state.
+      ValueError: if ``state`` is None and the updates depend on it, if it does
+        not fit ``x``, or if ``tx`` changes the structure or the shapes of its
+        updates or of its state.
     """
     if not enabled:
       return x
     floats = inexact_part(x)
     expected = _types(jax.eval_shape(self.init, floats))
-    if state is None and not self.keeps_state(floats):
+    if state is None and not self._reads_state(floats):
       state = self.init(floats)
     if _types(state) != expected:
       raise ValueError(

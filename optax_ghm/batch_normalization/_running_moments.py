@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_ghm._core import arrays
 from optax_ghm.batch_normalization import _moments
 
 
@@ -64,7 +65,8 @@ class RunningMoments(NamedTuple):
 
     with the momentum m, and the variance accordingly. A feature stays as it is
     if nothing counted in this batch or its statistics are not finite. No
-    gradient flows through the averages.
+    gradient flows through the averages. Averages that were cast to 16 bits
+    become float32: 16 bits can neither hold nor move them.
 
     Args:
       moments: of the batch. Merge the moments of micro-batches first.
@@ -81,10 +83,11 @@ class RunningMoments(NamedTuple):
         f'moments, of shape {moments.mean.shape}, must have that of the running'
         f' averages, {self.mean.shape}.'
       )
+    old = self.widen()
     new = jax.lax.stop_gradient((moments.mean, moments.variance(unbiased)))
-    mean, var = (u.astype(self.mean.dtype) for u in new)
+    mean, var = (u.astype(old.mean.dtype) for u in new)
     seen = (moments.count > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
-    weight = momentum * self.weight + (1 - momentum)
+    weight = momentum * old.weight + (1 - momentum)
     rate = (1 - momentum) / jnp.where(weight == 0, 1, weight)
 
     def average(old, new):
@@ -93,7 +96,11 @@ class RunningMoments(NamedTuple):
       return jnp.where(seen, moved, old).astype(old.dtype)
 
     return RunningMoments(
-      average(self.mean, mean),
-      average(self.var, var),
-      jnp.where(seen, weight, self.weight).astype(self.weight.dtype),
+      average(old.mean, mean),
+      average(old.var, var),
+      jnp.where(seen, weight, old.weight).astype(old.weight.dtype),
     )
+
+  def widen(self) -> 'RunningMoments':
+    """Returns the averages in float32, if they were cast to 16 bits."""
+    return RunningMoments(*map(arrays.widen, self))

@@ -98,6 +98,7 @@ def batch_norm_stats(
     Batch-Normalized Models <https://arxiv.org/abs/1702.03275>`_, 2017
   """
   moments, running = jax.lax.stop_gradient((moments, running))
+  running = running.widen()
   moments = jax.tree.map(lambda u: u.astype(running.mean.dtype), moments)
   counted = moments.count > 0
   std = jnp.sqrt(moments.var + epsilon)

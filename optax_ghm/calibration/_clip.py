@@ -130,7 +130,8 @@ def clip_by_rule(
     outlier = norm > OUTLIER_RATIO * limit.reference_norm
     # An outlier before any threshold is known comes down to the reference.
     target = jnp.where(above, target, limit.reference_norm)
-    factor = jnp.where(above | outlier, target / seen, 1)
+    # Exactly 1 where nothing is clipped, and differentiable there.
+    factor = jnp.where(above | outlier, target, seen) / seen
     factor = jnp.where(finite & (factor > 0), factor, 0)
 
     good = (factor > 0) & (norm > 0) & ~outlier

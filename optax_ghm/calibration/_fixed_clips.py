@@ -1,16 +1,19 @@
 """Clips with a given limit: a constant, or the norm of the parameters."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, scopes
+from optax_ghm._core import arrays, counters, scopes, trees
 from optax_ghm.calibration import _clip
 
 
 def clip_by_norm(
-  max_norm: ArrayLike,
+  max_norm: ArrayLike | Callable[[jax.Array], ArrayLike],
   *,
   scope: scopes.Scope = 'global',
   axis_name: arrays.AxisName = None,
@@ -24,7 +27,8 @@ def clip_by_norm(
 
   Args:
     max_norm: c, the largest norm that is not clipped: one number, or one per
-      norm of the scope.
+      norm of the scope, or a schedule of it: a function of the number of
+      updates so far, which the state then counts.
     scope: what is clipped together: ``'global'``, the whole tree; ``'leaf'``,
       every leaf by itself; ``'unit'`` or :class:`Units`, every unit of a leaf;
       or :class:`Groups` of leaves.
@@ -50,6 +54,8 @@ def clip_by_norm(
     Pascanu et al., `On the difficulty of training Recurrent Neural Networks
     <https://arxiv.org/abs/1211.5063>`_, 2012
   """
+  if callable(max_norm):
+    return _clip_by_schedule(max_norm, scope, axis_name)
   counters.check_range('max_norm', max_norm, 0, np.inf)
 
   def rule(step, statistics):
@@ -57,6 +63,25 @@ def clip_by_norm(
     return _clip.Limit(max_norm, statistics)
 
   return _clip.clip_by_rule(rule, scope=scope, axis_name=axis_name)
+
+
+def _clip_by_schedule(schedule, scope, axis_name):
+  """The clip whose statistics are the number of updates, bad ones included."""
+
+  def at(max_norm):
+    return clip_by_norm(max_norm, scope=scope, axis_name=axis_name)
+
+  def init_fn(params):
+    return at(np.inf).init(params)._replace(statistics=jnp.zeros([], jnp.int32))
+
+  def update_fn(updates, state, params=None, **extra_args):
+    count = state.statistics
+    updates, state = at(schedule(count)).update(
+      updates, state._replace(statistics=()), params, **extra_args
+    )
+    return updates, state._replace(statistics=optax.safe_increment(count))
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def clip_by_parameter_norm(
@@ -113,7 +138,8 @@ def clip_by_parameter_norm(
   def rule(step, statistics):
     if step.params is None and step.updates is not None:
       raise ValueError('params must be given to update(), and were None.')
-    norm = step.scoped.norms(step.params, axis_name)
+    params = trees.like(step.updates, step.params)
+    norm = step.scoped.norms(params, axis_name)
     norm = jnp.maximum(norm, jnp.asarray(eps, jnp.float32))
     return _clip.Limit(jnp.asarray(ratio, jnp.float32) * norm, statistics)
 

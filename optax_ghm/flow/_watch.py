@@ -247,7 +247,9 @@ def _measure(gradients, updates, params, zero_steps):
     # One sum where the update is made: rescaling would store all updates.
     'update_norm': jnp.sqrt(_by_leaf(_squares, trees.counted(updates))),
     'parameter_norm': norms.group_norms(
-      trees.counted(params), np.arange(len(counted)), len(counted)
+      trees.counted(trees.like(gradients, params)),
+      np.arange(len(counted)),
+      len(counted),
     ),
     'elements': elements,
     'zeros': elements

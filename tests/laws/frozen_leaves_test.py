@@ -1,0 +1,42 @@
+"""Frozen leaves are gaps among the updates, beside all of the parameters."""
+
+import jax
+import numpy as np
+import optax
+
+import optax_ghm
+from optax_ghm import flow
+from tests.support.trial import (
+  assert_same,
+  make_gradients,
+  make_params,
+  own,
+  types,
+)
+
+GAPS = {'a frozen one': None, 'a masked one': optax.MaskedNode()}
+FROZEN = dict.fromkeys(GAPS, np.full((7, 3), 1e3, np.float32))
+
+
+def check(tx, gradients):
+  """The gaps change nothing, as equinox#908 has it."""
+  update = jax.jit(lambda g, p: tx.update(g, tx.init(g), p))
+  params = make_params()
+  updates, state = update(GAPS | gradients, FROZEN | params)
+  expected, expected_state = update(gradients, params)
+  assert types({name: updates.pop(name) for name in GAPS}) == types(GAPS)
+  assert_same(updates, expected)
+  assert_same(jax.tree.leaves(state), jax.tree.leaves(expected_state))
+
+
+@own
+def test_gaps_beside_full_params_change_nothing(entry):
+  check(entry.tx, make_gradients(entry))
+
+
+def test_gaps_beside_full_params_change_no_wrapper():
+  gradients = make_params()
+  clip = optax_ghm.clip_by_parameter_norm(0.1)
+  check(optax_ghm.calibrated(optax.sgd(0.1), clip), gradients)
+  check(flow.watch(optax.sgd(0.1)), gradients)
+  check(optax_ghm.skip_spikes(optax.sgd(0.1)), gradients)
