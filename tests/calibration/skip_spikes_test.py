@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, example, given, strategies as st
+from hypothesis.extra import numpy as hnp
 
 import optax_ghm
 from tests.support.oracles_calibration import spikes
@@ -154,6 +155,39 @@ def test_the_scale_of_the_gradients_is_no_matter(scale):
     actual.norm_threshold[known],
     expected.norm_threshold[known] * np.float32(scale),
     rtol=1e-4,
+  )
+
+
+@functools.cache
+def of_identity():
+  tx = optax_ghm.skip_spikes(
+    optax.identity(), sigmas=8.0, window=optax_ghm.SpikeWindow(length=16)
+  )
+
+  @jax.jit
+  def run(norms):
+    def step(state, norm):
+      return tx.update(norm, state)[1], None
+
+    return jax.lax.scan(step, tx.init(norms[0]), norms)[0]
+
+  return run
+
+
+@given(
+  norms=hnp.arrays(np.float32, 18, elements=st.floats(1, 2, width=16)),
+  spike=st.sampled_from([1.0, 4.0]),
+  power=st.integers(-100, 124),
+)
+@example(norms=np.linspace(1, 1.5, 18, dtype='f'), spike=4.0, power=124)
+def test_skip_spikes_at_any_scale(norms, spike, power):
+  norms[-1] *= spike
+  state, scaled = (of_identity()(np.ldexp(norms, p)) for p in (0, power))
+  assert int(state.skipped) == int(scaled.skipped)
+  np.testing.assert_allclose(
+    scaled.norm_threshold,
+    np.ldexp(np.float64(state.norm_threshold), power),
+    rtol=1e-5,
   )
 
 

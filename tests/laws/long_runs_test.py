@@ -14,12 +14,16 @@ import optax_ghm
 from optax_ghm import RunningMoments, flow, harmonization
 from tests.support.registry import ENTRIES
 
-STEPS, RECENT = 1_000_000, 20_000
+STEPS, MANY, RECENT = 1_000_000, 200_000, 20_000
 DECAY = 0.9999
 TOP = np.iinfo(np.int32).max
-PARAMS = {'bias': jnp.ones(()), 'kernel': jnp.ones((1, 2))}
+PARAMS = {
+  'bias': np.ones((), np.float32),
+  'kernel': np.ones((1, 2), np.float32),
+}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.device]
+PROGRAMS = 160
 
 
 def uniform(t):
@@ -54,14 +58,22 @@ def loop(step, state, start, stop):
   return jax.lax.fori_loop(start, stop, lambda t, s: step(s, t), state)
 
 
+@functools.cache
+def step_of_entry(entry):
+  """One and the same for all tests, so that they share the loop."""
+  gradients = functools.partial(gradients_at, per_example=entry.per_example)
+  return steps_of(entry.tx, gradients), jax.jit(entry.tx.init)(PARAMS)
+
+
 def steps_of(tx, gradients=lambda t: of_norm(norm_at(t))):
   """``update`` as a step of :func:`loop`."""
   return lambda state, t: tx.update(gradients(t), state, PARAMS)[1]
 
 
+@functools.cache
 def norms_of(steps=STEPS):
   """What :func:`norm_at` gives, in float64."""
-  return np.asarray(norm_at(np.arange(steps)), np.float64)
+  return np.asarray(jax.jit(norm_at)(np.arange(steps)), np.float64)
 
 
 def average(values, decay=DECAY):
@@ -96,10 +108,9 @@ TOLERANCES = {
 @pytest.mark.parametrize('entry', ENTRIES, ids=lambda entry: entry.name)
 def test_where_it_is_depends_on_the_recent_steps_alone(entry):
   """But for the counts, which are of all steps."""
-  gradients = functools.partial(gradients_at, per_example=entry.per_example)
-  step, init = steps_of(entry.tx, gradients), entry.tx.init(PARAMS)
-  of_all = loop(step, init, 0, STEPS)
-  of_recent = loop(step, init, STEPS - RECENT, STEPS)
+  step, init = step_of_entry(entry)
+  of_all = loop(step, init, 0, MANY)
+  of_recent = loop(step, init, MANY - RECENT, MANY)
   chex.assert_trees_all_equal_shapes_and_dtypes(of_all, init)
   recent = named(of_recent)
   for name, one in named(of_all).items():
@@ -108,7 +119,7 @@ def test_where_it_is_depends_on_the_recent_steps_alone(entry):
     if one.dtype == np.int32 or 'non_finite' in name:
       if 'recent' in name:
         continue
-      times = 1 if 'in_a_row' in name else STEPS / RECENT
+      times = 1 if 'in_a_row' in name else MANY / RECENT
       by_chance = 'clipped' in name or entry.name == 'skip_spikes'
       rtol = 0.1 if by_chance else 0
     power = 2 if name.endswith('.deviation') else 1  # averaged as a variance
@@ -138,10 +149,12 @@ AVERAGES = {
 @pytest.mark.parametrize('name', AVERAGES)
 def test_averages_are_those_of_float64(name):
   tx, read, expected = AVERAGES[name]
-  state = loop(steps_of(tx), tx.init(PARAMS), 0, STEPS)
-  # The variance is about a mean that has moved: less by the mean's own.
+  state = loop(steps_of(tx), jax.jit(tx.init)(PARAMS), 0, STEPS)
+  # The variance is about a mean that has moved: less by the mean's own. Without
+  # a fused multiplication and addition, AdaGC's average rounds twice in a step.
+  rtols = (1e-5, 1e-3) if name == 'zscore' else (3e-5,)
   for actual, desired, rtol in zip(
-    read(state), expected(norms_of()), (1e-5, 1e-3), strict=False
+    read(state), expected(norms_of()), rtols, strict=True
   ):
     np.testing.assert_allclose(actual, desired, rtol=rtol)
 
@@ -149,7 +162,7 @@ def test_averages_are_those_of_float64(name):
 def test_signal_and_variance_are_those_of_float64():
   tx = optax_ghm.noise_scale_aggregate(decay=DECAY)
   step = steps_of(tx, lambda t: of_norm(norm_at(2 * t + jnp.arange(2))))
-  state = loop(step, tx.init(PARAMS), 0, STEPS)
+  state = loop(step, jax.jit(tx.init)(PARAMS), 0, STEPS)
   one, other = norms_of(2 * STEPS).reshape(-1, 2).T
   np.testing.assert_allclose(
     state.noise,
@@ -183,7 +196,7 @@ def test_a_running_histogram_is_that_of_float64(kind):
     return density.update(g, state)[1]
 
   state = loop(step, density.init(), 0, STEPS)
-  g = np.asarray(uniform(np.arange(3 * STEPS))).reshape(STEPS, 3)
+  g = np.asarray(jax.jit(uniform)(np.arange(3 * STEPS))).reshape(STEPS, 3)
   g = np.delete(g, np.s_[500::1000], axis=0)
   counts = (np.floor(4 * g)[..., None] == np.arange(4)).sum(1)
   expected = average(counts, 0.999)
@@ -200,7 +213,7 @@ def test_a_running_histogram_is_that_of_float64(kind):
 def test_a_window_holds_the_last_norms_and_its_percentile(percentile):
   estimator = optax_ghm.WindowPercentile(length=64)
   tx = optax_ghm.clip_by_percentile(percentile, estimator=estimator)
-  state = loop(steps_of(tx), tx.init(PARAMS), 0, STEPS)
+  state = loop(steps_of(tx), jax.jit(tx.init)(PARAMS), 0, STEPS)
   last = norms_of()[-64:]
   np.testing.assert_allclose(state.statistics.ranked, np.sort(last), rtol=1e-6)
   np.testing.assert_allclose(
@@ -216,7 +229,7 @@ def test_a_quantile_has_its_share_of_the_norms_below(percentile):
   tx = optax_ghm.clip_by_percentile(
     percentile, estimator=optax_ghm.GeometricQuantile(learning_rate=0.01)
   )
-  state = loop(steps_of(tx), tx.init(PARAMS), 0, STEPS)
+  state = loop(steps_of(tx), jax.jit(tx.init)(PARAMS), 0, STEPS)
   np.testing.assert_allclose(state.threshold, 0.5 + percentile / 100, rtol=0.1)
   share = 1 - state.clipped / STEPS
   np.testing.assert_allclose(share, percentile / 100, atol=2e-4)
@@ -229,7 +242,7 @@ def test_a_window_of_losses_and_norms_is_the_last_one():
     value = norm_at(t)
     return tx.update(of_norm(value), state, PARAMS, value=value)[1]
 
-  state = loop(step, tx.init(PARAMS), 0, STEPS)
+  state = loop(step, jax.jit(tx.init)(PARAMS), 0, STEPS)
   before = norms_of()[-129:-1]  # what the last step was compared with
   limit = before.mean() + 6 * before.std(ddof=1)
   for threshold, recent in (
@@ -253,12 +266,16 @@ def test_a_state_of_the_backward_pass_is_the_plain_one():
 
     return optax_ghm.overwrite_with_gradient(state, jax.grad(loss)(state))
 
-  x = jnp.ones(())
-  state = loop(step, identity.init(x), 0, STEPS)
+  x = np.ones((), np.float32)
+  state = loop(step, jax.jit(identity.init)(x), 0, STEPS)
   plain = loop(
-    lambda state, t: tx.update(norm_at(t), state)[1], tx.init(x), 0, STEPS
+    lambda state, t: tx.update(norm_at(t), state)[1],
+    jax.jit(tx.init)(x),
+    0,
+    STEPS,
   )
-  chex.assert_trees_all_close(identity.unpack(state, x), plain, rtol=1e-5)
+  unpacked = jax.jit(identity.unpack)(state, x)
+  chex.assert_trees_all_close(unpacked, plain, rtol=1e-5)
   assert plain.statistics.recorded == STEPS
 
 
@@ -275,16 +292,18 @@ def test_renormalization_settles_on_what_evaluation_sees():
     _, moments = normalize(running, t)
     return running.update(moments, unbiased=True)
 
-  running = loop(step, RunningMoments.init((1,)), 0, STEPS)
+  init = jax.jit(lambda: RunningMoments.init((1,)))()
+  running = loop(step, init, 0, STEPS)
   np.testing.assert_allclose(running.mean, [1.0], rtol=0.05)
   np.testing.assert_allclose(running.var, [1 / 12], rtol=0.15)
-  y, _ = normalize(running, STEPS)
-  np.testing.assert_allclose(
-    y,
-    optax_ghm.batch_norm_inference(x_at(STEPS), running),
-    rtol=1e-4,
-    atol=1e-5,
-  )
+
+  @jax.jit
+  def both(running):
+    evaluated = optax_ghm.batch_norm_inference(x_at(STEPS), running)
+    return normalize(running, STEPS)[0], evaluated
+
+  trained, evaluated = both(running)
+  np.testing.assert_allclose(trained, evaluated, rtol=1e-4, atol=1e-5)
 
 
 # The end of what counters hold.
@@ -296,16 +315,15 @@ def raised(state):
   def raise_(path, leaf):
     if leaf.dtype != np.int32 or 'in_a_row' in jax.tree_util.keystr(path):
       return leaf
-    return jnp.full_like(leaf, TOP - 1)
+    return np.full_like(leaf, TOP - 1)
 
   return jax.tree_util.tree_map_with_path(raise_, state)
 
 
 @pytest.mark.parametrize('entry', ENTRIES, ids=lambda entry: entry.name)
 def test_counters_stop_at_the_largest_integer(entry):
-  gradients = functools.partial(gradients_at, per_example=entry.per_example)
-  step = steps_of(entry.tx, gradients)
-  before = raised(loop(step, entry.tx.init(PARAMS), 0, 100))
+  step, init = step_of_entry(entry)
+  before = raised(loop(step, init, 0, 100))
   after = named(loop(step, before, 490, 510))  # with a step that is NaN
   for name, one in after.items():
     assert np.isfinite(one).all(), name
@@ -316,8 +334,8 @@ def test_counters_stop_at_the_largest_integer(entry):
 
 
 def test_a_riding_counter_stops_at_the_largest_integer():
-  tx, x = optax_ghm.clip_by_norm(1.0), jnp.ones(())
-  full = tx.init(x)._replace(clipped=jnp.int32(TOP - 1))
+  tx, x = optax_ghm.clip_by_norm(1.0), np.ones((), np.float32)
+  full = jax.jit(tx.init)(x)._replace(clipped=np.int32(TOP - 1))
   identity = optax_ghm.in_backward(tx)
   # To begin there: what init makes of the state of this transformation.
   at_the_end = optax_ghm.in_backward(
@@ -328,11 +346,12 @@ def test_a_riding_counter_stops_at_the_largest_integer():
     gradient = jax.grad(lambda state: (9.0 + 0 * t) * identity(x, state))(state)
     return optax_ghm.overwrite_with_gradient(state, gradient)
 
-  state = at_the_end.init(x)
-  assert identity.unpack(state, x).clipped == TOP - 1
+  unpack = jax.jit(identity.unpack)
+  state = jax.jit(at_the_end.init)(x)
+  assert unpack(state, x).clipped == TOP - 1
   for stop, expected in ((1, TOP), (3, TOP)):
     state = loop(step, state, 0, stop)
-    assert identity.unpack(state, x).clipped == expected
+    assert unpack(state, x).clipped == expected
 
 
 def test_units_stay_dead_where_float32_counts_no_further():
@@ -359,12 +378,14 @@ SCHEDULES = {
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_schedules_go_one_way_and_stay_where_they_end(name):
   schedule, end = SCHEDULES[name]
-  each = np.asarray(jax.vmap(schedule)(jnp.arange(STEPS + 10)), np.float64)
+  of_each = jax.jit(jax.vmap(schedule))
+  each = np.asarray(of_each(np.arange(STEPS + 10)), np.float64)
   moves = np.diff(each) * np.sign(each[-1] - each[0])
   assert moves.min() > -1e-6 and moves.max() < 1e-4
   np.testing.assert_allclose(each[-10:], np.full(10, end), rtol=1e-4)
   for count in (2**24 + 1, TOP - 1, TOP):
-    np.testing.assert_array_equal(schedule(jnp.int32(count)), schedule(STEPS))
+    last = of_each(np.full(STEPS + 10, count, np.int32))
+    np.testing.assert_array_equal(last[0], np.float32(each[-1]))
 
 
 # What is kept on the host.
