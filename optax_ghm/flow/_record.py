@@ -1,6 +1,8 @@
 """The history of a training's gradients, kept on the host."""
 
 import collections
+import numbers
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,14 +115,19 @@ class Record:
       batch_norm: a pytree of :class:`optax_ghm.flow.BatchNormStats`: the
         collection ``batch_norm_stats`` of Linen, or
         ``nnx.state(model, optax_ghm.nnx.BatchNormStats)``.
-      **scalars: any other numbers to keep, such as the loss.
+      **scalars: any other numbers to keep, such as the loss. Of an ensemble or
+        of replicas, add the mean or one of them, or keep a record for each.
 
     Raises:
-      ValueError: if the number is not larger, if the layers differ from those
-        of the steps before, or if ``opt_state`` does not hold exactly one
-        watched state that fits ``params``.
+      TypeError: if ``step`` is not an integer, or a scalar not a real number.
+      ValueError: if the number is not larger, if a scalar is an array of
+        several or one number, if the layers differ from those of the steps
+        before, or if ``opt_state`` does not hold exactly one watched state that
+        fits ``params``.
     """
-    step = int(step)
+    step = operator.index(step)
+    for name, value in scalars.items():
+      _check_scalar(name, value)
     last = [*self._steps[-1:], *self._pending][-1:]
     if last and step <= last[0].number:
       raise ValueError(f'step {step} comes after step {last[0].number}.')
@@ -154,6 +161,28 @@ class Record:
     measured = _is_measured(step)
     steps.append(step._replace(index=self._added[measured]))
     self._added[measured] += 1
+
+  def until(self, step: int) -> 'Record':
+    """The steps before a number, to go on from an older checkpoint.
+
+    Args:
+      step: the first step that will be made again.
+
+    Returns:
+      A record of the steps before, to which steps can be added. It has the same
+      writers, which have written the later steps already.
+    """
+    record = Record(capacity=self._capacity, writers=self._writers)
+    record.layers, record.leaves = self.layers, self.leaves
+    record._knows_params = self._knows_params
+    record._stride, record._added = dict(self._stride), dict(self._added)
+    record._steps = [s for s in self._all_steps() if s.number < step]
+    return record
+
+  def __getstate__(self):
+    """Without the writers, whose files and sessions are of this process."""
+    self._receive(wait=True)
+    return self.__dict__ | {'_writers': ()}
 
   def having(self, field: str) -> 'Record':
     """The steps at which there were taps, or a watched optimizer.
@@ -367,3 +396,19 @@ def _is_measured(step):
 
 def _is_finite(step):
   return all(np.isfinite(u).all() for u in jax.tree.leaves(step[2:]))
+
+
+def _check_scalar(name, value):
+  dtype = getattr(value, 'dtype', None)
+  real = jnp.floating, jnp.integer, jnp.bool_
+  if not (
+    isinstance(value, numbers.Real)
+    if dtype is None
+    else any(jnp.issubdtype(dtype, kind) for kind in real)
+  ):
+    raise TypeError(f'{name} must be a real number, got {value!r}.')
+  if np.shape(value):
+    raise ValueError(
+      f'{name} must be a scalar, got an array of shape {np.shape(value)}. Add'
+      ' its mean, or each number under a name of its own.'
+    )
