@@ -72,6 +72,15 @@ def test_the_gravest_comes_first():
   order = [KINDS.index(kind) for kind in found]
   assert order == sorted(order)
   assert set(found) >= {'disconnected', 'no gradient', 'dead units', 'spikes'}
-  assert 'small updates' not in found  # of which no gradient is the reason
   nan = {'loss': np.nan, **step}
   assert kinds(record_of(*[step] * 12, nan, params=params))[0] == 'not finite'
+
+
+def test_no_gradient_is_the_reason_for_small_updates():
+  small = {'opt_state': watched({'update_norm': 1e-8})}
+  for norm, expected in (
+    (0.0, ['no gradient']),
+    (None, ['disconnected', 'small updates']),
+  ):
+    step = {**tapped(norm, 1.0), **small}
+    assert kinds(record_of(*[step] * 12, params=KERNEL)) == expected

@@ -167,6 +167,7 @@ def test_the_pictures_are_those_of_the_figure(drawn):
     if 'id' in attrs:
       same = defined.setdefault(attrs['id'], (tag, attrs))
       assert same == (tag, attrs)
+  assert defined.keys() <= set(re.findall(r'#(\w+)', drawn))  # others have none
   titles = [ax.get_title() for ax in flow.figure(full_record()).axes[:4]]
   headings = [h.lower() for h in page.headings()]
   assert {title.lower() for title in titles} <= set(headings)
