@@ -28,7 +28,7 @@ from tests.support.tapped import (
 from tests.support.tapped_linen import Linen
 from tests.support.tapped_nnx import Nnx
 
-PROGRAMS = 80
+PROGRAMS = 86
 shared_by_hand = functools.partial(stack_by_hand, shared=True)
 both = pytest.mark.parametrize('face', [Linen, Nnx])
 

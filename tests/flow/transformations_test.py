@@ -17,6 +17,7 @@ from tests.support.oracles_flow import (
   wavy,
 )
 
+PROGRAMS = 64
 STEPS, BATCH, WIDTH = 3, 8, 4
 MESHES = {
   kind: jax.make_mesh((8,), ('batch',), axis_types=(kind,))
