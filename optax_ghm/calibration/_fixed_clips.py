@@ -1,6 +1,7 @@
 """Clips with a given limit: a constant, or the norm of the parameters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,13 +73,14 @@ def _clip_by_schedule(schedule, scope, axis_name):
     return clip_by_norm(max_norm, scope=scope, axis_name=axis_name)
 
   def init_fn(params):
-    return at(np.inf).init(params)._replace(statistics=jnp.zeros([], jnp.int32))
+    state: Any = at(np.inf).init(params)
+    return state._replace(statistics=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None, **extra_args):
     count = state.statistics
-    updates, state = at(schedule(count)).update(
-      updates, state._replace(statistics=()), params, **extra_args
-    )
+    clip, state = at(schedule(count)), state._replace(statistics=())
+    clipping: Any = clip.update(updates, state, params, **extra_args)
+    updates, state = clipping
     return updates, state._replace(statistics=optax.safe_increment(count))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

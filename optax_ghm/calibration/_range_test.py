@@ -94,12 +94,16 @@ def learning_rate_range_test(
       statistics. Whatever else changes from step to step, such as keys for
       dropout, belongs in the batch.
     params: parameters to start from.
-    batches: pytree of arrays whose first axis counts the batches. The steps go
-      over the batches again and again. Give several batches: a few examples,
-      seen often, tolerate larger steps than the data do.
+    batches: pytree of arrays whose first axis counts the batches, or a list of
+      batches, each a tuple or dict of arrays. The steps go over the batches
+      again and again. Give several batches: a few examples, seen often,
+      tolerate larger steps than the data do.
     optimizer: function from the learning rate, a schedule, to an optimizer,
       such as ``optax.adam`` or
-      ``lambda rate: optax.chain(ghm.clip_by_zscore(), optax.adamw(rate))``.
+      ``lambda rate: optax.chain(ghm.clip_by_zscore(), optax.adamw(rate))``. The
+      schedule returns the learning rate of the step that is being made,
+      whatever count it is called with, so that wrappers that skip or accumulate
+      steps, such as ``optax.MultiSteps``, apply the one that is plotted.
     low: the first learning rate.
     high: the last learning rate.
     steps: T, the number of steps, at least 20.
@@ -133,6 +137,8 @@ def learning_rate_range_test(
     raise ValueError(f'low and high must be 0 < low < high, got {low}, {high}.')
   if steps < 20:
     raise ValueError(f'steps must be at least 20, got {steps}.')
+  if isinstance(batches, list) and not any(map(_is_array, batches)):
+    batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
   shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
   counts = {shape[:1] for shape in shapes}
   if len(counts) != 1 or counts in ({()}, {(0,)}):
@@ -142,7 +148,10 @@ def learning_rate_range_test(
   ((count,),) = counts
   learning_rates = np.geomspace(low, high, steps)
   rates = jnp.asarray(learning_rates, jnp.float32)
-  tx = optax.with_extra_args_support(optimizer(lambda step: rates[step]))
+
+  def at(rate):
+    tx = optimizer(lambda count: rate)
+    return optax.with_extra_args_support(tx)
 
   @jax.jit
   def run(params, batches):
@@ -152,11 +161,11 @@ def learning_rate_range_test(
       params, state = carry
       batch = jax.tree.map(lambda leaf: leaf[t % count], batches)
       value, grads = jax.value_and_grad(loss)(params, batch)
-      updates, state = tx.update(grads, state, params, value=value)
+      updates, state = at(rates[t]).update(grads, state, params, value=value)
       params = optax.apply_updates(params, updates)
       return (params, state), (value, norms.global_norm(grads))
 
-    carry = params, tx.init(params)
+    carry = params, at(rates[0]).init(params)
     return jax.lax.scan(step, carry, jnp.arange(steps))[1]
 
   losses, gradient_norms = np.array(run(params, batches), np.float64)
@@ -165,6 +174,10 @@ def learning_rate_range_test(
   return RangeTest(
     learning_rates, losses, smoothed, gradient_norms, suggestion, reason
   )
+
+
+def _is_array(x):
+  return hasattr(x, 'shape')
 
 
 def _smoothed(losses, learning_rates):
