@@ -242,17 +242,19 @@ def test_summed_states_are_their_mean_and_scaled_ones_read_the_same(rng):
       chex.assert_trees_all_close(other, mean, rtol=1e-6)
 
 
-def test_edges_decide_about_bins_not_the_floor_of_a_product():
-  edges = np.arange(31, dtype=np.float32) / np.float32(30)
+@pytest.mark.parametrize('bins', [30, 41])
+def test_edges_decide_about_bins_not_the_floor_of_a_product(bins):
+  """The product is too large for some edges of 30, too small for some of 41."""
+  edges = np.arange(bins + 1, dtype=np.float32) / np.float32(bins)
   below = np.nextafter(edges, np.float32(-1))
 
   @jax.jit
   def histograms(*norms):
-    density = optax_ghm.BinnedDensity(bins=30)
+    density = optax_ghm.BinnedDensity(bins=bins)
     return [density.update(g, density.init())[1].histogram for g in norms]
 
   for histogram in histograms(edges[:-1], below[1:]):
-    np.testing.assert_array_equal(histogram, np.ones(30))
+    np.testing.assert_array_equal(histogram, np.ones(bins))
 
 
 def test_norms_above_the_range_are_counted_and_weigh_like_the_largest():
