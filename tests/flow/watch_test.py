@@ -167,6 +167,18 @@ def test_norms_neither_overflow_nor_vanish(rng):
 
 
 @device
+def test_many_small_leaves_are_measured_each_by_itself(rng):
+  sizes = [1 + i % 5 for i in range(40)]  # so many are joined, by their sizes
+  params, gradients = (
+    [random(rng, (size,)) for size in sizes] for _ in range(2)
+  )
+  for i in range(0, 40, 3):
+    gradients[i][0] = np.nan if i % 2 else 0
+  updates, state = once(flow.watch(optax.scale(2.0)), gradients, params)
+  assert_columns(state, gradients, updates, params)
+
+
+@device
 def test_update_norms_are_right_where_their_squares_are():
   tx, size = flow.watch(optax.scale(1.0)), np.array([1e30, 1e-30, 1e15])
   gradients = size[:, None] * np.array([[3, 4]])
