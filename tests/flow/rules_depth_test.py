@@ -112,8 +112,8 @@ def test_the_figures_of_a_trend_are_those_of_the_norms(sign, kind, evidence):
   assert only(record_of(falling(10, sign * 0.3)), kind).layers == ('layer 0',)
 
 
-GOOD, BAD = falling(9, 0.0), falling(9, 0.5)
-HALF = falling(9, 0.13)  # more than half of what a verdict needs
+GOOD, BAD = falling(17, 0.0), falling(17, 0.5)
+HALF = falling(17, 0.07)  # more than half of what a verdict needs
 
 
 @pytest.mark.parametrize(
