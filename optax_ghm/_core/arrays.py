@@ -51,8 +51,10 @@ def divisor(largest: jax.Array) -> jax.Array:
 
   XLA may divide by multiplying with the reciprocal, and flushes the reciprocals
   of the largest float32 numbers, as well as subnormal numbers, to 0. NaN stays.
+  No gradient flows through it, because what is divided by it is multiplied by
+  it again.
   """
-  return jnp.clip(largest, 2.0**-120, 2.0**120)
+  return jax.lax.stop_gradient(jnp.clip(largest, 2.0**-120, 2.0**120))
 
 
 def contract(weights: jax.Array, x: jax.Array) -> jax.Array:

@@ -63,4 +63,6 @@ def replace(
       statistics are not finite.
   """
   new = _step.running_moments(averages).update(moments, momentum=0)._asdict()
-  return {name: new.get(name, u) for name, u in averages.items()}
+  return {
+    name: new.get(name, u).astype(u.dtype) for name, u in averages.items()
+  }

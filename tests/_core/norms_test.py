@@ -131,3 +131,18 @@ def test_norms_of_groups_of_bad_numbers():
   leaves = [np.float32(u) for u in ([np.nan], [np.inf, 1.0], [3e38])]
   (found,) = all_group_norms(leaves, (((0, 1, 2), 3),))
   np.testing.assert_array_equal(found, np.float32([np.nan, np.inf, 3e38]))
+
+
+@pytest.mark.device
+def test_the_gradient_is_the_direction_and_0_at_0():
+  @jax.jit
+  def slopes(x):
+    of_one = jax.grad(norms.norm)
+    return [of_one(x), jax.grad(norms.global_norm)([x])[0], of_one(of_one(x))]
+
+  x = np.array([3, 4], np.float32)
+  for size in (1e-30, 1e-25, 1e-3, 1, 1e25, 1e30):
+    for slope in slopes(x * np.float32(size)):
+      np.testing.assert_allclose(slope, x / 5, rtol=1e-5)
+  for slope in slopes(0 * x):
+    np.testing.assert_array_equal(slope, 0 * x)

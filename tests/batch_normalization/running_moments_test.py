@@ -166,3 +166,22 @@ def test_other_shapes_are_refused():
   moments = Moments(*np.zeros((3, 2), np.float32))
   with pytest.raises(ValueError, match=r'moments, of shape \(2,\)'):
     start(False, 1).update(moments)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize('dtype', [np.float16, jnp.bfloat16])
+@pytest.mark.parametrize('debias', [False, True])
+def test_averages_that_were_cast_to_16_bits_reach_what_they_average(
+  dtype, debias
+):
+  """Many elements overflow, and a small step rounds to none, in 16 bits.
+
+  As pytorch#70901 and PyTorch's pull request 126525 have it.
+  """
+  moments = Moments(*(np.full(3, u, np.float32) for u in (7e4, 2, 9 * 7e4)))
+  running = jax.tree.map(lambda u: u.astype(dtype), start(debias))
+  for _ in range(90):
+    running = update(running, moments, momentum=0.9)
+  assert {u.dtype for u in running} == {np.dtype(np.float32)}
+  np.testing.assert_allclose(running.mean, 2, rtol=1e-3)
+  np.testing.assert_allclose(running.var, 9, rtol=1e-3)

@@ -563,7 +563,7 @@ _BATCH_NORMALIZATION = [
   Mutant(
     'running_moments: a batch that is left out adds weight',
     'batch_normalization/_running_moments.py',
-    'jnp.where(seen, weight, self.weight)',
+    'jnp.where(seen, weight, old.weight)',
     'weight',
   ),
   Mutant(
