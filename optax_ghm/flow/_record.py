@@ -1,7 +1,6 @@
 """The history of a training's gradients, kept on the host."""
 
 import collections
-import numbers
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm.flow import _batch_norms, _record_file, _tap, _taps, _watch
+from optax_ghm.flow import (
+  _batch_norms,
+  _record_file,
+  _scalars,
+  _tap,
+  _taps,
+  _watch,
+)
 
 MOST_PENDING = 64
 """Steps that may be on their way to the host before ``add`` waits."""
@@ -127,7 +133,7 @@ class Record:
     """
     step = operator.index(step)
     for name, value in scalars.items():
-      _check_scalar(name, value)
+      _scalars.check(name, value)
     last = [*self._steps[-1:], *self._pending][-1:]
     if last and step <= last[0].number:
       raise ValueError(f'step {step} comes after step {last[0].number}.')
@@ -396,19 +402,3 @@ def _is_measured(step):
 
 def _is_finite(step):
   return all(np.isfinite(u).all() for u in jax.tree.leaves(step[2:]))
-
-
-def _check_scalar(name, value):
-  dtype = getattr(value, 'dtype', None)
-  real = jnp.floating, jnp.integer, jnp.bool_
-  if not (
-    isinstance(value, numbers.Real)
-    if dtype is None
-    else any(jnp.issubdtype(dtype, kind) for kind in real)
-  ):
-    raise TypeError(f'{name} must be a real number, got {value!r}.')
-  if np.shape(value):
-    raise ValueError(
-      f'{name} must be a scalar, got an array of shape {np.shape(value)}. Add'
-      ' its mean, or each number under a name of its own.'
-    )
