@@ -1,6 +1,7 @@
 """The history of a training's gradients, kept on the host."""
 
 import collections
+import copy
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -157,10 +158,8 @@ class Record:
       leaf.copy_to_host_async()
     tapped, histogram, watched, values = copies
     scalars |= values
-    self._append(
-      self._pending,
-      _record_file.Step(step, 0, tapped, histogram, watched, scalars),
-    )
+    made = _record_file.Step(step, 0, tapped, histogram, watched, scalars)
+    self._append(self._pending, made)
     self._receive(wait=False)
 
   def _append(self, steps, step):
@@ -178,11 +177,14 @@ class Record:
       A record of the steps before, to which steps can be added. It has the same
       writers, which have written the later steps already.
     """
-    record = Record(capacity=self._capacity, writers=self._writers)
-    record.layers, record.leaves = self.layers, self.leaves
-    record._knows_params = self._knows_params
+    steps = [s for s in self._all_steps() if s.number < step]
+    return self._of(steps, self._writers)
+
+  def _of(self, steps, writers=()):
+    record = copy.copy(self)
+    record._steps, record._writers = steps, tuple(writers)
+    record._pending = collections.deque()
     record._stride, record._added = dict(self._stride), dict(self._added)
-    record._steps = [s for s in self._all_steps() if s.number < step]
     return record
 
   def __getstate__(self):
@@ -199,21 +201,16 @@ class Record:
     Returns:
       A record of these steps only.
     """
-    record = Record(capacity=self._capacity)
-    record.layers, record.leaves = self.layers, self.leaves
-    record._steps = [
-      step for step in self._all_steps() if getattr(step, field) is not None
-    ]
-    return record
+    return self._of(
+      [step for step in self._all_steps() if getattr(step, field) is not None]
+    )
 
   def _measured(self, opt_state):
-    found = [
-      leaf
-      for leaf in jax.tree.leaves(
-        opt_state, is_leaf=lambda x: isinstance(x, _watch.WatchState)
-      )
-      if isinstance(leaf, _watch.WatchState)
-    ]
+    def is_watched(node):
+      return isinstance(node, _watch.WatchState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_watched)
+    found = list(filter(is_watched, nodes))
     if len(found) != 1:
       raise ValueError(
         f'opt_state must hold one state of flow.watch, found {len(found)}.'
