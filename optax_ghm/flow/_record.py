@@ -177,12 +177,12 @@ class Record:
       A record of the steps before, to which steps can be added. It has the same
       writers, which have written the later steps already.
     """
-    steps = [s for s in self._all_steps() if s.number < step]
-    return self._of(steps, self._writers)
+    earlier = (s for s in self._all_steps() if s.number < step)
+    return self._of(earlier, self._writers)
 
   def _of(self, steps, writers=()):
     record = copy.copy(self)
-    record._steps, record._writers = steps, tuple(writers)
+    record._steps, record._writers = list(steps), tuple(writers)
     record._pending = collections.deque()
     record._stride, record._added = dict(self._stride), dict(self._added)
     return record
@@ -201,16 +201,15 @@ class Record:
     Returns:
       A record of these steps only.
     """
-    return self._of(
-      [step for step in self._all_steps() if getattr(step, field) is not None]
-    )
+    every = self._all_steps()
+    return self._of(s for s in every if getattr(s, field) is not None)
 
   def _measured(self, opt_state):
     def is_watched(node):
       return isinstance(node, _watch.WatchState)
 
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_watched)
-    found = list(filter(is_watched, nodes))
+    found = jax.tree.leaves(opt_state, is_leaf=is_watched)
+    found = list(filter(is_watched, found))
     if len(found) != 1:
       raise ValueError(
         f'opt_state must hold one state of flow.watch, found {len(found)}.'
