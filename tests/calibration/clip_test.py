@@ -126,6 +126,8 @@ def test_a_tiny_first_step_is_forgotten(name):
   np.testing.assert_allclose(clipped[-10:], 1, rtol=0.1)
   assert (states.outliers_in_a_row[-10:] == 0).all()
   assert states.outliers_in_a_row.max() == 19
+  # The least of a few norms says little about what is too large.
+  assert name != 'norm_ema' or states.skipped[19] == 0
 
 
 @every_clip

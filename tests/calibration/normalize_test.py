@@ -150,6 +150,7 @@ def test_standardize_far_from_zero(offset, rng):
   np.testing.assert_allclose(update, expected, rtol=tolerance, atol=tolerance)
   np.testing.assert_allclose(state.divisor, [deviation], rtol=tolerance)
   assert state.skipped == 0
+  assert abs(np.float64(update).mean()) < 1e-5  # no rounding is left
   x[3, 4] = -1e30
   update, _ = one_step(STANDARDIZE, x)
   np.testing.assert_allclose(update, standardized(x)[0], rtol=1e-4)

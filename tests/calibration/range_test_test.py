@@ -68,6 +68,18 @@ def test_smoothing_has_no_lag():
   )
 
 
+def test_a_rise_that_stays_below_the_first_loss_is_no_divergence():
+  losses = np.interp(np.arange(100), [0, 50, 80, 100], [10, 1, 5, 5])
+  test = optax_ghm.learning_rate_range_test(
+    lambda w, batch: batch + 0.0 * w,
+    np.zeros([], np.float32),
+    losses.astype(np.float32),
+    steps=100,
+  )
+  assert test.suggestion is not None
+  assert 'does not diverge' in test.reason
+
+
 def test_parameters_and_batches_may_be_any_trees():
   params = {'w': np.zeros((2, 1), np.float32), 'b': np.zeros([], np.float32)}
   x = RNG.normal(size=(8, 16, 2)).astype(np.float32)
