@@ -26,7 +26,7 @@ from tests.support.strategies_trees import (
   wide,
 )
 
-PROGRAMS = 150
+PROGRAMS = 200
 
 PASS_BAD_NUMBERS = {
   'reference_trace',
