@@ -1,5 +1,7 @@
 """The range test on problems whose largest learning rate is known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +70,12 @@ def test_smoothing_has_no_lag():
   )
 
 
-def test_a_rise_that_stays_below_the_first_loss_is_no_divergence():
+@pytest.mark.parametrize(
+  'last, words', [(5, 'does not diverge'), (np.inf, 'on it is not finite')]
+)
+def test_a_rise_that_stays_below_the_first_loss_is_no_divergence(last, words):
   losses = np.interp(np.arange(100), [0, 50, 80, 100], [10, 1, 5, 5])
+  losses[90:] = last
   test = optax_ghm.learning_rate_range_test(
     lambda w, batch: batch + 0.0 * w,
     np.zeros([], np.float32),
@@ -77,7 +83,7 @@ def test_a_rise_that_stays_below_the_first_loss_is_no_divergence():
     steps=100,
   )
   assert test.suggestion is not None
-  assert 'does not diverge' in test.reason
+  assert words in test.reason
 
 
 def test_parameters_and_batches_may_be_any_trees():
@@ -161,6 +167,10 @@ def test_plot():
   assert axes.get_xlabel() == 'learning rate'
   assert f'{test.suggestion:.1e}' in axes.get_legend().texts[0].get_text()
   assert test.plot(axes) is axes
+  nothing = dataclasses.replace(
+    test, smoothed=test.smoothed * np.nan, suggestion=None
+  )
+  assert nothing.plot().get_legend() is None
 
 
 @pytest.mark.parametrize(

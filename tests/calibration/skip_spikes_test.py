@@ -457,6 +457,12 @@ def test_a_window_is_of_two_or_more(length):
     optax_ghm.SpikeWindow(length=length)
 
 
+def test_a_loss_that_is_not_a_scalar_is_named():
+  tx = skipping(optax.sgd(0.5))
+  with pytest.raises(ValueError, match='value'):
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=np.ones(2))
+
+
 def test_windows_are_equal_by_value_and_named():
   assert optax_ghm.SpikeWindow(length=9) == optax_ghm.SpikeWindow(length=9)
   assert hash(optax_ghm.SpikeWindow()) == hash(
