@@ -21,7 +21,7 @@ demo: setup  ## two minutes of comparisons; pictures in examples/output
 	@echo "Each script has a long version: --full"
 
 test: setup  ## the whole suite, doctests included
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # with the lowest and the highest versions that pyproject.toml admits
 test-oldest: RESOLUTION := lowest-direct
@@ -31,7 +31,7 @@ test-oldest test-newest:  ## PYTHON=python3.13 for the newest of all
 	$(VENV)-$@/bin/python -m pip install --quiet uv
 	VIRTUAL_ENV=$(VENV)-$@ $(VENV)-$@/bin/uv pip install --quiet \
 	  --resolution $(RESOLUTION) --editable '.[examples]' --group dev
-	$(VENV)-$@/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)-$@/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup  ## against what one would use instead; ONLY=clipping, QUICK=1
 	$(BIN)/python benchmarks $(if $(QUICK),--quick) --only '$(ONLY)'
