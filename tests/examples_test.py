@@ -53,7 +53,7 @@ def test_adversarial_training_finds_the_other_domain():
   example = load('domain_adaptation')
   task = example.load_digits(0)
   accuracy = {
-    name: example.run(task, example.METHODS[name], seed=0, steps=200)[0]
+    name: example.run(task, example.METHODS[name], seed=0, steps=120)[0]
     for name in ('source only', '+ entropy weights (CDAN+E)')
   }
   assert accuracy['+ entropy weights (CDAN+E)'] > accuracy['source only'] + 0.2
