@@ -235,8 +235,8 @@ def _count(cell, amounts, cells):
   A processor adds each example to its cell. A GPU would add those that crowd
   one cell one after the other. With few cells it compares each example with
   each cell, which XLA does without writing anything; with many it adds
-  neighbors to different copies of the histogram. At 10 million examples that
-  takes 1/25 and 1/13 of the time.
+  neighbors to different copies of the histogram. At 10 million crowded examples
+  that takes 1/24 (35 cells) and 1/7 (4,100 cells) of the time.
   """
   if amounts is None or amounts.dtype == bool:
     amounts = jnp.ones((), jnp.int32)
