@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, norms
+from optax_ghm._core import arrays, counters, norms, trees
 from optax_ghm._core.update_where import update_where
 from optax_ghm.calibration import _clip
 
@@ -112,16 +112,22 @@ def skip_spikes(
     sigmas: k, the number of standard deviations above the mean.
     window: n, the number of steps to compare with.
     max_consecutive: how many finite steps in a row may be left out.
-    axis_name: mapped axis, or axes, over which the gradients are split.
+    axis_name: mapped axis, or axes, over which the gradients are split or the
+      loss is that of a part of the batch. All devices then decide together, by
+      the mean of their losses. (Gradients that are whole on n devices have a
+      norm √n times as large, which changes no decision.)
 
   Returns:
     A ``GradientTransformationExtraArgs`` with a
     :class:`~optax_ghm.calibration.SkipState`. Its ``update`` takes the loss as
-    the extra argument ``value``, a scalar that is the same on all devices, and
-    passes it on to the optimizer.
+    the extra argument ``value``, a scalar, and passes it on to the optimizer:
+    with ``axis_name``, the mean of the devices. Without it, under ``pmap`` or
+    ``shard_map``, the loss must be the same on all devices, or some of them
+    leave out a step that others take.
 
   Raises:
-    ValueError: on update, if ``value`` is not a scalar.
+    ValueError: on update, if ``value`` is not a scalar, or is known to differ
+      over a mapped axis over which the gradients do not.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -189,8 +195,7 @@ def skip_spikes(
 
   def update_fn(updates, state, params=None, *, value=None, **extra_args):
     if value is not None:
-      if jnp.shape(value) != ():
-        raise ValueError(f'value must be a scalar, got {jnp.shape(value)}.')
+      value = _common(value, updates, axis_name)
       extra_args['value'] = value
     norm = norms.global_norm(updates, axis_name).astype(jnp.float32)
     mean_norm, norm_threshold = mean_and_threshold(state.recent_norms)
@@ -222,3 +227,21 @@ def skip_spikes(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _common(value, updates, axis_name):
+  """The loss that all devices decide by."""
+  if jnp.shape(value) != ():
+    raise ValueError(f'value must be a scalar, got {jnp.shape(value)}.')
+  if axis_name is not None:
+    return jax.lax.pmean(value, axis_name)
+  own = arrays.varying_axes(value).difference(
+    *map(arrays.varying_axes, trees.counted(updates))
+  )
+  if own:
+    raise ValueError(
+      f'value differs over the mapped axes {sorted(own)}, and the gradients do'
+      ' not: give skip_spikes their names as axis_name, so that all devices'
+      ' take or leave out the same steps.'
+    )
+  return value
