@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import trees
-from optax_ghm._core.update_where import update_where
+from optax_ghm._core import counters, trees
+from optax_ghm._core.update_where import update_is_finite, update_where
 from optax_ghm.calibration import _clip, _zscore
 
 
@@ -32,6 +32,12 @@ def calibrated(
   gradient holds NaN or inf, the whole update is left out: it is 0, and the
   state of the optimizer does not change. One pass over the gradients serves the
   guard, the clip and the measurements in the state.
+
+  The optimizer itself can make NaN of a gradient that is finite. With float16
+  gradients, parameters or moments it often does, because Adam's eps of 1e-8 is
+  0 there: such a step is left out and counted, too. In wider floats it takes an
+  eps of 0, or a learning rate that is not finite. To look for it would cost
+  more than the rest of the step: :func:`~optax_ghm.flow.diagnose` names it.
 
   In ``optax.MultiSteps``, a bad micro-batch enters the accumulated gradient
   before this wrapper sees it, and costs the whole step. Give ``MultiSteps``
@@ -78,16 +84,20 @@ def calibrated(
   def update_fn(updates, state, params=None, **extra_args):
     clipping: Any = before.update(updates, state.clip, params, **extra_args)
     clipped, clip_state = clipping
-    sound = jnp.all(clip_state.factor > 0)
-    new_updates, inner_state = update_where(
-      sound, inner.update, clipped, state.optimizer, params, **extra_args
-    )
+    step = inner.update, clipped, state.optimizer, params
+    made = update_is_finite(*step, **extra_args)
+    sound = jnp.all(clip_state.factor > 0) & made
+    new_updates, inner_state = update_where(sound, *step, **extra_args)
     # One bad leaf leaves out the step of all leaves, so none learns from it.
-    statistics = trees.select(
-      sound, clip_state.statistics, state.clip.statistics
+    clip_state = clip_state._replace(
+      factor=jnp.where(made, clip_state.factor, 0),
+      skipped=counters.count_if(
+        ~made & (clip_state.factor > 0), clip_state.skipped
+      ),
+      statistics=trees.select(
+        sound, clip_state.statistics, state.clip.statistics
+      ),
     )
-    return new_updates, CalibratedState(
-      clip_state._replace(statistics=statistics), inner_state
-    )
+    return new_updates, CalibratedState(clip_state, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

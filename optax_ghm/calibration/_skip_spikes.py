@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays, counters, norms, trees
-from optax_ghm._core.update_where import update_where
+from optax_ghm._core.update_where import update_is_finite, update_where
 from optax_ghm.calibration import _clip
 
 
@@ -98,9 +98,10 @@ def skip_spikes(
 
   Here x is the gradient norm and, if it is given, the loss. The rule is that
   of the OLMo language models, which wait for half a window; here an eighth is
-  enough. A step is also left out if either number is NaN or inf, or if the norm
-  is more than 10,000 times the mean. Its update is 0 and the state of the
-  optimizer does not change: moments, counts and schedules do not know of it.
+  enough. A step is also left out if either number is NaN or inf, if the norm is
+  more than 10,000 times the mean or, with float16, if the optimizer makes NaN
+  or inf of it. Its update is 0 and the state of the optimizer does not change:
+  moments, counts and schedules do not know of it.
 
   A step that is left out does not enter the window (in OLMo it does). If the
   level of the norms or losses changes for good, the window is reset after
@@ -201,16 +202,16 @@ def skip_spikes(
     mean_norm, norm_threshold = mean_and_threshold(state.recent_norms)
     _, value_threshold = mean_and_threshold(state.recent_values)
     loss = jnp.asarray(0 if value is None else value, jnp.float32)
+    step = inner.update, updates, state.optimizer, params
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    finite &= update_is_finite(*step, **extra_args)
     spike = (norm > norm_threshold) | (norm > _clip.OUTLIER_RATIO * mean_norm)
     spike |= (value is not None) & (loss > value_threshold)
     in_a_row = state.skipped_in_a_row.astype(jnp.float32)
     reset = in_a_row >= jnp.asarray(max_consecutive, jnp.float32)
     reset &= finite & spike
     taken = finite & (~spike | reset)
-    new_updates, inner_state = update_where(
-      taken, inner.update, updates, state.optimizer, params, **extra_args
-    )
+    new_updates, inner_state = update_where(taken, *step, **extra_args)
     return new_updates, SkipState(
       norm=jnp.where(jnp.isfinite(norm), norm, state.norm),
       norm_threshold=norm_threshold,
