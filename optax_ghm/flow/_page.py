@@ -115,10 +115,8 @@ def _section(name, record):
   )
   verdicts = _diagnose.diagnose(record)
   if not verdicts:
-    parts.append(
-      '<p class="well">Nothing is wrong by'
-      f' {html.escape(_diagnose.evidence(record))}.</p>'
-    )
+    well = html.escape(_diagnose.without_verdict(record))
+    parts.append(f'<p class="well">{well[:1].upper()}{well[1:]}.</p>')
   for verdict in verdicts:
     parts.append(
       f'<div class="verdict"><b>{html.escape(verdict.kind)}</b> since step'

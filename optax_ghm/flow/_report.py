@@ -68,7 +68,7 @@ def _print_record(name, record, console):
     console.print(rich_text.assemble(*parts), highlight=False)
 
   if not len(record):
-    show((f'{name}: nothing is recorded', ''))
+    show((f'{title}nothing is recorded', ''))
     return
   for caption, columns, rows in _tables(record):
     table = rich_table(title=rich_text(printable(title + caption)))
@@ -79,8 +79,7 @@ def _print_record(name, record, console):
     console.print(table)
   verdicts = _diagnose.diagnose(record)
   if not verdicts:
-    reason = f' by {_diagnose.evidence(record)}'
-    show((title, ''), ('nothing is wrong', 'green'), (reason, ''))
+    show((title, ''), (_diagnose.without_verdict(record), 'green'))
   for verdict in verdicts:
     evidence = f' since step {verdict.since}: {verdict.evidence}'
     show((title, ''), (verdict.kind, 'bold red'), (evidence, ''))
@@ -106,7 +105,8 @@ def _tables(record):
     last = {k: v[-1] for k, v in watched.leaf_stats.items()}
     rows = []
     for i, leaf in enumerate(record.leaves):
-      dead = f'{last["dead_units"][i]:.0f} of {last["units"][i]:.0f}'
+      units = last['units'][i]
+      dead = f'{last["dead_units"][i]:.0f} of {units:.0f}' if units else ''
       rows.append([leaf.name, *(f'{last[k][i]:.2e}' for k in _RATIOS), dead])
     columns = ('parameter', 'gradient', 'update', 'parameter', 'ratio')
     yield 'parameters', (*columns, 'dead units'), rows
