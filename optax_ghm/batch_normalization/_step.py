@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import optax
 
+from optax_ghm._core import counters
 from optax_ghm.batch_normalization import (
   _batch_norm,
   _domain,
@@ -32,7 +33,8 @@ def init(norm, features):
     training ``steps``.
 
   Raises:
-    ValueError: if an argument of Flax that has no counterpart is given.
+    ValueError: if an argument of Flax that has no counterpart is given, or a
+      number is out of its range.
   """
   for field in dataclasses.fields(norm):
     if field.name in _FIXED and getattr(norm, field.name) is not field.default:
@@ -40,12 +42,16 @@ def init(norm, features):
         f'{field.name} must have its default value: sums are always in at least'
         ' float32, and over the whole of the axes that axis_name names.'
       )
+  counters.check_range('momentum', norm.momentum, 0, 1)
+  limits = _limits(norm)
+  if limits:
+    _renorm.check_limits(**limits)
   domains = (norm.num_domains,) if hasattr(norm, 'num_domains') else ()
   shape = (*domains, *features)
   state = _running_moments.RunningMoments.init(shape, norm.debias)._asdict()
   if not norm.debias:
     del state['weight']
-  if any(map(callable, _limits(norm).values())):
+  if any(map(callable, limits.values())):
     state['steps'] = jnp.zeros([], jnp.int32)
   shared = not domains or norm.shared_affine
   return state, tuple(features) if shared else shape

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import trees
+from optax_ghm._core import counters, trees
 from optax_ghm._core.update_where import update_where
 from optax_ghm.calibration import _clip, _zscore
 
@@ -47,7 +47,8 @@ def calibrated(
     :class:`~optax_ghm.calibration.CalibratedState`.
 
   Raises:
-    TypeError: on init, if the clip keeps another state.
+    TypeError: if the optimizer or the clip is no transformation; on init, if
+      the clip keeps another state.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -61,10 +62,11 @@ def calibrated(
     >>> print(updates['w'], state.clip.skipped, state.optimizer[0].trace['w'])
     [0. 0.] 1 [0. 0.]
   """
+  clip = _zscore.clip_by_zscore() if clip is None else clip
+  for name, tx in (('optimizer', optimizer), ('clip', clip)):
+    counters.check_type(name, tx, counters.GradientTransformation)
   inner = optax.with_extra_args_support(optimizer)
-  before = optax.with_extra_args_support(
-    _zscore.clip_by_zscore() if clip is None else clip
-  )
+  before = optax.with_extra_args_support(clip)
 
   def init_fn(params):
     clip_state = before.init(params)

@@ -1,5 +1,6 @@
 """The gradient noise scale: how large a batch still pays."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -149,9 +150,10 @@ def noise_scale_aggregate(
 
   Raises:
     TypeError: on update, if ``mask`` is not bool, or ``weights`` is.
-    ValueError: on update, if leaves differ in their leading axis or have none,
-      if the other axes differ from those of ``params``, or if ``mask`` or
-      ``weights`` does not have one entry per micro-batch.
+    ValueError: if ``batch_size`` is negative, or ``decay`` not from 0 to 1; on
+      update, if leaves differ in their leading axis or have none, if the other
+      axes differ from those of ``params``, or if ``mask`` or ``weights`` does
+      not have one entry per micro-batch.
 
   Examples:
     >>> import jax
@@ -171,6 +173,8 @@ def noise_scale_aggregate(
     McCandlish et al., `An Empirical Model of Large-Batch Training
     <https://arxiv.org/abs/1812.06162>`_, 2018
   """
+  counters.check_range('batch_size', batch_size, 0, math.inf)
+  counters.check_range('decay', decay, 0, 1)
 
   def init_fn(params):
     del params

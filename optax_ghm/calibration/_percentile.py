@@ -1,7 +1,7 @@
 """Clipping to a percentile of the norms so far: AutoClip."""
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from optax_ghm._core import arrays, counters, scopes
 from optax_ghm.calibration import _clip
 
 
+@runtime_checkable
 class PercentileEstimator(Protocol):
   """How ``clip_by_percentile`` estimates a percentile of the norms."""
 
@@ -207,6 +208,7 @@ def clip_by_percentile(
     estimate).
 
   Raises:
+    TypeError: if ``estimator`` is no estimator.
     ValueError: if ``percentile`` is not from 0 to 100.
 
   Examples:
@@ -224,6 +226,7 @@ def clip_by_percentile(
     Separation Networks <https://arxiv.org/abs/2007.14469>`_, 2020
   """
   counters.check_range('percentile', percentile, 0, 100)
+  counters.check_type('estimator', estimator, PercentileEstimator)
 
   def rule(step, statistics):
     threshold, reference, new = estimator.update(

@@ -113,6 +113,7 @@ def learning_rate_range_test(
     its reason.
 
   Raises:
+    TypeError: if ``optimizer`` is not a function.
     ValueError: if not 0 < low < high, if there are fewer than 20 steps, or if
       the leaves of ``batches`` differ in their first axis.
 
@@ -133,6 +134,11 @@ def learning_rate_range_test(
     Smith, `Cyclical Learning Rates for Training Neural Networks
     <https://arxiv.org/abs/1506.01186>`_, 2015
   """
+  if not callable(optimizer):
+    raise TypeError(
+      'optimizer must be a function from the learning rate, such as optax.sgd,'
+      f' got {optimizer!r}.'
+    )
   if not 0 < low < high:
     raise ValueError(f'low and high must be 0 < low < high, got {low}, {high}.')
   if steps < 20:

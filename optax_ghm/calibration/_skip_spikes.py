@@ -121,7 +121,10 @@ def skip_spikes(
     passes it on to the optimizer.
 
   Raises:
-    ValueError: on update, if ``value`` is not a scalar.
+    TypeError: if ``optimizer`` is no transformation, or ``window`` is not a
+      :class:`~optax_ghm.SpikeWindow`.
+    ValueError: if ``sigmas`` or ``max_consecutive`` is negative; on update, if
+      ``value`` is not a scalar.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -140,6 +143,10 @@ def skip_spikes(
   References:
     OLMo Team, `2 OLMo 2 Furious <https://arxiv.org/abs/2501.00656>`_, 2025
   """
+  counters.check_type('optimizer', optimizer, counters.GradientTransformation)
+  counters.check_type('window', window, SpikeWindow)
+  counters.check_range('sigmas', sigmas, 0, np.inf)
+  counters.check_range('max_consecutive', max_consecutive, 0, np.inf)
   inner = optax.with_extra_args_support(optimizer)
   slots = np.arange(window.length, dtype=np.int32)
 

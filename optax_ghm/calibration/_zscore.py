@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -67,7 +68,8 @@ def clip_by_zscore(
     whose norm is more than 10,000 times the mean.
 
   Raises:
-    ValueError: if ``decay`` is not from 0 to 1.
+    ValueError: if ``decay`` is not from 0 to 1, or ``z_threshold`` or
+      ``warmup_steps`` is negative.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -83,7 +85,9 @@ def clip_by_zscore(
     Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
     <https://arxiv.org/abs/2504.02507>`_, 2025
   """
+  counters.check_range('z_threshold', z_threshold, 0, np.inf)
   counters.check_range('decay', decay, 0, 1)
+  counters.check_range('warmup_steps', warmup_steps, 0, np.inf)
 
   def init(shape):
     mean, deviation = jnp.zeros((2, *shape), jnp.float32)

@@ -213,11 +213,13 @@ def _one_vs_rest(logits, labels, mask, weights):
   logits, labels = _losses.with_integer_labels(logits, labels)
   targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
 
-  def per_logit(x):
+  def per_logit(broadcast, x):
     of_examples = x is not None and jnp.ndim(x) < logits.ndim
-    return jnp.expand_dims(x, -1) if of_examples else x
+    return broadcast(x, labels.shape)[..., None] if of_examples else x
 
-  return _cross_entropy(logits, targets, per_logit(mask), per_logit(weights))
+  mask = per_logit(masks.broadcast_mask, mask)
+  weights = per_logit(masks.broadcast_weights, weights)
+  return _cross_entropy(logits, targets, mask, weights)
 
 
 @jax.custom_jvp
