@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import counters, trees
+from optax_ghm._core import counters, stateful, trees
 from optax_ghm._core.update_where import update_where
 from optax_ghm.calibration import _clip, _zscore
 
@@ -18,14 +18,14 @@ class CalibratedState(NamedTuple):
     optimizer: the state of the optimizer.
   """
 
-  clip: Any
+  clip: _clip.ClipState
   optimizer: optax.OptState
 
 
 def calibrated(
   optimizer: optax.GradientTransformation,
   clip: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[CalibratedState]:
   """Wraps an optimizer, so that it survives spikes and bad steps.
 
   Gradients are clipped adaptively before the optimizer sees them. Where a
@@ -92,4 +92,4 @@ def calibrated(
       clip_state._replace(statistics=statistics), inner_state
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)

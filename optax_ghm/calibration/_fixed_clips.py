@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, scopes, trees
+from optax_ghm._core import arrays, counters, scopes, stateful, trees
 from optax_ghm.calibration import _clip
 
 
@@ -18,7 +18,7 @@ def clip_by_norm(
   *,
   scope: scopes.Scope = 'global',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips gradients to a constant norm.
 
   .. math:: g \leftarrow g \min(1, c / \lVert g \rVert)
@@ -83,7 +83,7 @@ def _clip_by_schedule(schedule, scope, axis_name):
     updates, state = clipping
     return updates, state._replace(statistics=optax.safe_increment(count))
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)
 
 
 def clip_by_parameter_norm(
@@ -92,7 +92,7 @@ def clip_by_parameter_norm(
   eps: ArrayLike = 1e-3,
   scope: scopes.Scope = 'unit',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips every unit to a fraction of the norm of its parameters: AGC.
 
   .. math::
@@ -155,7 +155,7 @@ def clip_by_rms(
   *,
   scope: scopes.Scope = 'leaf',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips the root mean square of updates, behind the moments: Adafactor.
 
   .. math::

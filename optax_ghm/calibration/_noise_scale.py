@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, masks, per_example
+from optax_ghm._core import arrays, counters, masks, per_example, stateful
 from optax_ghm._core.norms import global_norm
 
 
@@ -122,7 +121,7 @@ def noise_scale_aggregate(
   *,
   decay: ArrayLike = 0.99,
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[NoiseScaleState]:
   r"""Averages the gradients of micro-batches, and measures their noise.
 
   This is the first transformation of a chain. It takes updates with the
@@ -217,4 +216,4 @@ def noise_scale_aggregate(
       counters.count_if(~good, state.skipped),
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, scopes
+from optax_ghm._core import arrays, counters, scopes, stateful
 from optax_ghm.calibration import _clip
 
 
@@ -185,7 +184,7 @@ def clip_by_percentile(
   estimator: PercentileEstimator = DEFAULT_PERCENTILE,
   scope: scopes.Scope = 'global',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips to a percentile of the norms so far: AutoClip.
 
   .. math::

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, norms
+from optax_ghm._core import arrays, counters, norms, stateful
 from optax_ghm._core.update_where import update_where
 from optax_ghm.calibration import _clip
 
@@ -89,7 +89,7 @@ def skip_spikes(
   window: SpikeWindow = DEFAULT_WINDOW,
   max_consecutive: ArrayLike = 20,
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[SkipState]:
   r"""Leaves out steps whose loss or gradient norm is far above the last ones.
 
   .. math::
@@ -228,4 +228,4 @@ def skip_spikes(
       optimizer=inner_state,
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, scopes
+from optax_ghm._core import arrays, counters, scopes, stateful
 from optax_ghm.calibration import _clip
 
 
@@ -33,7 +32,7 @@ def clip_by_zscore(
   warmup_steps: ArrayLike = 25,
   scope: scopes.Scope = 'global',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips norms that stand out from their running mean: ZClip.
 
   .. math::

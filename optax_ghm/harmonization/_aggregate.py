@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_ghm._core import arrays, counters, masks, per_example
+from optax_ghm._core import arrays, counters, masks, per_example, stateful
 from optax_ghm.harmonization import _density, _weights, _windowed
 
 PARAMETER_DENSITY = _windowed.WindowedDensity(
@@ -29,7 +28,7 @@ def harmonized_aggregate(
   density: _density.DensityEstimator = PARAMETER_DENSITY,
   *,
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[HarmonizedAggregateState]:
   r"""Averages per-example gradients by the harmony of their global norms.
 
   .. math::
@@ -105,4 +104,4 @@ def harmonized_aggregate(
     )
     return averaged, HarmonizedAggregateState(density_state)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)
