@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm._core import norms
+from optax_ghm._core import norms, optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,13 @@ class RangeTest:
 
     Returns:
       The axes.
+
+    Raises:
+      ImportError: if no axes are given and ``matplotlib`` is not installed.
     """
     if ax is None:
-      import matplotlib.pyplot as plt  # noqa: PLC0415
-
-      _, ax = plt.subplots(figsize=(6, 4), layout='constrained')
+      pyplot = optional.load('matplotlib.pyplot', optional.PLOT_EXTRA)
+      _, ax = pyplot.subplots(figsize=(6, 4), layout='constrained')
     ax.semilogx(self.learning_rates, self.losses, '.', color='0.75', ms=3)
     ax.semilogx(self.learning_rates, self.smoothed, color='C0')
     finite = self.smoothed[np.isfinite(self.smoothed)]
