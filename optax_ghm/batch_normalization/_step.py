@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_ghm._core import counters
@@ -88,13 +89,16 @@ def step(
     None without ``measure`` or with ``by_average``.
   """
   running = running_moments(state)
+  if domain is not None:
+    _check_domains(norm, running.mean.shape, x.shape)
   args |= {'axis': norm.axis, 'epsilon': norm.epsilon}
   if by_average:
     y = _batch_norm.batch_norm_inference(x, running, domain=domain, **args)
     return y, {}, None
   args |= {'mask': mask, 'axis_name': axis_name}
+  steps = state.get('steps', np.int32(0))
   limits = {
-    name: limit(state['steps']) if callable(limit) else limit
+    name: limit(steps) if callable(limit) else limit
     for name, limit in _limits(norm).items()
   }
   if limits:
@@ -119,6 +123,18 @@ def step(
   if 'steps' in state:
     changed['steps'] = jnp.asarray(optax.safe_increment(state['steps']))
   return y, changed, stats
+
+
+def _check_domains(norm, shape, of_x):
+  axes = (norm.axis,) if isinstance(norm.axis, int) else norm.axis
+  features = (of_x[a] for a in sorted(a % len(of_x) for a in axes))
+  expected = (norm.num_domains, *features)
+  if shape != expected:
+    raise ValueError(
+      f'mean and var have shape {shape}, and those of {norm.num_domains}'
+      f' domains have {expected}: repeat the averages of a checkpoint without'
+      ' domains for each domain.'
+    )
 
 
 def _limits(norm):
