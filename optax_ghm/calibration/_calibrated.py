@@ -33,6 +33,12 @@ def calibrated(
   state of the optimizer does not change. One pass over the gradients serves the
   guard, the clip and the measurements in the state.
 
+  All gradients that come in count in the norm, those of frozen leaves, too.
+  With ``optax.partition`` the clip belongs inside,
+  ``optax.partition({'trained': calibrated(optimizer), 'frozen':
+  optax.set_to_zero()}, labels)``. For several trained groups and one clip, put
+  ``optax.masked(optax.set_to_zero(), frozen)`` before ``calibrated``.
+
   In ``optax.MultiSteps``, a bad micro-batch enters the accumulated gradient
   before this wrapper sees it, and costs the whole step. Give ``MultiSteps``
   the argument ``should_skip_update_fn=optax.skip_not_finite``.
