@@ -28,6 +28,9 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
   Returns:
     The states for the next step.
 
+  Raises:
+    ValueError: if ``gradients`` have another structure than ``states``.
+
   Examples:
     >>> import jax
     >>> import jax.numpy as jnp
@@ -45,6 +48,11 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
   def overwrite(state, gradient):
     if not hasattr(state, 'calls'):
       return gradient
+    if jax.tree.structure(state) != jax.tree.structure(gradient):
+      raise ValueError(
+        'gradients must have the structure of the states: got'
+        f' {jax.tree.structure(gradient)} for {jax.tree.structure(state)}.'
+      )
     # One number of calls per state, where states are stacked.
     return trees.select(gradient.calls > 0, gradient, state)
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_ghm.flow import _diagnose, _optional, _plot, _record
+from optax_ghm._core import optional
+from optax_ghm.flow import _diagnose, _record
 from optax_ghm.flow._verdict import printable
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def print_report(
     True
   """
   console = (
-    console or _optional.load('rich.console', _plot.PLOT_EXTRA).Console()
+    console or optional.load('rich.console', optional.PLOT_EXTRA).Console()
   )
   if isinstance(records, _record.Record):
     records = {'': records}
@@ -58,8 +59,8 @@ def print_report(
 
 
 def _print_record(name, record, console):
-  rich_text = _optional.load('rich.text', _plot.PLOT_EXTRA).Text
-  rich_table = _optional.load('rich.table', _plot.PLOT_EXTRA).Table
+  rich_text = optional.load('rich.text', optional.PLOT_EXTRA).Text
+  rich_table = optional.load('rich.table', optional.PLOT_EXTRA).Table
   title = f'{name}: ' if name else ''
 
   def show(*parts):

@@ -99,6 +99,13 @@ def test_apply_gradients_passes_extra_arguments():
   assert float(variables['params']) == 4
 
 
+@pytest.mark.parametrize('gradients', [np.ones(2), None, ()])
+def test_gradients_of_another_structure_are_named(gradients):
+  state = optax_ghm.WindowedDensity().init()
+  with pytest.raises(ValueError, match='gradients must have the structure'):
+    optax_ghm.overwrite_with_gradient(state, gradients)
+
+
 def test_unknown_collections_are_named():
   tx, params = optax.sgd(0.1), {'params': {}}
   for variables, gradients in (
