@@ -34,6 +34,17 @@ def parts(x: jax.Array) -> tuple[jax.Array, ...]:
   return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
+def sizes(numbers: list[Any]) -> np.ndarray | jax.Array:
+  """Sizes in float32; traced, if an export leaves one of them open.
+
+  Args:
+    numbers: integers, or what a symbolic shape has in their place.
+  """
+  if all(isinstance(n, int) for n in numbers):
+    return np.array(numbers, np.float32)
+  return jnp.asarray(numbers, jnp.float32)
+
+
 def multiply(x: jax.Array, factor: jax.Array) -> jax.Array:
   """``x`` times a real factor, in the precision of ``x``.
 

@@ -135,9 +135,18 @@ class Scoped(NamedTuple):
   def sizes(self, tree: Any, axis_name: arrays.AxisName = None) -> jax.Array:
     """How many numbers each norm is of, float32."""
     leaves = trees.counted(tree)
-    sizes = np.zeros(self.shape, np.float32)
-    for leaf, (at, shape) in zip(leaves, self._places(leaves), strict=True):
-      sizes[at] += leaf.size / math.prod(shape)
+    if self.axes is None:
+      each: list[Any] = [0] * math.prod(self.shape)
+      for leaf, group in zip(leaves, self.groups, strict=True):
+        each[group] += leaf.size
+      sizes = arrays.sizes(each).reshape(self.shape)
+    else:
+      fan_ins, counts = [], []
+      for leaf, (_, shape) in zip(leaves, self._places(leaves), strict=True):
+        counts.append(math.prod(shape))
+        fan_ins.append(leaf.size // counts[-1])
+      of_units = np.repeat(np.arange(len(counts)), counts)
+      sizes = arrays.sizes(fan_ins)[of_units]
     return arrays.psum(jnp.asarray(sizes), axis_name)
 
   def scale(self, tree: Any, factor: jax.Array) -> Any:

@@ -33,7 +33,8 @@ def ghost_batch_norm(
     scale: shaped like the features; None is 1.
     bias: shaped like the features; None is 0.
     ghost_size: how many consecutive examples are normalized together; divides
-      the number of examples (of a device).
+      the number of examples (of a device). In an export, that may be symbolic:
+      ``'8 * b'`` for a ``ghost_size`` of 8.
     axis: the feature axes, not axis 0.
     epsilon: added to the variance.
     mask: bool, broadcastable to ``x``: which elements count.
@@ -67,14 +68,15 @@ def ghost_batch_norm(
   x = jnp.asarray(x)
   batch = _pool.Pool.of(x, axis, mask=mask)
   _pool.check_examples_first(batch.axes, axis)
-  if ghost_size < 1 or len(x) % ghost_size:
+  examples = x.shape[0]
+  if ghost_size < 1 or examples % ghost_size != 0:
     raise ValueError(
-      f'ghost_size must divide the {len(x)} examples, got {ghost_size}.'
+      f'ghost_size must divide the {examples} examples, got {ghost_size}.'
     )
 
   def split(u):
-    u = jnp.broadcast_to(u, (len(x), *u.shape[1:]))
-    return u.reshape(len(x) // ghost_size, ghost_size, *u.shape[1:])
+    u = jnp.broadcast_to(u, (examples, *u.shape[1:]))
+    return u.reshape(examples // ghost_size, ghost_size, *u.shape[1:])
 
   ghosts = _pool.Pool(
     tuple(a + 1 for a in batch.axes), mask=jax.tree.map(split, batch.mask)

@@ -1,6 +1,7 @@
 """The tap: statistics of the gradient where it passes an activation."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -249,7 +250,7 @@ def _measure(x, stats):
   largest = jnp.max(magnitude, inner_axes, initial=0)
   squares = _squares(x, largest, inner_axes)
   columns = [
-    jnp.full_like(largest, x.size // max(len(x), 1)),
+    jnp.full_like(largest, math.prod(x.shape[1:])),
     jnp.sum(x, inner_axes),
     *(squares[:, i] for i in range(3)),
     jnp.sum((x == 0).astype(jnp.float32), inner_axes),
