@@ -9,6 +9,7 @@ from jax import export
 import optax_ghm as ghm
 from optax_ghm import calibration, flow, harmonization
 from tests.laws.modes_test import CASES, Case, assert_close, given
+from tests.support.public import public_names
 from tests.support.registry import ENTRIES
 
 PROGRAMS = 70
@@ -128,3 +129,27 @@ def test_exports_are_for_every_batch_size(case):
 def test_what_needs_to_know_the_size_says_so(f, message):
   with pytest.raises(ValueError, match=message):
     exported(f, 'b')
+
+
+def test_every_type_of_our_states_can_be_registered():
+  """It is a named tuple that is public, so that exports keep the tree."""
+  kinds = {
+    name: value
+    for name, value in public_names().items()
+    if isinstance(value, type) and hasattr(value, '_fields')
+  }
+  for name, kind in {'optax.EmptyState': optax.EmptyState, **kinds}.items():
+    export.register_namedtuple_serialization(kind, serialized_name=name)
+  params = {'kernel': jnp.eye(2, dtype=jnp.float32)}
+  wrappers = ghm.calibrated, ghm.skip_spikes, flow.watch
+  states = [
+    *(entry.tx.init(params) for entry in ENTRIES if entry.own),
+    *(wrap(optax.identity()).init(params) for wrap in wrappers),
+    ghm.in_backward(ghm.clip_by_zscore()).init(params),
+    ghm.RunningMoments.init((2,)),
+    ghm.BinnedDensity(bins=2).init(),
+    flow.Taps.empty(['layer']).stats,
+  ]
+  saved = export.export(jax.jit(lambda states: states))(states).serialize()
+  types = jax.tree.structure(((states,), {}))
+  assert export.deserialize(saved).in_tree == types
