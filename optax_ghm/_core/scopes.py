@@ -198,6 +198,25 @@ def scoped(scope: Scope, tree: Any) -> Scoped:
   )
 
 
+def check_same_tree(state: jax.Array, shape: tuple[int, ...]) -> None:
+  """Raises if a state is not of the norms of the updates.
+
+  Args:
+    state: an array of the state that has an entry for each norm.
+    shape: the shape of the norms of the updates.
+
+  Raises:
+    ValueError: if the tree that ``init`` saw had other norms.
+  """
+  if state.shape != shape:
+    made, got = math.prod(state.shape), math.prod(shape)
+    raise ValueError(
+      f'the state was made for {made} leaves, units or groups, the updates have'
+      f' {got}: init must see a tree with None and MaskedNode in the same'
+      ' places.'
+    )
+
+
 def _grouped(scope, tree):
   labels = scope.labels
   # A module of labels may be callable, too, but a function is a leaf.

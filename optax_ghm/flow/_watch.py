@@ -163,7 +163,7 @@ def watch(
 
   Raises:
     ValueError: in ``init``, if there are no such moments; in ``update``, if
-      ``params`` is None.
+      ``params`` is None, or if other leaves have a gradient than in ``init``.
     TypeError: if ``units`` is not an :class:`optax_ghm.Units`; in ``update``,
       if ``measure`` is not a Python bool.
 
@@ -210,12 +210,10 @@ def watch(
     inner_state = optimizer.init(params)
     if moments:
       _moments(inner_state, params)
-    found = _units.of_leaves(params, units)
-    count = sum(leaf.layers * leaf.units for leaf in found)
-    # At least one element each, because orbax cannot save empty arrays.
+    rows, count = _sizes(_units.of_leaves(params, units))
     return WatchState(
-      measured=jnp.zeros([max(len(found), 1), len(COLUMNS)], jnp.float32),
-      zero_steps=jnp.zeros([max(count, 1)], jnp.float32),
+      measured=jnp.zeros([rows, len(COLUMNS)], jnp.float32),
+      zero_steps=jnp.zeros([count], jnp.float32),
       inner_state=inner_state,
     )
 
@@ -227,14 +225,20 @@ def watch(
         'measure must be a Python bool, a static argument of the compiled'
         f' step, got {measure!r}.'
       )
-    gradients = updates
+    gradients, found = updates, _units.of_leaves(updates, units)
+    made = len(state.measured), len(state.zero_steps)
+    if found and made != _sizes(found):
+      raise ValueError(
+        'the state was made for {} leaves with {} units, the updates have {}'
+        ' with {}: init must see a tree with None and MaskedNode in the same'
+        ' places.'.format(*made, *_sizes(found))
+      )
     updates, inner_state = optimizer.update(
       updates, state.inner_state, params, **extra_args
     )
-    if not measure or not trees.counted(gradients):
+    if not measure or not found:
       return updates, state._replace(inner_state=inner_state)
     columns = _measure(gradients, updates, params)
-    found = _units.of_leaves(gradients, units)
     zero_steps, columns['dead_units'] = _units.count_dead(
       gradients, found, state.zero_steps
     )
@@ -250,6 +254,12 @@ def watch(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _sizes(found):
+  """How many leaves and units; one at least, for orbax to save an array."""
+  count = sum(leaf.layers * leaf.units for leaf in found)
+  return max(len(found), 1), max(count, 1)
 
 
 def _measure(gradients, updates, params):
