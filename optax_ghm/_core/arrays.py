@@ -102,6 +102,13 @@ def replicated(x: jax.Array) -> jax.Array:
   return jax.sharding.reshard(x, PartitionSpec()) if is_split(x) else x
 
 
+def laid_out_as(x: jax.Array, like: jax.Array) -> jax.Array:
+  """``x``, split over explicit mesh axes as ``like`` of its shape is."""
+  spec = jax.typeof(like).sharding.spec
+  same = jax.typeof(x).sharding.spec == spec
+  return x if same else jax.sharding.reshard(x, spec)
+
+
 def varying_axes(x: jax.Array) -> frozenset[str]:
   """The axes of a ``shard_map`` along which ``x`` differs."""
   kind = jax.typeof(x)  # its attribute has moved between versions of JAX

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from optax_ghm._core import arrays
 from optax_ghm.batch_normalization import _moments, _normalize, _pool
@@ -81,12 +82,22 @@ def ghost_batch_norm(
   ghosts = _pool.Pool(
     tuple(a + 1 for a in batch.axes), mask=jax.tree.map(split, batch.mask)
   )
-  parameters = (
-    jnp.broadcast_to(u[None], ghosts.shape(split(x)))
-    for u in _normalize.fit_parameters(batch, x, scale, bias)
-  )
+  in_ghosts = split(x)
+  of_ghosts, *_ = jax.typeof(in_ghosts).sharding.spec
+
+  def for_each(u):
+    sharding = jax.typeof(u).sharding
+    return jnp.broadcast_to(
+      u[None],
+      ghosts.shape(in_ghosts),
+      out_sharding=sharding.update(
+        spec=PartitionSpec(of_ghosts, *sharding.spec)
+      ),
+    )
+
+  parameters = map(for_each, _normalize.fit_parameters(batch, x, scale, bias))
   y, moments = _normalize.normalize(
-    epsilon, dtype or x.dtype, ghosts, split(x), *parameters, None
+    epsilon, dtype or x.dtype, ghosts, in_ghosts, *parameters, None
   )
   moments = ghosts.squeeze(moments).pool(axis=0, axis_name=axis_name)
   return y.reshape(x.shape), moments
