@@ -34,6 +34,17 @@ def parts(x: jax.Array) -> tuple[jax.Array, ...]:
   return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
+def sizes(numbers: list[Any]) -> np.ndarray | jax.Array:
+  """Sizes in float32; traced, if an export leaves one of them open.
+
+  Args:
+    numbers: integers, or what a symbolic shape has in their place.
+  """
+  if all(isinstance(n, int) for n in numbers):
+    return np.array(numbers, np.float32)
+  return jnp.asarray(numbers, jnp.float32)
+
+
 def multiply(x: jax.Array, factor: jax.Array) -> jax.Array:
   """``x`` times a real factor, in the precision of ``x``.
 
@@ -89,6 +100,13 @@ def is_split(x: jax.Array) -> bool:
 def replicated(x: jax.Array) -> jax.Array:
   """``x`` whole on every device, if it is known to be sharded."""
   return jax.sharding.reshard(x, PartitionSpec()) if is_split(x) else x
+
+
+def laid_out_as(x: jax.Array, like: jax.Array) -> jax.Array:
+  """``x``, split over explicit mesh axes as ``like`` of its shape is."""
+  spec = jax.typeof(like).sharding.spec
+  same = jax.typeof(x).sharding.spec == spec
+  return x if same else jax.sharding.reshard(x, spec)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -12,6 +12,11 @@ are at least ``MANY``. XLA takes long to compile many reductions, and also long
 concatenations: with 2,000 leaves, these numbers save 18 of 20 CPU-seconds."""
 
 
+def is_small(leaf: jax.Array) -> bool:
+  """Whether a leaf may be joined; a size that an export leaves open may not."""
+  return isinstance(leaf.size, int) and leaf.size <= SMALL
+
+
 def rows(
   leaves: list[jax.Array], groups: np.ndarray
 ) -> tuple[list[jax.Array], np.ndarray]:
@@ -30,9 +35,7 @@ def rows(
     The arrays, whose first axes count their rows, and the groups of all rows.
   """
   small = [
-    i
-    for i, leaf in enumerate(leaves)
-    if leaf.size <= SMALL and not is_split(leaf)
+    i for i, leaf in enumerate(leaves) if is_small(leaf) and not is_split(leaf)
   ]
   small = small if len(small) >= MANY else []
   one_group = len(set(groups[small])) == 1

@@ -101,7 +101,7 @@ def _fit(x, shape, name):
       f'{name} of shape {x.shape} does not broadcast to the examples of shape'
       f' {shape}.' + f' Give {first}.' * fits_first
     )
-  if fits_first and x.size > 1:
+  if fits_first and x.size not in (0, 1):
     raise ValueError(
       f'{name} of shape {x.shape} could mean the first or the last axes of the'
       f' examples of shape {shape}: give {first} or {last}.'

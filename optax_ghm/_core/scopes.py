@@ -135,9 +135,18 @@ class Scoped(NamedTuple):
   def sizes(self, tree: Any, axis_name: arrays.AxisName = None) -> jax.Array:
     """How many numbers each norm is of, float32."""
     leaves = trees.counted(tree)
-    sizes = np.zeros(self.shape, np.float32)
-    for leaf, (at, shape) in zip(leaves, self._places(leaves), strict=True):
-      sizes[at] += leaf.size / math.prod(shape)
+    if self.axes is None:
+      each: list[Any] = [0] * math.prod(self.shape)
+      for leaf, group in zip(leaves, self.groups, strict=True):
+        each[group] += leaf.size
+      sizes = arrays.sizes(each).reshape(self.shape)
+    else:
+      fan_ins, counts = [], []
+      for leaf, (_, shape) in zip(leaves, self._places(leaves), strict=True):
+        counts.append(math.prod(shape))
+        fan_ins.append(leaf.size // counts[-1])
+      of_units = np.repeat(np.arange(len(counts)), counts)
+      sizes = arrays.sizes(fan_ins)[of_units]
     return arrays.psum(jnp.asarray(sizes), axis_name)
 
   def scale(self, tree: Any, factor: jax.Array) -> Any:
@@ -187,6 +196,25 @@ def scoped(scope: Scope, tree: Any) -> Scoped:
   raise ValueError(
     f"scope must be 'global', 'leaf', 'unit', Groups or Units, got {scope!r}."
   )
+
+
+def check_same_tree(state: jax.Array, shape: tuple[int, ...]) -> None:
+  """Raises if a state is not of the norms of the updates.
+
+  Args:
+    state: an array of the state that has an entry for each norm.
+    shape: the shape of the norms of the updates.
+
+  Raises:
+    ValueError: if the tree that ``init`` saw had other norms.
+  """
+  if state.shape != shape:
+    made, got = math.prod(state.shape), math.prod(shape)
+    raise ValueError(
+      f'the state was made for {made} leaves, units or groups, the updates have'
+      f' {got}: init must see a tree with None and MaskedNode in the same'
+      ' places.'
+    )
 
 
 def _grouped(scope, tree):

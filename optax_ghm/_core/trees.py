@@ -11,7 +11,7 @@ from optax_ghm._core import arrays
 
 def is_counted(leaf: Any) -> bool:
   """Whether a leaf has a norm: it is floating or complex, and not empty."""
-  return arrays.is_inexact(leaf) and leaf.size > 0
+  return arrays.is_inexact(leaf) and 0 not in leaf.shape
 
 
 def counted(tree: Any) -> list[jax.Array]:

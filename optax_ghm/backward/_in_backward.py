@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import counters
+from optax_ghm._core import arrays, counters
 from optax_ghm._core.identity import identity, inexact_part
 from optax_ghm.backward import _float_state, _overwrite
 
@@ -267,10 +267,6 @@ def _cast_like(tree, like, name):
     )
 
   def cast(leaf, old):
-    leaf = jnp.asarray(leaf).astype(old.dtype)
-    sharding = jax.typeof(old).sharding
-    if jax.typeof(leaf).sharding == sharding:
-      return leaf
-    return jax.sharding.reshard(leaf, sharding)
+    return arrays.laid_out_as(jnp.asarray(leaf).astype(old.dtype), old)
 
   return jax.tree.map(cast, tree, like)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from optax_ghm._core import arrays
 from optax_ghm.batch_normalization import _moments, _normalize, _pool
@@ -33,7 +34,8 @@ def ghost_batch_norm(
     scale: shaped like the features; None is 1.
     bias: shaped like the features; None is 0.
     ghost_size: how many consecutive examples are normalized together; divides
-      the number of examples (of a device).
+      the number of examples (of a device). In an export, that may be symbolic:
+      ``'8 * b'`` for a ``ghost_size`` of 8.
     axis: the feature axes, not axis 0.
     epsilon: added to the variance.
     mask: bool, broadcastable to ``x``: which elements count.
@@ -67,24 +69,35 @@ def ghost_batch_norm(
   x = jnp.asarray(x)
   batch = _pool.Pool.of(x, axis, mask=mask)
   _pool.check_examples_first(batch.axes, axis)
-  if ghost_size < 1 or len(x) % ghost_size:
+  examples = x.shape[0]
+  if ghost_size < 1 or examples % ghost_size != 0:
     raise ValueError(
-      f'ghost_size must divide the {len(x)} examples, got {ghost_size}.'
+      f'ghost_size must divide the {examples} examples, got {ghost_size}.'
     )
 
   def split(u):
-    u = jnp.broadcast_to(u, (len(x), *u.shape[1:]))
-    return u.reshape(len(x) // ghost_size, ghost_size, *u.shape[1:])
+    u = jnp.broadcast_to(u, (examples, *u.shape[1:]))
+    return u.reshape(examples // ghost_size, ghost_size, *u.shape[1:])
 
   ghosts = _pool.Pool(
     tuple(a + 1 for a in batch.axes), mask=jax.tree.map(split, batch.mask)
   )
-  parameters = (
-    jnp.broadcast_to(u[None], ghosts.shape(split(x)))
-    for u in _normalize.fit_parameters(batch, x, scale, bias)
-  )
+  in_ghosts = split(x)
+  of_ghosts, *_ = jax.typeof(in_ghosts).sharding.spec
+
+  def for_each(u):
+    sharding = jax.typeof(u).sharding
+    return jnp.broadcast_to(
+      u[None],
+      ghosts.shape(in_ghosts),
+      out_sharding=sharding.update(
+        spec=PartitionSpec(of_ghosts, *sharding.spec)
+      ),
+    )
+
+  parameters = map(for_each, _normalize.fit_parameters(batch, x, scale, bias))
   y, moments = _normalize.normalize(
-    epsilon, dtype or x.dtype, ghosts, split(x), *parameters, None
+    epsilon, dtype or x.dtype, ghosts, in_ghosts, *parameters, None
   )
   moments = ghosts.squeeze(moments).pool(axis=0, axis_name=axis_name)
   return y.reshape(x.shape), moments

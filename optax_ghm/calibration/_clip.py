@@ -116,6 +116,7 @@ def clip_by_rule(
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args
     scoped = scopes.scoped(scope, updates)
+    scopes.check_same_tree(state.norm, scoped.shape)
     norm = scoped.norms(updates, axis_name)
     finite = jnp.isfinite(norm)
     # The rule does not compute with a bad number, lest debug_nans report it.

@@ -80,14 +80,14 @@ def gradient_noise(
     <https://arxiv.org/abs/1812.06162>`_, 2018
   """
   norms = jnp.asarray(norms, jnp.float32)
-  if norms.ndim != 1 or norms.shape[0] < 2:
+  if norms.ndim != 1 or norms.shape[0] in (0, 1):
     raise ValueError(
       f'norms must have shape (k,) with k > 1, got {norms.shape}.'
     )
   return _from_squares(
     jnp.mean(jnp.square(norms)),
     jnp.square(jnp.asarray(norm_of_mean, jnp.float32)),
-    jnp.float32(norms.shape[0]),
+    jnp.asarray(norms.shape[0], jnp.float32),
     jnp.asarray(batch_size, jnp.float32) * norms.shape[0],
   )
 

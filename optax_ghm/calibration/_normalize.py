@@ -31,6 +31,7 @@ def _init(scope, params):
 
 
 def _next_state(state, divisor, divided):
+  scopes.check_same_tree(state.divisor, divisor.shape)
   return NormalizeState(
     jnp.where(divided, divisor, state.divisor),
     counters.count_if(~divided, state.skipped),

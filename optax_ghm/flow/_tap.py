@@ -1,6 +1,7 @@
 """The tap: statistics of the gradient where it passes an activation."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -248,8 +249,11 @@ def _measure(x, stats):
   magnitude = jnp.abs(x)
   largest = jnp.max(magnitude, inner_axes, initial=0)
   squares = _squares(x, largest, inner_axes)
+  of_examples = None
+  if stats.example_squares is not None:
+    of_examples = arrays.laid_out_as(squares, stats.example_squares)
   columns = [
-    jnp.full_like(largest, x.size // max(len(x), 1)),
+    jnp.full_like(largest, math.prod(x.shape[1:])),
     jnp.sum(x, inner_axes),
     *(squares[:, i] for i in range(3)),
     jnp.sum((x == 0).astype(jnp.float32), inner_axes),
@@ -260,7 +264,7 @@ def _measure(x, stats):
   return TapStats(
     numbers=jnp.concatenate([jnp.ones_like(sums[:1]), sums, most[None]]),
     histogram=None if stats.histogram is None else _histogram(magnitude),
-    example_squares=None if stats.example_squares is None else squares,
+    example_squares=of_examples,
   )
 
 

@@ -8,10 +8,7 @@ import numpy as np
 import optax
 
 from optax_ghm._core import arrays, leaf_rows, norms, scopes, trees
-
-DEAD_AFTER = 10
-"""Measured steps in a row without a gradient that make a unit dead."""
-
+from optax_ghm.flow import _units
 
 COLUMNS = (
   'gradient_norm',
@@ -67,7 +64,9 @@ class WatchState(NamedTuple):
   zeros = _column('zeros', 'Number of elements whose gradient is 0.')
   non_finite = _column('non_finite', 'Number of NaN and inf in the gradient.')
   units = _column('units', 'Number of units; 0 where a bias tells the same.')
-  dead_units = _column('dead_units', 'Number of dead units.')
+  dead_units = _column(
+    'dead_units', 'Number of dead units; of a stack, in its worst layer.'
+  )
   signal_to_noise = _column('signal_to_noise', '0 without ``moments``.')
   cosine = _column('cosine', '0 without ``moments``.')
 
@@ -116,7 +115,10 @@ def leaf_names(params: Any) -> list[str]:
 
 
 def watch(
-  optimizer: optax.GradientTransformation, *, moments: bool = False
+  optimizer: optax.GradientTransformation,
+  *,
+  moments: bool = False,
+  units: scopes.Units = scopes.FLAX_UNITS,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Measures what goes into and comes out of an optimizer, leaf by leaf.
 
@@ -124,8 +126,12 @@ def watch(
   :math:`\lVert g \rVert`, :math:`\lVert u \rVert`, :math:`\lVert w \rVert`, the
   number of zeros and of non-finite elements of g, and the number of dead units.
   A unit is an element of a bias or, where there is no bias, a column of a
-  kernel (:func:`optax_ghm.calibration.flax_unit_axes`). It is dead if its
-  gradient was 0 in the last 10 measured steps.
+  kernel. It is dead if its gradient was 0 in the last 10 measured steps.
+
+  A stack of dense kernels, as ``nn.scan`` makes it, has the shape of the kernel
+  of a convolution. By default, a unit of it is dead if it is dead in all layers
+  of the stack, and biases of all layers count together: ``units`` tells them
+  apart.
 
   With ``moments``, the state also describes the moments of Adam after the step:
 
@@ -147,14 +153,19 @@ def watch(
     optimizer: any Optax transformation.
     moments: whether to measure the moments. The state of the optimizer must
       have one field ``mu`` and one field ``nu``.
+    units: the axes of a leaf that a unit sums over, as for the scopes of clips;
+      the default is :func:`optax_ghm.calibration.flax_unit_axes`. Axes in front
+      of these are those of a stack: ``units`` and ``dead_units`` of the state
+      are those of the layer that has most dead ones.
 
   Returns:
     The watched optimizer. Its ``update`` needs ``params``.
 
   Raises:
     ValueError: in ``init``, if there are no such moments; in ``update``, if
-      ``params`` is None.
-    TypeError: in ``update``, if ``measure`` is not a Python bool.
+      ``params`` is None, or if other leaves have a gradient than in ``init``.
+    TypeError: if ``units`` is not an :class:`optax_ghm.Units`; in ``update``,
+      if ``measure`` is not a Python bool.
 
   Examples:
     >>> import functools
@@ -175,21 +186,34 @@ def watch(
     ['bias', 'kernel']
     >>> state.update_norm
     Array([0.        , 0.35355338], dtype=float32)
+
+    With stacked layers, of shape (layers, in, out):
+
+    >>> import optax_ghm
+    >>> from optax_ghm.calibration import flax_unit_axes
+    >>> def axes(path, leaf):
+    ...   if path[0].key != 'stack':
+    ...     return flax_unit_axes(path, leaf)
+    ...   layer = jax.eval_shape(lambda leaf: leaf[0], leaf)
+    ...   return tuple(i + 1 for i in flax_unit_axes(path, layer))
+    >>> tx = flow.watch(optax.sgd(0.5), units=optax_ghm.Units(axes))
+    >>> params = {'stack': {'kernel': jnp.ones((6, 4, 8))}}
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> print(state.units)
+    [8.]
   """
+  if not isinstance(units, scopes.Units):
+    raise TypeError(f'units must be an optax_ghm.Units, got {units!r}.')
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
     inner_state = optimizer.init(params)
     if moments:
       _moments(inner_state, params)
-    counted, units = trees.counted(params), 0
-    for leaf, axes in zip(counted, _unit_axes(params), strict=True):
-      if axes is not None:
-        units += leaf.size // int(np.prod([leaf.shape[i] for i in axes]))
-    # At least one element each, because orbax cannot save empty arrays.
+    rows, count = _sizes(_units.of_leaves(params, units))
     return WatchState(
-      measured=jnp.zeros([max(len(counted), 1), len(COLUMNS)], jnp.float32),
-      zero_steps=jnp.zeros([max(units, 1)], jnp.float32),
+      measured=jnp.zeros([rows, len(COLUMNS)], jnp.float32),
+      zero_steps=jnp.zeros([count], jnp.float32),
       inner_state=inner_state,
     )
 
@@ -201,13 +225,24 @@ def watch(
         'measure must be a Python bool, a static argument of the compiled'
         f' step, got {measure!r}.'
       )
-    gradients = updates
+    gradients, found = updates, _units.of_leaves(updates, units)
+    made = len(state.measured), len(state.zero_steps)
+    if found and made != _sizes(found):
+      raise ValueError(
+        'the state was made for {} leaves with {} units, the updates have {}'
+        ' with {}: init must see a tree with None and MaskedNode in the same'
+        ' places.'.format(*made, *_sizes(found))
+      )
     updates, inner_state = optimizer.update(
       updates, state.inner_state, params, **extra_args
     )
-    if not measure or not trees.counted(gradients):
+    if not measure or not found:
       return updates, state._replace(inner_state=inner_state)
-    columns, zero_steps = _measure(gradients, updates, params, state.zero_steps)
+    columns = _measure(gradients, updates, params)
+    zero_steps, columns['dead_units'] = _units.count_dead(
+      gradients, found, state.zero_steps
+    )
+    columns['units'] = np.array([leaf.units for leaf in found])
     if moments:
       columns |= _measure_moments(gradients, inner_state)
     missing = np.zeros(columns['gradient_norm'].shape)
@@ -221,26 +256,16 @@ def watch(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _measure(gradients, updates, params, zero_steps):
-  """The columns that any optimizer has, and the next ``zero_steps``."""
+def _sizes(found):
+  """How many leaves and units; one at least, for orbax to save an array."""
+  count = sum(leaf.layers * leaf.units for leaf in found)
+  return max(len(found), 1), max(count, 1)
+
+
+def _measure(gradients, updates, params):
+  """The columns that any optimizer has, but those of units."""
   counted = trees.counted(gradients)
   gradient_norm = _each_norm(counted)
-
-  is_zero, units = [], []
-  for leaf, axes in zip(counted, _unit_axes(gradients), strict=True):
-    if axes is not None:
-      is_zero.append(arrays.replicated(jnp.all(leaf == 0, axes)).ravel())
-    units.append(0 if axes is None else is_zero[-1].size)
-  if is_zero:
-    while len(is_zero) > 1:  # in pieces, which XLA compiles faster
-      is_zero = [
-        jnp.concatenate(is_zero[i : i + leaf_rows.TOGETHER])
-        for i in range(0, len(is_zero), leaf_rows.TOGETHER)
-      ]
-    zero_steps = jnp.where(is_zero[0], zero_steps + 1, 0)
-  leaf_of_unit = np.repeat(np.arange(len(counted)), units)
-  is_dead = zero_steps[: len(leaf_of_unit)] >= DEAD_AFTER
-  dead_units = jnp.zeros(len(counted), jnp.float32)
   elements = np.array([leaf.size for leaf in counted], np.float32)
   return {
     'gradient_norm': gradient_norm,
@@ -257,9 +282,7 @@ def _measure(gradients, updates, params, zero_steps):
       lambda x, axes: jnp.sum((x != 0).astype(jnp.float32), axes), counted
     ),
     'non_finite': _by_leaf(_non_finite, counted),
-    'units': np.array(units, np.float32),
-    'dead_units': dead_units.at[leaf_of_unit].add(is_dead.astype(jnp.float32)),
-  }, zero_steps
+  }
 
 
 def _by_leaf(reduce, counted):
@@ -340,27 +363,3 @@ def _inner(x, y, axes=None):
 
 def _ratio(x, y):
   return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
-
-
-def _unit_axes(tree):
-  """The axes that a unit of every leaf sums over; None without units.
-
-  Embeddings have no units, since the gradient of an unused token is 0 without
-  any harm, and neither have kernels with a bias, whose gradient says the same
-  at less cost.
-  """
-  counted = [
-    (path, trees.path_name(path), leaf)
-    for path, leaf in trees.counted_with_path(tree)
-  ]
-  names = {name for _, name, _ in counted}
-  unit_axes: list[tuple[int, ...] | None] = []
-  for path, name, leaf in counted:
-    parent, _, own = name.rpartition('/')
-    if not scopes.is_kernel(path, leaf):
-      unit_axes.append(())
-    elif own == 'embedding' or f'{parent}/bias'.removeprefix('/') in names:
-      unit_axes.append(None)
-    else:
-      unit_axes.append(scopes.flax_unit_axes(path, leaf))
-  return unit_axes

@@ -80,6 +80,11 @@ class ExactDensity:
         'ExactDensity sorts the whole batch and works on one device: use'
         f' WindowedDensity with axis_name={axis_name!r}.'
       )
+    if not isinstance(norms.size, int):
+      raise ValueError(
+        'ExactDensity searches the sorted batch, whose size must be known: use'
+        f' WindowedDensity to export norms of shape {norms.shape}.'
+      )
     state = _density.mean_of_calls(state)
     if amounts is None:
       amounts = jnp.ones(norms.shape, bool)

@@ -113,7 +113,7 @@ def harmonize(
   axes = tuple(range(1, x.ndim)) if axis is None else axis
   axes = np.lib.array_utils.normalize_axis_tuple(axes, x.ndim, 'axis')
   if density is None:
-    vectors = math.prod(x.shape[i] for i in axes) > 1
+    vectors = math.prod(x.shape[i] for i in axes) != 1
     density = _OF_VECTORS if vectors else _windowed.DEFAULT
   if state is None:
     state = _weights.init_without_momentum(density)

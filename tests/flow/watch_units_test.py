@@ -11,6 +11,7 @@ import pytest
 from flax import traverse_util
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+import optax_ghm as ghm
 from optax_ghm import flow
 from tests.support.oracles_flow import assert_columns, moments
 from tests.support.watched import ONES, at, make_params, random, run, train
@@ -60,6 +61,49 @@ def test_a_unit_is_dead_after_exactly_ten_steps_without_gradient(rng):
     found = state.dead_units[:, i].tolist()
     after = [1] * 10 + [2] if name == 'reset/kernel' else [dead] * 11
     assert found == [0] * (DEAD_AFTER - 1) + [dead] * 3 + after
+
+
+STACKS = {  # shape, axes of a unit, what is silent, units, how many of them
+  'a/kernel': ((4, 3, 8), (1,), np.s_[2, :, :6], 8, 6),  # layers, in, out
+  'b/kernel': ((4, 2, 3, 5), (-3, -2), np.s_[1, 0], 5, 0),  # of convolutions
+  'c/kernel': ((2, 3, 4, 3), (1,), np.s_[0, :, :2], 12, 6),  # heads
+  'd/kernel': ((6, 3), (1,), np.s_[2:], 6, 4),  # transposed: out, in
+  'e/kernel': ((4, 6, 3), (2,), np.s_[1, 1:], 6, 5),  # a stack of these
+  'f/kernel': ((2, 3), (0, 1), np.s_[:], 1, 1),
+  'g/kernel': ((2, 3), (), np.s_[0], 6, 3),
+  'h/bias': ((3, 5), (1,), np.s_[1, :4], 5, 4),  # layers, features
+  'h/kernel': ((3, 2, 5), (1,), np.s_[1, :, :4], 0, 0),
+  'i/bias': ((3, 5), (), np.s_[1, :4], 15, 4),
+  'j/scale': ((3, 5), (0, 1), np.s_[1:], 15, 10),
+}
+
+
+def test_units_say_which_axes_are_those_of_a_stack(rng):
+  """The layer counts that has most dead ones."""
+  params = {name: random(rng, shape) for name, (shape, *_) in STACKS.items()}
+  gradients = {name: np.ones_like(u) for name, u in params.items()}
+  for name, (_, _, silent, _, _) in STACKS.items():
+    gradients[name][silent] = 0
+  nested = functools.partial(traverse_util.unflatten_dict, sep='/')
+
+  def axes(path, leaf):
+    name = '/'.join(key.key for key in path)
+    assert leaf.shape == STACKS[name][0]
+    return STACKS[name][1]
+
+  tx = flow.watch(optax.sgd(0.0), units=ghm.Units(axes))
+  steps = jax.tree.map(lambda g: np.stack([g] * 10), gradients)
+  _, state = run(tx, *map(nested, (steps, params)))
+  names = flow.leaf_names(nested(params))
+  for i, name in enumerate(names):
+    _, _, _, units, dead = STACKS[name]
+    assert (state.units[-1, i], state.dead_units[-1, i]) == (units, dead), name
+  assert not state.dead_units[:-1].any()
+
+
+def test_units_are_no_bare_function():
+  with pytest.raises(TypeError, match=r'optax_ghm\.Units'):
+    flow.watch(optax.sgd(0.1), units=lambda path, leaf: ())
 
 
 # measure.

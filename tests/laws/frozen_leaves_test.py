@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import optax
+import pytest
 
-import optax_ghm
+import optax_ghm as ghm
 from optax_ghm import flow
 from tests.support.trial import (
   assert_same,
@@ -36,15 +37,15 @@ def test_gaps_beside_full_params_change_nothing(entry):
 
 def test_gaps_beside_full_params_change_no_wrapper():
   gradients = make_params()
-  clip = optax_ghm.clip_by_parameter_norm(0.1)
-  check(optax_ghm.calibrated(optax.sgd(0.1), clip), gradients)
+  clip = ghm.clip_by_parameter_norm(0.1)
+  check(ghm.calibrated(optax.sgd(0.1), clip), gradients)
   check(flow.watch(optax.sgd(0.1)), gradients)
-  check(optax_ghm.skip_spikes(optax.sgd(0.1)), gradients)
+  check(ghm.skip_spikes(optax.sgd(0.1)), gradients)
 
 
 def test_frozen_gradients_do_not_count_where_the_guides_put_the_clip():
   gradients = {'a': np.float32([3.0, 4.0]), 'frozen': np.float32([1e3, 1e3])}
-  clip = optax_ghm.calibrated(optax.sgd(1.0), optax_ghm.clip_by_norm(1.0))
+  clip = ghm.calibrated(optax.sgd(1.0), ghm.clip_by_norm(1.0))
   frozen = {'a': False, 'frozen': True}
   inside = optax.partition(
     {False: clip, True: optax.set_to_zero()}, param_labels=frozen
@@ -56,3 +57,25 @@ def test_frozen_gradients_do_not_count_where_the_guides_put_the_clip():
     )
     np.testing.assert_allclose(updates['a'], [-0.6, -0.8], rtol=1e-6)
     np.testing.assert_array_equal(updates['frozen'], [0, 0])
+
+
+def of_own_group(tree):
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, tree)
+
+
+@pytest.mark.parametrize(
+  ('tx', 'made', 'got'),
+  [
+    (ghm.clip_by_zscore(scope='leaf'), '4 leaves', '2'),
+    (ghm.clip_by_parameter_norm(), '9 leaves, units', '3'),
+    (ghm.clip_by_norm(1.0, scope=ghm.Groups(of_own_group)), '4 leaves', '2'),
+    (ghm.normalize_by_norm(scope='unit'), '9 leaves, units', '3'),
+    (ghm.standardize(), '4 leaves', '2'),
+    (flow.watch(optax.sgd(0.1)), '4 leaves with 2 units', '2 with 2'),
+  ],
+)
+def test_gaps_that_init_has_not_seen_raise(tx, made, got):
+  params = FROZEN | make_params()
+  state = jax.eval_shape(tx.init, params)
+  with pytest.raises(ValueError, match=f'made for {made}.* have {got}: init'):
+    jax.eval_shape(tx.update, GAPS | make_params(), state, params)

@@ -239,7 +239,9 @@ def _taps(given):
     x = flow.tap(2 * x, taps['one'])
     return jnp.sum(jnp.square(flow.tap(x, taps['two'])))
 
-  empty_taps = flow.Taps.empty(['one', 'two'], histogram=True, examples=4)
+  empty_taps = flow.Taps.empty(
+    ['one', 'two'], histogram=True, examples=given.x.shape[0]
+  )
   stats = jax.grad(loss, argnums=1)(given.x, empty_taps).stats
   return [
     (s.norm, s.rms, s.largest, s.zeros, s.example_norms) for s in stats.values()

@@ -15,7 +15,7 @@ import optax_ghm as ghm
 from optax_ghm import conflict, flow
 from tests.support.sharded import Case, check, mesh_of, parametrize
 
-PROGRAMS = 50
+PROGRAMS = 60
 
 N, CLASSES = 64, 6
 BINNED = ghm.BinnedDensity(bins=30, momentum=0.9)  # sends 34 numbers: also
@@ -131,12 +131,15 @@ def batch_norms(x, mask, domain, axis_name=None):
   return together(results)
 
 
-def ghosts(x, axis_name=None):
-  def loss(x):
-    y, moments = ghm.ghost_batch_norm(x, ghost_size=4, axis_name=axis_name)
-    return y * jnp.sin(x), moments
+def ghosts(x, mask, axis_name=None):
+  def loss(x, scale):
+    y, moments = ghm.ghost_batch_norm(
+      x, scale, ghost_size=4, mask=mask, axis_name=axis_name
+    )
+    return jnp.sum(y * jnp.sin(x)), moments
 
-  return slope(loss, x)
+  scale = 1 + jnp.arange(6.0)
+  return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, scale)
 
 
 def domains_and_conflicts(x, y, domain, weights, axis_name=None):
@@ -183,6 +186,28 @@ def tapped(x, axis_name=None):
   return gradient, (stats.norm, stats.elements, stats.sum, stats.zeros)
 
 
+def tapped_examples(x, axis_name=None):
+  del axis_name
+
+  def loss(x, stats):
+    return jnp.sum(jnp.square(flow.tap(x, stats)) * jnp.sin(x))
+
+  gradient, stats = jax.grad(loss, argnums=(0, 1))(
+    x, flow.empty_tap(histogram=True, examples=N)
+  )
+  return gradient, (stats.example_norms, stats.histogram)
+
+
+def clipped(x, axis_name=None):
+  """The state, too, has the layout that it was made with."""
+  del axis_name
+  rule = ghm.in_backward(ghm.clip_by_norm_ema(warmup_steps=1))
+  state = rule.init(x)
+  return jax.grad(
+    lambda x, state: jnp.sum(jnp.square(rule(x, state))), argnums=(0, 1)
+  )(x, state)
+
+
 OF_BATCH = (P('d'), P())
 CASES = {
   'sigmoid_ghm_loss': Case(
@@ -205,7 +230,7 @@ CASES = {
     *(batch_norms, (LOGITS, MASK[:, :1], DOMAIN), BATCH, OF_BATCH)
   ),
   'ghost_batch_norm': Case(
-    *(ghosts, (LOGITS,), BATCH, OF_BATCH), modes=('auto', 'shard_map')
+    *(ghosts, (LOGITS, MASK), BATCH, ((P('d'), P()), P()))
   ),
   'domain_loss, conflict_weights, fork': Case(
     domains_and_conflicts,
@@ -218,6 +243,14 @@ CASES = {
     *(reversal, (LOGITS, np.abs(OTHERS[:, 0])), BATCH, OF_BATCH, 0)
   ),
   'tap': Case(tapped, (LOGITS,), BATCH, OF_BATCH),
+  'tap of examples': Case(
+    *(tapped_examples, (LOGITS,), BATCH, OF_BATCH, 3 * N),
+    modes=('explicit',),
+    also=('all-gather',),  # an empty tap that is whole is filled whole
+  ),
+  'in_backward': Case(
+    *(clipped, (LOGITS,), BATCH, OF_BATCH), modes=('explicit',)
+  ),
 }
 
 

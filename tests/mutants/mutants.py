@@ -673,15 +673,21 @@ _FLOW = [
   ),
   Mutant(
     'watch: a unit is dead one step too late',
-    'flow/_watch.py',
+    'flow/_units.py',
     '>= DEAD_AFTER',
     '> DEAD_AFTER',
   ),
   Mutant(
     'watch: steps without a gradient need not be in a row',
-    'flow/_watch.py',
+    'flow/_units.py',
     'zero_steps + 1, 0',
     'zero_steps + 1, zero_steps',
+  ),
+  Mutant(
+    'watch: units of a transposed kernel are taken for a stack',
+    'flow/_units.py',
+    'is_kernel and stack + len(axes) == leaf.ndim',
+    'False',
   ),
   Mutant(
     'watch: complex products are not conjugated',
