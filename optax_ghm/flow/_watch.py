@@ -128,10 +128,10 @@ def watch(
   A unit is an element of a bias or, where there is no bias, a column of a
   kernel. It is dead if its gradient was 0 in the last 10 measured steps.
 
-  A stack of dense kernels, as ``nn.scan`` makes it, has the shape of the kernel
-  of a convolution. By default, a unit of it is dead if it is dead in all layers
-  of the stack, and biases of all layers count together: ``units`` tells them
-  apart.
+  Of a stack of layers, as ``nn.scan`` makes it, the layer with most dead units
+  counts. Biases of two axes, and kernels of three or five, are taken for
+  stacks. Since they may also be of attention or of a convolution, a part
+  without any gradient does not count: ``units`` says what they are.
 
   With ``moments``, the state also describes the moments of Adam after the step:
 
