@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import arrays, trees
+from optax_ghm._core import arrays, counters, trees
 
 OVERWRITE_WITH_GRADIENT = '_overwrite_with_gradient'
 """The name of Flax's collection of variables that their gradient replaces."""
@@ -87,6 +87,7 @@ def apply_gradients(
     The next variables and the next state of ``tx``.
 
   Raises:
+    TypeError: if ``tx`` is no transformation.
     ValueError: if ``variables`` and ``gradients`` hold other collections.
 
   Examples:
@@ -103,6 +104,7 @@ def apply_gradients(
     >>> float(variables['params'])
     0.0
   """
+  counters.check_type('tx', tx, counters.GradientTransformation)
   names = set(variables)
   known = {'params', OVERWRITE_WITH_GRADIENT}
   if not {'params'} <= names <= known or names != set(gradients):
