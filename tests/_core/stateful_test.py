@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import optax_ghm
+import optax_ghm.flow
 
-OF_OPTIMIZERS = 'calibrated', 'skip_spikes'
+OF_OPTIMIZERS = 'calibrated', 'skip_spikes', 'watch'
 ALL = (
   *OF_OPTIMIZERS,
   'clip_by_norm',
@@ -28,7 +29,7 @@ ALL = (
 
 @pytest.mark.parametrize('name', ALL)
 def test_the_annotated_state_is_that_of_init_and_update(name):
-  make = getattr(optax_ghm, name)
+  make = getattr(optax_ghm.flow if name == 'watch' else optax_ghm, name)
   annotation = inspect.signature(make).return_annotation
   args = {'clip_by_norm': (1.0,)} | dict.fromkeys(
     OF_OPTIMIZERS, (optax.sgd(1.0),)
