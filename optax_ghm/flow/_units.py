@@ -61,10 +61,15 @@ def of_leaves(tree: Any, units: scopes.Units) -> list[OfLeaf]:
 
 
 def _like_a_stack(leaf, axes, is_kernel):
-  """Whether a leaf has one axis more than those of most layers of Flax."""
+  """Whether a leaf has one axis more than those of most layers of Flax.
+
+  A kernel that a loop calls by itself has as many outputs as inputs. Others
+  are kernels of heads, in most cases, whose first axis is that of the inputs.
+  """
   if not is_kernel:
     return leaf.ndim == 2
-  return leaf.ndim in (3, 5) and len(axes) == leaf.ndim - 1
+  square = leaf.ndim in (3, 5) and leaf.shape[-2] == leaf.shape[-1]
+  return square and len(axes) == leaf.ndim - 1
 
 
 def _of_leaf(leaf, axes, is_kernel):

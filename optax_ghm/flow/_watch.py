@@ -137,9 +137,10 @@ def watch(
   kernel. It is dead if its gradient was 0 in the last 10 measured steps.
 
   Of a stack of layers, as ``nn.scan`` makes it, the layer with most dead units
-  counts. Biases of two axes, and kernels of three or five, are taken for
-  stacks. Since they may also be of attention or of a convolution, a part
-  without any gradient does not count: ``units`` says what they are.
+  counts. Biases of two axes are taken for stacks, and kernels of three or five
+  axes with as many outputs as inputs. Since they may also be of attention or of
+  a convolution, a part without any gradient does not count. ``units`` says what
+  they are.
 
   With ``moments``, the state also describes the moments of Adam after the step:
 

@@ -33,7 +33,7 @@ UNITS = {  # shape, what is silent, units, how many of them
   'e/query/kernel': ((6, 2, 3), [np.s_[:, 1, :]], 6, 3),
   'f/scalar': ((), [...], 1, 1),
   'g/embedding': ((7, 3), [np.s_[:]], 0, 0),
-  'h/kernel': ((2, 3, 4), [np.s_[0, :, :2], np.s_[1, :, 1:]], 4, 3),  # a stack
+  'h/kernel': ((2, 4, 4), [np.s_[0, :, :2], np.s_[1, :, 1:]], 4, 3),  # a stack
   'nan/kernel': ((2, 2), [], 2, 0),
   'reset/kernel': ((4, 3), [np.s_[:, :2]], 3, 2),
 }
@@ -102,10 +102,12 @@ def test_units_say_which_axes_are_those_of_a_stack(rng):
 
 
 GUESSED = {  # shape, what is silent, units, how many of them
-  'a/kernel': ((4, 3, 8), np.s_[2, :, :6], 8, 6),
-  'b/kernel': ((4, 3, 8), np.s_[2], 8, 0),  # the edge of a kernel
-  'c/kernel': ((4, 3, 8), np.s_[:, :, :5], 8, 5),
-  'd/kernel': ((4, 3, 3, 2, 8), np.s_[1, ..., :6], 8, 6),
+  'a/kernel': ((4, 8, 8), np.s_[2, :, :6], 8, 6),
+  'b/kernel': ((4, 8, 8), np.s_[2], 8, 0),  # the edge of a kernel
+  'c/kernel': ((4, 8, 8), np.s_[:, :, :5], 8, 5),
+  'd/kernel': ((4, 3, 3, 8, 8), np.s_[1, ..., :6], 8, 6),
+  # Of heads and rare inputs: half of a row is no half of a layer.
+  'd/heads/kernel': ((4, 2, 8), np.s_[1, :, :6], 8, 0),
   'e/kernel': ((3, 3, 2, 8), np.s_[0, 0, :, :6], 8, 0),
   'f/bias': ((4, 8), np.s_[1, :6], 8, 6),
   'f/kernel': ((4, 3, 8), np.s_[1, :, :6], 0, 0),
