@@ -45,6 +45,8 @@ python_maximum_signature_line_length = 68
 nitpick_ignore_regex = [
   (r'py:class', r'(collections|os|typing)\..*|(jax|numpy|optax|chex|flax)\..*'),
   (r'py:class', r'ArrayTree|Figure|Console|Rngs|dataclasses\.InitVar'),
+  # The type of a GradientTransformationExtraArgs, which the prose names.
+  (r'py:class', r'optax_ghm\.stateful\.StatefulTransformation'),
 ]
 
 

@@ -1,11 +1,28 @@
-"""Counts that do not overflow, and checks of ranges."""
+"""Counts that do not overflow, and checks of arguments."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+
+
+@runtime_checkable
+class GradientTransformation(Protocol):
+  """What Optax takes for a transformation, ``optax.MultiSteps`` included."""
+
+  init: Any
+  update: Any
+
+
+def check_type(name: str, value: Any, expected: type) -> None:
+  """Raises a ``TypeError`` if an argument is of another kind."""
+  if isinstance(value, type) or not isinstance(value, expected):
+    raise TypeError(
+      f'{name} must be a {expected.__name__}, got {value!r}.'
+      + ' Call it, and give what it returns.' * callable(value)
+    )
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:

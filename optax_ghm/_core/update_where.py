@@ -1,10 +1,13 @@
 """An optimizer's step that is taken as a whole or not at all."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from optax_ghm._core import trees
 
 
 def update_where(
@@ -86,6 +89,27 @@ def update_where(
   return jax.tree.map(
     lambda u: u if _is_float0(u) else next(remaining), template
   )
+
+
+def update_is_finite(
+  update: Callable[..., tuple[Any, Any]],
+  updates: Any,
+  state: Any,
+  params: Any = None,
+  **extra_args: Any,
+) -> jax.Array:
+  """Whether ``update`` makes no NaN or inf, asked where float16 is at work.
+
+  There a second moment of 1e-8 is 0, and so is Adam's eps. Elsewhere it is True
+  without a look: the answer costs a pass over all that the optimizer reads, 4
+  times the whole step of AdamW on CPU.
+  """
+  leaves = jax.tree.leaves((updates, state, params))
+  if not any(getattr(u, 'dtype', None) == jnp.float16 for u in leaves):
+    return jnp.array(True)
+  made, _ = update(updates, state, params, **extra_args)
+  finite = [jnp.all(jnp.isfinite(u)) for u in trees.counted(made)]
+  return functools.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
 def _check_shape(new, old):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import arrays
+from optax_ghm._core import arrays, counters
 from optax_ghm._core.identity import identity, inexact_part
 from optax_ghm.backward import _float_state, _overwrite
 
@@ -216,8 +216,7 @@ def in_backward(tx: optax.GradientTransformation) -> InBackward:
     >>> momentum.unpack(state, x).trace
     Array([1.9, 1.9], dtype=float32)
   """
-  if not isinstance(tx, optax.GradientTransformation):
-    raise TypeError(f'tx must be an optax.GradientTransformation, got {tx!r}.')
+  counters.check_type('tx', tx, counters.GradientTransformation)
   return InBackward(optax.with_extra_args_support(tx))
 
 

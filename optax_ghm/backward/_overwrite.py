@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import arrays, trees
+from optax_ghm._core import arrays, counters, trees
 
 OVERWRITE_WITH_GRADIENT = '_overwrite_with_gradient'
 """The name of Flax's collection of variables that their gradient replaces."""
@@ -28,6 +28,9 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
   Returns:
     The states for the next step.
 
+  Raises:
+    ValueError: if ``gradients`` have another structure than ``states``.
+
   Examples:
     >>> import jax
     >>> import jax.numpy as jnp
@@ -45,6 +48,11 @@ def overwrite_with_gradient(states: Any, gradients: Any) -> Any:
   def overwrite(state, gradient):
     if not hasattr(state, 'calls'):
       return gradient
+    if jax.tree.structure(state) != jax.tree.structure(gradient):
+      raise ValueError(
+        'gradients must have the structure of the states: got'
+        f' {jax.tree.structure(gradient)} for {jax.tree.structure(state)}.'
+      )
     # One number of calls per state, where states are stacked.
     return trees.select(gradient.calls > 0, gradient, state)
 
@@ -79,6 +87,7 @@ def apply_gradients(
     The next variables and the next state of ``tx``.
 
   Raises:
+    TypeError: if ``tx`` is no transformation.
     ValueError: if ``variables`` and ``gradients`` hold other collections.
 
   Examples:
@@ -95,6 +104,7 @@ def apply_gradients(
     >>> float(variables['params'])
     0.0
   """
+  counters.check_type('tx', tx, counters.GradientTransformation)
   names = set(variables)
   known = {'params', OVERWRITE_WITH_GRADIENT}
   if not {'params'} <= names <= known or names != set(gradients):

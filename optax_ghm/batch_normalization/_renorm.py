@@ -1,5 +1,6 @@
 """Batch renormalization, and schedules for its limits."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays
+from optax_ghm._core import arrays, counters
 from optax_ghm.batch_normalization import (
   _moments,
   _normalize,
@@ -64,7 +65,7 @@ def batch_renorm(
 
   Raises:
     TypeError: if ``x`` is not real and floating, or ``mask`` not bool.
-    ValueError: if an argument does not fit ``x``.
+    ValueError: if an argument does not fit ``x``, or a limit is out of range.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -79,12 +80,19 @@ def batch_renorm(
     Ioffe, `Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models <https://arxiv.org/abs/1702.03275>`_, 2017
   """
+  check_limits(r_max, d_max)
   x = jnp.asarray(x)
   pool = _pool.Pool.of(x, axis, axis_name, mask)
   mean, var = _normalize.fit_running(pool, x, running)
   limits = (jnp.asarray(u, mean.dtype) for u in (r_max, d_max))
   renorm = _normalize.Renorm(mean, var, *limits)
   return _normalize.by_batch(pool, x, scale, bias, epsilon, dtype, renorm)
+
+
+def check_limits(r_max: Any, d_max: Any) -> None:
+  """Raises a ``ValueError`` if a limit is a number out of its range."""
+  counters.check_range('r_max', r_max, 1, math.inf)
+  counters.check_range('d_max', d_max, 0, math.inf)
 
 
 def renorm_schedules(
@@ -108,12 +116,18 @@ def renorm_schedules(
   Returns:
     Schedules of ``r_max`` and ``d_max``.
 
+  Raises:
+    ValueError: if a limit is out of range, or a step is negative.
+
   Examples:
     >>> import optax_ghm
     >>> r_max, d_max = optax_ghm.renorm_schedules()
     >>> float(r_max(5_000)), float(r_max(40_000)), float(d_max(15_000))
     (1.0, 3.0, 2.5)
   """
+  check_limits(r_max, d_max)
+  for name, step in (('start', start), ('r_end', r_end), ('d_end', d_end)):
+    counters.check_range(name, step, 0, math.inf)
   return (
     optax.linear_schedule(1.0, r_max, max(r_end - start, 1), start),
     optax.linear_schedule(0.0, d_max, max(d_end - start, 1), start),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays
+from optax_ghm._core import arrays, counters
 from optax_ghm.batch_normalization import _moments
 
 
@@ -76,8 +76,10 @@ class RunningMoments(NamedTuple):
         PyTorch does, and not by the count, as Flax does.
 
     Raises:
-      ValueError: if the moments have another shape than the averages.
+      ValueError: if the moments have another shape than the averages, or the
+        momentum is not from 0 to 1.
     """
+    counters.check_range('momentum', momentum, 0, 1)
     if moments.mean.shape != self.mean.shape:
       raise ValueError(
         f'moments, of shape {moments.mean.shape}, must have that of the running'

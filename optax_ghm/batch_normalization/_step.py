@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from optax_ghm._core import counters
 from optax_ghm.batch_normalization import (
   _batch_norm,
   _domain,
@@ -32,7 +34,8 @@ def init(norm, features):
     training ``steps``.
 
   Raises:
-    ValueError: if an argument of Flax that has no counterpart is given.
+    ValueError: if an argument of Flax that has no counterpart is given, or a
+      number is out of its range.
   """
   for field in dataclasses.fields(norm):
     if field.name in _FIXED and getattr(norm, field.name) is not field.default:
@@ -40,12 +43,16 @@ def init(norm, features):
         f'{field.name} must have its default value: sums are always in at least'
         ' float32, and over the whole of the axes that axis_name names.'
       )
+  counters.check_range('momentum', norm.momentum, 0, 1)
+  limits = _limits(norm)
+  if limits:
+    _renorm.check_limits(**limits)
   domains = (norm.num_domains,) if hasattr(norm, 'num_domains') else ()
   shape = (*domains, *features)
   state = _running_moments.RunningMoments.init(shape, norm.debias)._asdict()
   if not norm.debias:
     del state['weight']
-  if any(map(callable, _limits(norm).values())):
+  if any(map(callable, limits.values())):
     state['steps'] = jnp.zeros([], jnp.int32)
   shared = not domains or norm.shared_affine
   return state, tuple(features) if shared else shape
@@ -82,13 +89,16 @@ def step(
     None without ``measure`` or with ``by_average``.
   """
   running = running_moments(state)
+  if domain is not None:
+    _check_domains(norm, running.mean.shape, x.shape)
   args |= {'axis': norm.axis, 'epsilon': norm.epsilon}
   if by_average:
     y = _batch_norm.batch_norm_inference(x, running, domain=domain, **args)
     return y, {}, None
   args |= {'mask': mask, 'axis_name': axis_name}
+  steps = state.get('steps', np.int32(0))
   limits = {
-    name: limit(state['steps']) if callable(limit) else limit
+    name: limit(steps) if callable(limit) else limit
     for name, limit in _limits(norm).items()
   }
   if limits:
@@ -113,6 +123,18 @@ def step(
   if 'steps' in state:
     changed['steps'] = jnp.asarray(optax.safe_increment(state['steps']))
   return y, changed, stats
+
+
+def _check_domains(norm, shape, of_x):
+  axes = (norm.axis,) if isinstance(norm.axis, int) else norm.axis
+  features = (of_x[a] for a in sorted(a % len(of_x) for a in axes))
+  expected = (norm.num_domains, *features)
+  if shape != expected:
+    raise ValueError(
+      f'mean and var have shape {shape}, and those of {norm.num_domains}'
+      f' domains have {expected}: repeat the averages of a checkpoint without'
+      ' domains for each domain.'
+    )
 
 
 def _limits(norm):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, norms, scopes, trees
+from optax_ghm._core import arrays, counters, norms, scopes, stateful, trees
 
 OUTLIER_RATIO = 1e4
 """A norm of more than so many times the reference norm is an error."""
@@ -90,7 +90,7 @@ def clip_by_rule(
   *,
   scope: scopes.Scope,
   axis_name: arrays.AxisName,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[ClipState]:
   """A clip whose limit is a rule.
 
   Args:
@@ -155,4 +155,4 @@ def clip_by_rule(
       statistics=trees.select(reset, init(scoped.shape), statistics),
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, scopes, trees
+from optax_ghm._core import arrays, counters, scopes, stateful, trees
 from optax_ghm.calibration import _clip
 
 
@@ -18,7 +18,7 @@ def clip_by_norm(
   *,
   scope: scopes.Scope = 'global',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips gradients to a constant norm.
 
   .. math:: g \leftarrow g \min(1, c / \lVert g \rVert)
@@ -83,7 +83,7 @@ def _clip_by_schedule(schedule, scope, axis_name):
     updates, state = clipping
     return updates, state._replace(statistics=optax.safe_increment(count))
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)
 
 
 def clip_by_parameter_norm(
@@ -92,7 +92,7 @@ def clip_by_parameter_norm(
   eps: ArrayLike = 1e-3,
   scope: scopes.Scope = 'unit',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips every unit to a fraction of the norm of its parameters: AGC.
 
   .. math::
@@ -119,7 +119,7 @@ def clip_by_parameter_norm(
     ``params``. A unit with NaN or inf becomes 0.
 
   Raises:
-    ValueError: on update, if ``params`` is not given.
+    ValueError: if a number is negative; on update, if ``params`` is not given.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -136,6 +136,8 @@ def clip_by_parameter_norm(
     Brock et al., `High-Performance Large-Scale Image Recognition Without
     Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
   """
+  counters.check_range('ratio', ratio, 0, np.inf)
+  counters.check_range('eps', eps, 0, np.inf)
 
   def rule(step, statistics):
     if step.params is None and step.updates is not None:
@@ -153,7 +155,7 @@ def clip_by_rms(
   *,
   scope: scopes.Scope = 'leaf',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips the root mean square of updates, behind the moments: Adafactor.
 
   .. math::
@@ -181,6 +183,9 @@ def clip_by_rms(
     :class:`~optax_ghm.calibration.ClipState` of norms: the threshold is
     :math:`d \sqrt n`.
 
+  Raises:
+    ValueError: if ``max_rms`` is negative.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax
@@ -204,6 +209,7 @@ def clip_by_rms(
     Wortsman et al., `Stable and low-precision training for large-scale
     vision-language models <https://arxiv.org/abs/2304.13013>`_, 2023
   """
+  counters.check_range('max_rms', max_rms, 0, np.inf)
 
   def rule(step, statistics):
     root = jnp.sqrt(step.scoped.sizes(step.updates, axis_name))

@@ -1,13 +1,13 @@
 """The gradient noise scale: how large a batch still pays."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, masks, per_example
+from optax_ghm._core import arrays, counters, masks, per_example, stateful
 from optax_ghm._core.norms import global_norm
 
 
@@ -121,7 +121,7 @@ def noise_scale_aggregate(
   *,
   decay: ArrayLike = 0.99,
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[NoiseScaleState]:
   r"""Averages the gradients of micro-batches, and measures their noise.
 
   This is the first transformation of a chain. It takes updates with the
@@ -149,9 +149,10 @@ def noise_scale_aggregate(
 
   Raises:
     TypeError: on update, if ``mask`` is not bool, or ``weights`` is.
-    ValueError: on update, if leaves differ in their leading axis or have none,
-      if the other axes differ from those of ``params``, or if ``mask`` or
-      ``weights`` does not have one entry per micro-batch.
+    ValueError: if ``batch_size`` is negative, or ``decay`` not from 0 to 1; on
+      update, if leaves differ in their leading axis or have none, if the other
+      axes differ from those of ``params``, or if ``mask`` or ``weights`` does
+      not have one entry per micro-batch.
 
   Examples:
     >>> import jax
@@ -171,6 +172,8 @@ def noise_scale_aggregate(
     McCandlish et al., `An Empirical Model of Large-Batch Training
     <https://arxiv.org/abs/1812.06162>`_, 2018
   """
+  counters.check_range('batch_size', batch_size, 0, math.inf)
+  counters.check_range('decay', decay, 0, 1)
 
   def init_fn(params):
     del params
@@ -213,4 +216,4 @@ def noise_scale_aggregate(
       counters.count_if(~good, state.skipped),
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, scopes
+from optax_ghm._core import arrays, counters, scopes, stateful
 from optax_ghm.calibration import _clip
 
 
@@ -32,7 +32,7 @@ def clip_by_norm_ema(
   warmup_steps: ArrayLike = 100,
   scope: scopes.Scope = 'leaf',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips every leaf to a multiple of its average clipped norm: AdaGC.
 
   .. math::
@@ -60,7 +60,7 @@ def clip_by_norm_ema(
     whose norm is more than 10,000 times the average.
 
   Raises:
-    ValueError: if ``decay`` is not from 0 to 1.
+    ValueError: if ``decay`` is not from 0 to 1, or another number is negative.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -76,7 +76,10 @@ def clip_by_norm_ema(
     Wang et al., `AdaGC: Improving Training Stability for Large Language Model
     Pretraining <https://arxiv.org/abs/2502.11034>`_, 2025
   """
+  counters.check_range('ratio', ratio, 0, np.inf)
   counters.check_range('decay', decay, 0, 1)
+  counters.check_range('max_norm', max_norm, 0, np.inf)
+  counters.check_range('warmup_steps', warmup_steps, 0, np.inf)
 
   def init(shape):
     return NormAverage(

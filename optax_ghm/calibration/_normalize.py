@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ghm._core import arrays, counters, scopes, trees
+from optax_ghm._core import arrays, counters, scopes, stateful, trees
 
 
 class NormalizeState(NamedTuple):
@@ -40,7 +40,7 @@ def _next_state(state, divisor, divided):
 
 def normalize_by_norm(
   *, scope: scopes.Scope = 'global', axis_name: arrays.AxisName = None
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[NormalizeState]:
   r"""Divides gradients by their norm.
 
   .. math:: g \leftarrow g / \lVert g \rVert
@@ -85,14 +85,14 @@ def normalize_by_norm(
     state = _next_state(state, norm, factor > 0)
     return scoped.scale(updates, factor), state
 
-  return optax.GradientTransformationExtraArgs(
+  return stateful.StatefulTransformation(
     lambda params: _init(scope, params), update_fn
   )
 
 
 def standardize(
   *, axis_name: arrays.AxisName = None
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[NormalizeState]:
   r"""Brings every leaf of two or more axes to mean 0 and variance 1: ZNorm.
 
   .. math:: g \leftarrow (g - \mu) / \sigma
@@ -162,7 +162,7 @@ def standardize(
     divisor = jnp.stack(deviations) if deviations else state.divisor
     return structure.unflatten(leaves), _next_state(state, divisor, divisor > 0)
 
-  return optax.GradientTransformationExtraArgs(
+  return stateful.StatefulTransformation(
     lambda params: _init('leaf', params), update_fn
   )
 

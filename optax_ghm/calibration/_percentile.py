@@ -1,17 +1,17 @@
 """Clipping to a percentile of the norms so far: AutoClip."""
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, scopes
+from optax_ghm._core import arrays, counters, scopes, stateful
 from optax_ghm.calibration import _clip
 
 
+@runtime_checkable
 class PercentileEstimator(Protocol):
   """How ``clip_by_percentile`` estimates a percentile of the norms."""
 
@@ -184,7 +184,7 @@ def clip_by_percentile(
   estimator: PercentileEstimator = DEFAULT_PERCENTILE,
   scope: scopes.Scope = 'global',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips to a percentile of the norms so far: AutoClip.
 
   .. math::
@@ -207,6 +207,7 @@ def clip_by_percentile(
     estimate).
 
   Raises:
+    TypeError: if ``estimator`` is no estimator.
     ValueError: if ``percentile`` is not from 0 to 100.
 
   Examples:
@@ -224,6 +225,7 @@ def clip_by_percentile(
     Separation Networks <https://arxiv.org/abs/2007.14469>`_, 2020
   """
   counters.check_range('percentile', percentile, 0, 100)
+  counters.check_type('estimator', estimator, PercentileEstimator)
 
   def rule(step, statistics):
     threshold, reference, new = estimator.update(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm._core import norms
+from optax_ghm._core import norms, optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,13 @@ class RangeTest:
 
     Returns:
       The axes.
+
+    Raises:
+      ImportError: if no axes are given and ``matplotlib`` is not installed.
     """
     if ax is None:
-      import matplotlib.pyplot as plt  # noqa: PLC0415
-
-      _, ax = plt.subplots(figsize=(6, 4), layout='constrained')
+      pyplot = optional.load('matplotlib.pyplot', optional.PLOT_EXTRA)
+      _, ax = pyplot.subplots(figsize=(6, 4), layout='constrained')
     ax.semilogx(self.learning_rates, self.losses, '.', color='0.75', ms=3)
     ax.semilogx(self.learning_rates, self.smoothed, color='C0')
     finite = self.smoothed[np.isfinite(self.smoothed)]
@@ -113,6 +115,7 @@ def learning_rate_range_test(
     its reason.
 
   Raises:
+    TypeError: if ``optimizer`` is not a function.
     ValueError: if not 0 < low < high, if there are fewer than 20 steps, or if
       the leaves of ``batches`` differ in their first axis.
 
@@ -133,6 +136,11 @@ def learning_rate_range_test(
     Smith, `Cyclical Learning Rates for Training Neural Networks
     <https://arxiv.org/abs/1506.01186>`_, 2015
   """
+  if not callable(optimizer):
+    raise TypeError(
+      'optimizer must be a function from the learning rate, such as optax.sgd,'
+      f' got {optimizer!r}.'
+    )
   if not 0 < low < high:
     raise ValueError(f'low and high must be 0 < low < high, got {low}, {high}.')
   if steps < 20:

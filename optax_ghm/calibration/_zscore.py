@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, counters, scopes
+from optax_ghm._core import arrays, counters, scopes, stateful
 from optax_ghm.calibration import _clip
 
 
@@ -32,7 +32,7 @@ def clip_by_zscore(
   warmup_steps: ArrayLike = 25,
   scope: scopes.Scope = 'global',
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[_clip.ClipState]:
   r"""Clips norms that stand out from their running mean: ZClip.
 
   .. math::
@@ -67,7 +67,8 @@ def clip_by_zscore(
     whose norm is more than 10,000 times the mean.
 
   Raises:
-    ValueError: if ``decay`` is not from 0 to 1.
+    ValueError: if ``decay`` is not from 0 to 1, or ``z_threshold`` or
+      ``warmup_steps`` is negative.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -83,7 +84,9 @@ def clip_by_zscore(
     Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
     <https://arxiv.org/abs/2504.02507>`_, 2025
   """
+  counters.check_range('z_threshold', z_threshold, 0, np.inf)
   counters.check_range('decay', decay, 0, 1)
+  counters.check_range('warmup_steps', warmup_steps, 0, np.inf)
 
   def init(shape):
     mean, deviation = jnp.zeros((2, *shape), jnp.float32)

@@ -1,5 +1,7 @@
 """The diagnosis: what is wrong with the gradients, and what to try."""
 
+import numpy as np
+
 from optax_ghm.flow import (
   _record,
   _rules_batch_norm,
@@ -65,13 +67,16 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
   return verdicts
 
 
-def evidence(record: _record.Record) -> str:
-  """How many recorded steps the verdicts are based on."""
+def without_verdict(record: _record.Record) -> str:
+  """What an empty list of verdicts means for this record."""
+  of_norms = [~np.isnan(u) for u in record.batch_norm_stats.values()]
   counts = {
-    'steps with taps': len(record.having('tapped')),
-    'with a watched optimizer': len(record.having('watched')),
+    'taps': len(record.having('tapped')),
+    'a watched optimizer': len(record.having('watched')),
+    'batch norms': np.any(of_norms, axis=(0, 2)).sum(),
   }
-  found = [f'{n} {what}' for what, n in counts.items() if n]
+  found = [f'{n} with {what}' for what, n in counts.items() if n]
+  steps = f'{len(record)} recorded step{"s" if len(record) > 1 else ""}'
   if not found:
-    return f'{len(record)} recorded steps without measurements'
-  return f'{len(record)} recorded steps ({", ".join(found)})'
+    return f'nothing was measured in {steps}, so that nothing is known'
+  return f'nothing is wrong in {steps} ({", ".join(found)})'

@@ -7,7 +7,8 @@ import re
 import warnings
 from collections.abc import Mapping
 
-from optax_ghm.flow import _diagnose, _optional, _plot, _record
+from optax_ghm._core import optional
+from optax_ghm.flow import _diagnose, _plot, _record
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1d1d22;
@@ -115,10 +116,8 @@ def _section(name, record):
   )
   verdicts = _diagnose.diagnose(record)
   if not verdicts:
-    parts.append(
-      '<p class="well">Nothing is wrong by'
-      f' {html.escape(_diagnose.evidence(record))}.</p>'
-    )
+    well = html.escape(_diagnose.without_verdict(record))
+    parts.append(f'<p class="well">{well[:1].upper()}{well[1:]}.</p>')
   for verdict in verdicts:
     parts.append(
       f'<div class="verdict"><b>{html.escape(verdict.kind)}</b> since step'
@@ -134,8 +133,8 @@ def _section(name, record):
 
 def _svg(draw, label):
   """A picture as an SVG element that can stand in HTML beside others."""
-  matplotlib = _optional.load('matplotlib', _plot.PLOT_EXTRA)
-  module = _optional.load('matplotlib.figure', _plot.PLOT_EXTRA)
+  matplotlib = optional.load('matplotlib', optional.PLOT_EXTRA)
+  module = optional.load('matplotlib.figure', optional.PLOT_EXTRA)
   with matplotlib.rc_context(), warnings.catch_warnings():
     # The browser has the glyphs that matplotlib's font lacks.
     warnings.filterwarnings('ignore', 'Glyph .* missing')

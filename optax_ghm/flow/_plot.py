@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optax_ghm.flow import _optional, _record, _rules_depth, _tap, _verdict
+from optax_ghm._core import optional
+from optax_ghm.flow import _record, _rules_depth, _tap, _verdict
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-PLOT_EXTRA = 'optax_ghm[plot]'
 TYPICAL_RATIO = 1e-3
 MOST_NAMES = 20
 """Layers with a name beside the heat map, and lines with one in the legend."""
@@ -50,7 +50,7 @@ def figure(record: _record.Record) -> 'Figure':
   """
   if not len(record):
     raise ValueError('nothing is recorded.')
-  module = _optional.load('matplotlib.figure', PLOT_EXTRA)
+  module = optional.load('matplotlib.figure', optional.PLOT_EXTRA)
   figure = module.Figure(figsize=(12, 8), layout='constrained')
   found = pictures(record)
   first_layer = next((t for t in found if t.startswith('magnitudes')), '')

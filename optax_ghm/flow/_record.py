@@ -13,9 +13,9 @@ import numpy as np
 import optax
 
 from optax_ghm.flow import (
+  _accepts,
   _batch_norms,
   _record_file,
-  _scalars,
   _tap,
   _taps,
   _watch,
@@ -87,7 +87,7 @@ class Record:
   ):
     if capacity < 4:
       raise ValueError(f'capacity must be at least 4, got {capacity}.')
-    self.leaves = () if params is None else _watch.leaves(params)
+    self.leaves = () if params is None else _accepts.leaves(params)
     self.layers: tuple[_taps.Layer, ...] = ()
     self._knows_params = params is not None
     self._capacity = capacity
@@ -124,25 +124,28 @@ class Record:
         ``nnx.state(model, optax_ghm.nnx.BatchNormStats)``.
       **scalars: any other numbers to keep, such as the loss. Of an ensemble or
         of replicas, add the mean or one of them, or keep a record for each.
+        The same holds for ``taps`` and ``opt_state``.
 
     Raises:
       TypeError: if ``step`` is not an integer, or a scalar not a real number.
       ValueError: if the number is not larger, if a scalar is an array of
         several or one number, if the layers differ from those of the steps
-        before, or if ``opt_state`` does not hold exactly one watched state that
-        fits ``params``.
+        before, if taps or ``opt_state`` are those of replicas or of an
+        ensemble, or if ``opt_state`` does not hold exactly one watched state
+        that fits ``params``.
     """
     step = operator.index(step)
     for name, value in scalars.items():
-      _scalars.check(name, value)
+      _accepts.check_scalar(name, value)
     last = [*self._steps[-1:], *self._pending][-1:]
     if last and step <= last[0].number:
       raise ValueError(f'step {step} comes after step {last[0].number}.')
-    tapped = histogram = None
-    watched = None if opt_state is None else self._measured(opt_state)
+    tapped = histogram = watched = None
+    if opt_state is not None:
+      count = len(self.leaves) if self._knows_params else None
+      watched = _accepts.measured(opt_state, count)
     if taps is not None:
-      stacks = tuple(stats.numbers.shape[:-1] for stats in taps.values())
-      layers, order = _taps.depth_order(taps.layers, stacks)
+      layers, order = _taps.depth_order(taps.layers, _accepts.stacks(taps))
       if self.layers and layers != self.layers:
         raise ValueError(
           'the layers differ from those of the steps before:'
@@ -203,24 +206,6 @@ class Record:
     """
     every = self._all_steps()
     return self._of(s for s in every if getattr(s, field) is not None)
-
-  def _measured(self, opt_state):
-    def is_watched(node):
-      return isinstance(node, _watch.WatchState)
-
-    found = jax.tree.leaves(opt_state, is_leaf=is_watched)
-    found = list(filter(is_watched, found))
-    if len(found) != 1:
-      raise ValueError(
-        f'opt_state must hold one state of flow.watch, found {len(found)}.'
-      )
-    measured = found[0].measured
-    if not self._knows_params or max(len(self.leaves), 1) != len(measured):
-      raise ValueError(
-        f'the optimizer watches {len(measured)} leaves, the record knows of'
-        f' {len(self.leaves)}: make it as Record(params).'
-      )
-    return measured[: len(self.leaves)]
 
   def _all_steps(self):
     self._receive(wait=True)

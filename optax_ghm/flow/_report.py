@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_ghm.flow import _diagnose, _optional, _plot, _record
+from optax_ghm._core import optional
+from optax_ghm.flow import _diagnose, _record
 from optax_ghm.flow._verdict import printable
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def print_report(
     True
   """
   console = (
-    console or _optional.load('rich.console', _plot.PLOT_EXTRA).Console()
+    console or optional.load('rich.console', optional.PLOT_EXTRA).Console()
   )
   if isinstance(records, _record.Record):
     records = {'': records}
@@ -58,8 +59,8 @@ def print_report(
 
 
 def _print_record(name, record, console):
-  rich_text = _optional.load('rich.text', _plot.PLOT_EXTRA).Text
-  rich_table = _optional.load('rich.table', _plot.PLOT_EXTRA).Table
+  rich_text = optional.load('rich.text', optional.PLOT_EXTRA).Text
+  rich_table = optional.load('rich.table', optional.PLOT_EXTRA).Table
   title = f'{name}: ' if name else ''
 
   def show(*parts):
@@ -68,7 +69,7 @@ def _print_record(name, record, console):
     console.print(rich_text.assemble(*parts), highlight=False)
 
   if not len(record):
-    show((f'{name}: nothing is recorded', ''))
+    show((f'{title}nothing is recorded', ''))
     return
   for caption, columns, rows in _tables(record):
     table = rich_table(title=rich_text(printable(title + caption)))
@@ -79,8 +80,7 @@ def _print_record(name, record, console):
     console.print(table)
   verdicts = _diagnose.diagnose(record)
   if not verdicts:
-    reason = f' by {_diagnose.evidence(record)}'
-    show((title, ''), ('nothing is wrong', 'green'), (reason, ''))
+    show((title, ''), (_diagnose.without_verdict(record), 'green'))
   for verdict in verdicts:
     evidence = f' since step {verdict.since}: {verdict.evidence}'
     show((title, ''), (verdict.kind, 'bold red'), (evidence, ''))
@@ -106,7 +106,8 @@ def _tables(record):
     last = {k: v[-1] for k, v in watched.leaf_stats.items()}
     rows = []
     for i, leaf in enumerate(record.leaves):
-      dead = f'{last["dead_units"][i]:.0f} of {last["units"][i]:.0f}'
+      units = last['units'][i]
+      dead = f'{last["dead_units"][i]:.0f} of {units:.0f}' if units else ''
       rows.append([leaf.name, *(f'{last[k][i]:.2e}' for k in _RATIOS), dead])
     columns = ('parameter', 'gradient', 'update', 'parameter', 'ratio')
     yield 'parameters', (*columns, 'dead units'), rows

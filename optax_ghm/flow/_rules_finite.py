@@ -8,48 +8,64 @@ from optax_ghm.flow import _verdict
 def not_finite(record):
   """Finds where the first non-finite number was made."""
   steps, layers, leaves = record.steps, record.layer_stats, record.leaf_stats
+  measured = ~np.isnan(leaves['elements'])
   # A number that overflows in a statistic is counted as finite.
   bad_layers = (layers['non_finite'] > 0) | np.isinf(layers['norm'])
-  bad_leaves = (leaves['non_finite'] > 0) | (
-    ~np.isfinite(leaves['gradient_norm']) & ~np.isnan(leaves['elements'])
+  bad_leaves, bad_params, bad_updates = (
+    measured & ~np.isfinite(leaves[name])
+    for name in ('gradient_norm', 'parameter_norm', 'update_norm')
   )
+  bad_leaves |= leaves['non_finite'] > 0
   bad_scalars = {
     name: ~np.isfinite(values) & record.has_scalar(name)
     for name, values in record.scalars.items()
   }
+  of_leaves = bad_leaves | bad_params | bad_updates
   bad = np.any(
-    [bad_layers.any(1), bad_leaves.any(1), *bad_scalars.values()], axis=0
+    [bad_layers.any(1), of_leaves.any(1), *bad_scalars.values()], axis=0
   )
   if not bad.any():
     return []
   t = int(np.argmax(bad))
-  if bad_layers[t].any():
-    # The backward pass meets the layers from the last to the first.
-    i = int(np.flatnonzero(bad_layers[t])[-1])
-    name = _verdict.layer_name(record, i)
+  in_scalars = tuple(name for name, values in bad_scalars.items() if values[t])
+  suggestion = (
+    'look there for a division, root, logarithm or power at 0, also in the'
+    ' branch of a where that is not taken (give that branch a safe argument),'
+    ' and for 16-bit overflow; optax_ghm.calibrated leaves out such steps.'
+  )
+  if bad_params[t].any():
+    names = _names(record, bad_params[t])
     where = (
-      f'{layers["non_finite"][t, i]:.0f} of {layers["elements"][t, i]:.0f}'
-      f' numbers of the gradient at the output of {name}'
+      f'{_verdict.listed(names)} before this step: an update that was not'
+      ' recorded, or what the parameters were loaded from, made them so'
     )
-    reached = np.flatnonzero(layers['calls'][t] > 0)
-    later = reached[reached > i]
-    if len(later):
-      names = (_verdict.layer_name(record, later[0]), name)
+    suggestion = 'begin anew from parameters that are finite, and record them.'
+  elif bad_layers[t].any():
+    names, where = _made_at_layers(record, layers, bad_layers[t], t)
+    if len(names) == 1 and in_scalars:
       where += (
-        f'; at the output of {names[0]}, where the backward pass came from,'
-        ' all were finite: it was made in the backward pass between the two,'
-        f' by {names[0]} or what stands before it'
+        f', and {", ".join(in_scalars)} was not finite either: it was made in'
+        ' the forward pass, or it was in the batch'
       )
-    else:
-      names = (name,)
-      where += ', the last layer: it came from the loss'
+      suggestion = 'look at the inputs and labels of this step; ' + suggestion
   elif bad_leaves[t].any():
-    names = tuple(record.leaves[i].name for i in np.flatnonzero(bad_leaves[t]))
+    names = _names(record, bad_leaves[t])
     where = f'the gradients of {len(names)} of {len(record.leaves)} parameters'
     if record.layers and not np.isnan(layers['non_finite'][t]).any():
       where += ', while it was finite at the outputs of all layers'
+  elif bad_updates[t].any():
+    names = _names(record, bad_updates[t])
+    where = (
+      f'the updates of {_verdict.listed(names)}, whose gradients and parameters'
+      ' were finite: the optimizer made it'
+    )
+    suggestion = (
+      "keep the optimizer's moments in float32; look for an eps that is 0 in"
+      ' their dtype (1e-8 is 0 in float16), for a learning rate that is NaN or'
+      ' inf, and for a division by 0 in a transformation of your own.'
+    )
   else:
-    names = tuple(name for name, values in bad_scalars.items() if values[t])
+    names = in_scalars
     where = f'{", ".join(names)}; the gradients are finite'
   return [
     _verdict.Verdict(
@@ -58,12 +74,35 @@ def not_finite(record):
       int(steps[t]),
       f'at {bad.sum()} of {len(steps)} recorded steps, first at step'
       f' {steps[t]}: {where}',
-      'look there for a division, root, logarithm or power at 0, also in the'
-      ' branch of a where that is not taken (give that branch a safe argument),'
-      ' and for 16-bit overflow; optax_ghm.calibrated leaves out such steps.',
+      suggestion,
       'JAX FAQ, "Gradients contain NaN where using where"',
     )
   ]
+
+
+def _names(record, mask):
+  return tuple(record.leaves[i].name for i in np.flatnonzero(mask))
+
+
+def _made_at_layers(record, layers, bad, t):
+  """Between which layers it was made, and the sentence that says so."""
+  # The backward pass meets the layers from the last to the first.
+  i = int(np.flatnonzero(bad)[-1])
+  name = _verdict.layer_name(record, i)
+  where = (
+    f'{layers["non_finite"][t, i]:.0f} of {layers["elements"][t, i]:.0f}'
+    f' numbers of the gradient at the output of {name}'
+  )
+  reached = np.flatnonzero(layers['calls'][t] > 0)
+  later = reached[reached > i]
+  if not len(later):
+    return (name,), f'{where}, the last layer: it came from the loss'
+  names = (_verdict.layer_name(record, later[0]), name)
+  return names, (
+    f'{where}; at the output of {names[0]}, where the backward pass came from,'
+    ' all were finite: it was made in the backward pass between the two, by'
+    f' {names[0]} or what stands before it'
+  )
 
 
 def disconnected(record):
@@ -87,8 +126,28 @@ def disconnected(record):
   return verdicts
 
 
+ENOUGH_ZEROS = 5
+"""Recorded steps after which a gradient of 0 is none of the start: a kernel or
+a scale that starts at 0 lets nothing through, until it has changed."""
+
+
+def may_start_at_zero(record):
+  """Whether a parameter that is still 0 may be why others have no gradient."""
+  if len(record) >= ENOUGH_ZEROS:
+    return False
+  watched = record.having('watched')
+  if not len(watched):
+    return True
+  stats = watched.leaf_stats
+  moves = (stats['parameter_norm'][-1] == 0) & (stats['gradient_norm'][-1] > 0)
+  names = [leaf.name.rpartition('/')[2] for leaf in record.leaves]
+  return any(m and n != 'bias' for m, n in zip(moves, names, strict=True))
+
+
 def no_gradient(record):
   """Finds layers whose gradient arrives, but is exactly 0."""
+  if may_start_at_zero(record):
+    return []
   stats = record.layer_stats
   recent = slice(-_verdict.RECENT_STEPS, None)
   reached = ~(stats['calls'][recent] == 0).all(0)
@@ -130,7 +189,7 @@ def conflict(record):
   frozen, unexplained = set(), set()
   for i, layer in enumerate(record.layers):
     own = _own_leaves(record, layer)
-    if at_layers[:, i].all():
+    if at_layers[:, i].all() and not may_start_at_zero(record):
       frozen |= {j for j in own if not at_leaves[:, j].any()}
     if '[' not in layer.name and not at_layers[:, i].any():
       unexplained |= {j for j in own if at_leaves[:, j].all()}

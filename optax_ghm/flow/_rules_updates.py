@@ -16,6 +16,16 @@ MAX_DEAD_SHARE = 0.5
 """The share of dead units in a layer from which on it is reported."""
 
 
+NEAR_ZERO, MOSTLY_UPDATES = 0.1, 40
+"""A kernel that starts with less than NEAR_ZERO of the root mean square of the
+others consists of updates at first: it is judged after MOSTLY_UPDATES steps."""
+
+
+WARM_UP_POWER = 0.5
+"""In a warm-up from 0, the ratio grows as the steps do, to this power or more.
+It is not small yet, but on its way."""
+
+
 SPIKE_RATIO, SPIKE_SIGMAS, SPIKE_HISTORY = 10.0, 8.0, 10
 """A spike is more than SPIKE_RATIO times the median of the steps before it, of
 which there must be SPIKE_HISTORY, and its logarithm is more than SPIKE_SIGMAS
@@ -28,6 +38,7 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
   ratio = stats['update_ratio']
   kernels = np.array([_is_kernel(leaf) for leaf in record.leaves], bool)
   usable = np.isfinite(ratio) & (stats['update_norm'] > 0) & kernels
+  usable[:MOSTLY_UPDATES] &= ~_start_near_zero(stats, kernels)
   found: dict[str, dict[int, tuple[float, str]]] = {'small': {}, 'large': {}}
   for i in map(int, np.flatnonzero(usable.any(0))):
     values = ratio[usable[:, i], i]
@@ -38,7 +49,9 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
       if values.max() > MAX_RATIO_OF_ONE_STEP:
         at = record.steps[usable[:, i]][values.argmax()]
         found['large'][i] = float(values.max()), f'at step {at}'
-    elif median < MIN_RATIO:
+    elif median < MIN_RATIO and not _warms_up(
+      record.steps, usable[:, i], values
+    ):
       found['small'][i] = median, how
     elif median > MAX_RATIO:
       found['large'][i] = median, how
@@ -76,6 +89,22 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
       )
     )
   return verdicts
+
+
+def _start_near_zero(stats, kernels):
+  """The kernels that start small beside the median of them, (leaves,)."""
+  if not kernels.any():
+    return kernels
+  first = stats['parameter_norm'][0] / np.sqrt(stats['elements'][0])
+  return kernels & (first <= NEAR_ZERO * np.median(first[kernels]))
+
+
+def _warms_up(steps, usable, ratios):
+  """Whether the ratios grow with the number of steps since the start."""
+  elapsed = (steps - steps[0] + 1)[usable]
+  latest = elapsed > elapsed[-1] / 10
+  power = np.polyfit(np.log(elapsed[latest]), np.log(ratios[latest]), 1)[0]
+  return power >= WARM_UP_POWER
 
 
 def _is_kernel(leaf):

@@ -80,12 +80,13 @@ class Taps(Mapping):
       examples: the number of examples, if the norm of each is wanted.
 
     Returns:
-      The empty taps.
+      The empty taps, of layers that no loop calls.
     """
     make = functools.partial(
       _tap.empty_tap, histogram=histogram, examples=examples
     )
-    return cls({name: make() for name in names}, tuple(map(Layer, names)))
+    layers = tuple(Layer(name, loop='') for name in names)
+    return cls({name: make() for name in names}, layers)
 
   def __getitem__(self, name: str) -> _tap.TapStats:
     return self.stats[name]

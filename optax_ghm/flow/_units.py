@@ -21,11 +21,14 @@ class OfLeaf(NamedTuple):
     axes: the axes that a unit sums over; None without units.
     layers: how many layers are stacked in the parameter.
     units: how many units each of them has.
+    guessed: whether it may be no stack. Then a layer without any gradient does
+      not count: the edge of a convolution's kernel, or a head of attention.
   """
 
   axes: tuple[int, ...] | None
   layers: int = 1
   units: int = 0
+  guessed: bool = False
 
 
 def of_leaves(tree: Any, units: scopes.Units) -> list[OfLeaf]:
@@ -49,8 +52,19 @@ def of_leaves(tree: Any, units: scopes.Units) -> list[OfLeaf]:
       found.append(OfLeaf(None))
     else:
       axes = normalize_axis_tuple(units.axes(path, leaf), leaf.ndim)
-      found.append(_of_leaf(leaf, axes, is_kernel))
+      guess = units == scopes.FLAX_UNITS and _like_a_stack(
+        leaf, axes, is_kernel
+      )
+      axes = axes[1:] if guess else axes
+      found.append(_of_leaf(leaf, axes, is_kernel)._replace(guessed=guess))
   return found
+
+
+def _like_a_stack(leaf, axes, is_kernel):
+  """Whether a leaf has one axis more than those of most layers of Flax."""
+  if not is_kernel:
+    return leaf.ndim == 2
+  return leaf.ndim in (3, 5) and len(axes) == leaf.ndim - 1
 
 
 def _of_leaf(leaf, axes, is_kernel):
@@ -100,6 +114,9 @@ def count_dead(
   is_dead = zero_steps[: len(layer_of_unit)] >= DEAD_AFTER
   of_layer = jnp.zeros(len(units), jnp.float32)
   of_layer = of_layer.at[layer_of_unit].add(is_dead.astype(jnp.float32))
+  guessed = np.array([u.guessed for u in found], bool)[leaf_of_layer]
+  whole = of_layer == units.astype(np.float32)
+  of_layer = jnp.where(guessed & whole, 0, of_layer)
   if len(units) == len(found):
     return zero_steps, of_layer
   return zero_steps, jnp.zeros(len(found)).at[leaf_of_layer].max(of_layer)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ghm._core import arrays, leaf_rows, norms, scopes, trees
+from optax_ghm._core import (
+  arrays,
+  counters,
+  leaf_rows,
+  norms,
+  scopes,
+  stateful,
+  trees,
+)
 from optax_ghm.flow import _units
 
 COLUMNS = (
@@ -119,7 +127,7 @@ def watch(
   *,
   moments: bool = False,
   units: scopes.Units = scopes.FLAX_UNITS,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[WatchState]:
   r"""Measures what goes into and comes out of an optimizer, leaf by leaf.
 
   For every leaf with gradient g, update u and parameter w, the state holds
@@ -128,10 +136,10 @@ def watch(
   A unit is an element of a bias or, where there is no bias, a column of a
   kernel. It is dead if its gradient was 0 in the last 10 measured steps.
 
-  A stack of dense kernels, as ``nn.scan`` makes it, has the shape of the kernel
-  of a convolution. By default, a unit of it is dead if it is dead in all layers
-  of the stack, and biases of all layers count together: ``units`` tells them
-  apart.
+  Of a stack of layers, as ``nn.scan`` makes it, the layer with most dead units
+  counts. Biases of two axes, and kernels of three or five, are taken for
+  stacks. Since they may also be of attention or of a convolution, a part
+  without any gradient does not count: ``units`` says what they are.
 
   With ``moments``, the state also describes the moments of Adam after the step:
 
@@ -164,7 +172,8 @@ def watch(
   Raises:
     ValueError: in ``init``, if there are no such moments; in ``update``, if
       ``params`` is None, or if other leaves have a gradient than in ``init``.
-    TypeError: if ``units`` is not an :class:`optax_ghm.Units`; in ``update``,
+    TypeError: if ``optimizer`` is no transformation, or ``units`` is not an
+      :class:`optax_ghm.Units`; in ``update``,
       if ``measure`` is not a Python bool.
 
   Examples:
@@ -202,8 +211,8 @@ def watch(
     >>> print(state.units)
     [8.]
   """
-  if not isinstance(units, scopes.Units):
-    raise TypeError(f'units must be an optax_ghm.Units, got {units!r}.')
+  counters.check_type('optimizer', optimizer, counters.GradientTransformation)
+  counters.check_type('units', units, scopes.Units)
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
@@ -253,7 +262,7 @@ def watch(
       jnp.stack(measured, axis=1), zero_steps, inner_state
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)
 
 
 def _sizes(found):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from optax_ghm.flow import _optional
+from optax_ghm._core import optional
 
 Writer = Callable[[int, dict[str, float]], None]
 """A function of the step and its numbers by name."""
@@ -67,7 +67,7 @@ def tensorboard_writer(logdir: str | os.PathLike) -> Writer:
     >>> def train(logdir):
     ...   record = flow.Record(writers=[flow.tensorboard_writer(logdir)])
   """
-  summary = _optional.load('tensorboard.summary', 'tensorboard')
+  summary = optional.load('tensorboard.summary', 'tensorboard')
   writer = summary.Writer(os.fspath(logdir))
 
   def write(step, numbers):
@@ -97,7 +97,7 @@ def wandb_writer(run: Any = None) -> Writer:
     ...   record = flow.Record(writers=[flow.wandb_writer(run)])
   """
   if run is None:
-    run = _optional.load('wandb', 'wandb').run
+    run = optional.load('wandb', 'wandb').run
     if run is None:
       raise ValueError('there is no active run: call wandb.init first.')
 
@@ -126,7 +126,7 @@ def mlflow_writer(run_id: str | None = None) -> Writer:
     >>> def train():
     ...   record = flow.Record(writers=[flow.mlflow_writer()])
   """
-  package = _optional.load('mlflow', 'mlflow')
+  package = optional.load('mlflow', 'mlflow')
 
   def write(step, numbers):
     clean = {

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_ghm._core import arrays, masks, per_example
+from optax_ghm._core import arrays, counters, masks, per_example, stateful
 from optax_ghm.harmonization import _density, _weights, _windowed
 
 PARAMETER_DENSITY = _windowed.WindowedDensity(
@@ -29,7 +28,7 @@ def harmonized_aggregate(
   density: _density.DensityEstimator = PARAMETER_DENSITY,
   *,
   axis_name: arrays.AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> stateful.StatefulTransformation[HarmonizedAggregateState]:
   r"""Averages per-example gradients by the harmony of their global norms.
 
   .. math::
@@ -59,7 +58,8 @@ def harmonized_aggregate(
     the update is 0. Leaves that are not floating or complex pass unchanged.
 
   Raises:
-    TypeError: on update, if ``mask`` is not bool or ``weights`` are not real.
+    TypeError: if ``density`` is no estimator; on update, if ``mask`` is not
+      bool or ``weights`` are not real.
     ValueError: on update, if leaves differ in their leading axis or have none,
       or do not have the shape of ``params`` behind it.
 
@@ -80,6 +80,7 @@ def harmonized_aggregate(
     Li et al., `Gradient Harmonized Single-stage Detector
     <https://arxiv.org/abs/1811.05181>`_, 2019
   """
+  counters.check_type('density', density, _density.DensityEstimator)
 
   def init_fn(params):
     del params
@@ -103,4 +104,4 @@ def harmonized_aggregate(
     )
     return averaged, HarmonizedAggregateState(density_state)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return stateful.StatefulTransformation(init_fn, update_fn)

@@ -16,13 +16,13 @@ References:
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_ghm._core import arrays
+from optax_ghm._core import arrays, counters
 
 MOST_COMPARED = 128  # cells that a GPU compares each example with
 COPIES = 32  # of a larger histogram on a GPU: one per thread of a warp
@@ -76,6 +76,7 @@ class RegionDensity(NamedTuple):
     return jnp.where(self.region >= 0, value, 0.0)
 
 
+@runtime_checkable
 class DensityEstimator(Protocol):
   """An estimator of the gradient density.
 
@@ -280,6 +281,12 @@ def lookup(table, index):
   return table.at[index].get(
     mode='promise_in_bounds', out_sharding=jax.typeof(index).sharding
   )
+
+
+def init(density):
+  """The state of an estimator before the first batch."""
+  counters.check_type('density', density, DensityEstimator)
+  return density.init()
 
 
 def initial_state(regions):

@@ -139,7 +139,7 @@ def init_state(
 ) -> _density.DensityState:
   """The first state of ``density``, or of the default if that is None."""
   # The two default densities have states of one shape.
-  return (density or _windowed.DEFAULT).init()
+  return _density.init(_windowed.DEFAULT if density is None else density)
 
 
 @identity

@@ -43,9 +43,10 @@ def sigmoid_ghm_loss(
 
   Returns:
     The losses, of the shape of ``logits``, float32 (float64 for 64-bit logits),
-    to be averaged over the elements that count. Where the mask is False or the
-    weight 0, the loss and its gradient are 0, even if the logit is NaN. Another
-    NaN logit gives a loss of NaN and changes nothing for the others. An
+    to be averaged over the elements that count, as by ``losses.sum() /
+    jnp.maximum(mask.sum(), 1)``: a batch may hold none. Where the mask is False
+    or the weight 0, the loss and its gradient are 0, even if the logit is NaN.
+    Another NaN logit gives a loss of NaN and changes nothing for the others. An
     infinite logit counts as the largest number.
 
   Raises:
@@ -120,7 +121,9 @@ def sigmoid_ghm_loss_with_integer_labels(
   The loss is :func:`sigmoid_ghm_loss` with one-hot targets. A label outside of
   ``[0, num_classes)``, such as -1 or ``num_classes``, is the background: its
   targets are all 0, and its logits are pushed down like those of wrong classes.
-  An example to ignore is one that ``mask`` leaves out, whatever its label.
+  Detectors often give -1 to the anchors to ignore, which would train them as
+  background here: say ``mask=labels != -1``. An example to ignore is one that
+  ``mask`` leaves out, whatever its label.
 
   Args:
     logits: unnormalized log-odds, shape (..., num_classes), floating;
@@ -146,12 +149,12 @@ def sigmoid_ghm_loss_with_integer_labels(
     >>> import jax.numpy as jnp
     >>> import optax_ghm
     >>> logits = jnp.array([[2.0, -3.0], [-4.0, -4.0], [0.0, 0.0]])
-    >>> labels = jnp.array([0, -1, -1])  # class 0, background, to be ignored
+    >>> labels = jnp.array([0, -1, -2])  # class 0, background, to be ignored
     >>> losses = optax_ghm.sigmoid_ghm_loss_with_integer_labels(
-    ...   logits, labels, mask=jnp.array([True, True, False])
+    ...   logits, labels, mask=labels != -2
     ... )
-    >>> losses.shape
-    (3, 2)
+    >>> losses[2]
+    Array([0., 0.], dtype=float32)
 
   References:
     Li et al., `Gradient Harmonized Single-stage Detector
@@ -213,11 +216,13 @@ def _one_vs_rest(logits, labels, mask, weights):
   logits, labels = _losses.with_integer_labels(logits, labels)
   targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
 
-  def per_logit(x):
+  def per_logit(broadcast, x):
     of_examples = x is not None and jnp.ndim(x) < logits.ndim
-    return jnp.expand_dims(x, -1) if of_examples else x
+    return broadcast(x, labels.shape)[..., None] if of_examples else x
 
-  return _cross_entropy(logits, targets, per_logit(mask), per_logit(weights))
+  mask = per_logit(masks.broadcast_mask, mask)
+  weights = per_logit(masks.broadcast_weights, weights)
+  return _cross_entropy(logits, targets, mask, weights)
 
 
 @jax.custom_jvp

@@ -44,9 +44,10 @@ def smooth_l1_ghm_loss(
 
   Returns:
     The losses, of the shape of ``predictions``, to be averaged over the
-    elements that count. Where the mask is False or the weight 0, the loss and
-    its gradient are 0. Another NaN gives a loss of NaN at its place. An
-    infinite d counts as the largest number.
+    elements that count, by ``losses.sum() / jnp.maximum(mask.sum(), 1)``. Where
+    the mask is False or the weight 0, the loss and its gradient are 0. Another
+    NaN gives a loss of NaN at its place. An infinite d counts as the largest
+    number.
 
   Raises:
     TypeError: if ``predictions`` are not floating, or ``mask`` is not bool.

@@ -46,8 +46,9 @@ def softmax_ghm_loss_with_integer_labels(
 
   Returns:
     The losses, shape (...), float32 (float64 for 64-bit logits), to be averaged
-    over the examples that count. Where the mask is False or the weight 0, the
-    loss and its gradient are 0, even if the logits are NaN.
+    over the examples that count, by ``losses.sum() / jnp.maximum(mask.sum(),
+    1)``. Where the mask is False or the weight 0, the loss and its gradient are
+    0, even if the logits are NaN.
 
   Raises:
     TypeError: if ``logits`` are not floating, ``labels`` not integers or

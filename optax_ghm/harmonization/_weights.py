@@ -73,14 +73,15 @@ def harmony_weights(
   if not jnp.issubdtype(norms.dtype, jnp.floating):
     raise TypeError(f'norms must be real floats, got dtype {norms.dtype}.')
   amounts = masks.amounts(mask, weights, norms.shape)
-  state = density.init() if state is None else state
+  state = _density.init(density) if state is None else state
   return weigh(norms, amounts, state, density, axis_name, train)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def weigh(norms, amounts, state, density, axis_name, train):
   """The harmony weights of examples that count as ``amounts``; the state."""
-  expected = jax.tree.map(jnp.shape, jax.eval_shape(density.init))
+  state_like = jax.eval_shape(lambda: _density.init(density))
+  expected = jax.tree.map(jnp.shape, state_like)
   if jax.tree.map(jnp.shape, state) != expected:
     raise ValueError(
       'state must come from init() of the same estimator, of shapes'
@@ -115,4 +116,4 @@ def init_without_momentum(density):
       f'A density with momentum={momentum} needs its state: give density.init()'
       ' to harmonize, or to the ..._with_state form of a loss.'
     )
-  return density.init()
+  return _density.init(density)

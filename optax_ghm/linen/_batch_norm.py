@@ -73,9 +73,16 @@ class Normalization(nn.Module):
 
     scale = parameter('scale', self.scale_init, self.use_scale)
     bias = parameter('bias', self.bias_init, self.use_bias)
+    given = self.has_variable('batch_stats', 'mean')
+    if given and 'weight' in start:  # that of averages without one
+      start['weight'] = jnp.ones_like(start['weight'])
     variables = {
       name: self.variable('batch_stats', name, lambda value=value: value)
       for name, value in start.items()
+      # A checkpoint of Flax has mean and var alone, which evaluation can use.
+      if name in ('mean', 'var')
+      or self.has_variable('batch_stats', name)
+      or self.is_mutable_collection('batch_stats')
     }
     initializing = self.is_initializing()
     y, changed, stats = _step.step(
@@ -128,7 +135,8 @@ class BatchNorm(Normalization):
     force_float32_reductions: must be True.
     unbiased: whether running variances are divided by count - 1.
     debias: whether the initial mean 0 and variance 1 have no part in the
-      running averages; keeps their ``weight`` beside them.
+      running averages; keeps their ``weight`` beside them, 1 for averages
+      from a checkpoint that has none.
     ghost_size: how many examples are normalized together; None is all.
 
   Examples:

@@ -20,6 +20,10 @@ class Harmonize(nn.Module):
   reach the module, as with ``enabled=False``, clears the state under
   ``TrainState``, and keeps it under ``apply_gradients``.
 
+  Give no optimizer the state. ``optax.adam(1e-3).init(variables)`` of all
+  variables takes it for parameters and makes its counts negative, without an
+  error.
+
   Attributes:
     density: estimator of the gradient density, an
       :class:`optax_ghm.harmonization.DensityEstimator`. None is for the logits

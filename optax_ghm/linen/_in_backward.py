@@ -15,7 +15,9 @@ class InBackward(nn.Module):
   The state of ``tx``, if it keeps one, is a variable in Flax's collection
   ``'_overwrite_with_gradient'``. Differentiate with respect to this collection
   beside ``'params'``; ``TrainState.apply_gradients`` or
-  :func:`optax_ghm.apply_gradients` then replaces it by its gradient.
+  :func:`optax_ghm.apply_gradients` then replaces it by its gradient. An
+  optimizer that is given all variables takes the state for parameters, without
+  an error.
 
   Attributes:
     tx: any Optax transformation.

@@ -168,7 +168,8 @@ class BatchNorm(Normalization):
     scale_metadata: of the variable of the scale.
     unbiased: whether running variances are divided by count - 1.
     debias: whether the initial mean 0 and variance 1 have no part in the
-      running averages; keeps their ``weight`` beside them.
+      running averages; keeps their ``weight`` beside them. Set it to 1 for
+      averages from a checkpoint that has none.
     measure: whether to keep :func:`optax_ghm.flow.batch_norm_stats` of the last
       batch, as ``stats``.
     ghost_size: how many examples are normalized together; None is all.

@@ -19,6 +19,10 @@ class Harmonize(nnx.Module):
   :func:`apply_gradients` update the parameters and overwrite the state.
   Evaluation changes nothing.
 
+  Nothing else overwrites the state. ``optimizer.update(model, grads)`` trains
+  the parameters and leaves the state as it was, without an error: a density
+  with a momentum then never learns.
+
   Args:
     density: estimator of the gradient density, an
       :class:`optax_ghm.harmonization.DensityEstimator`. None is for the logits

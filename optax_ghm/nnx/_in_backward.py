@@ -17,6 +17,8 @@ class InBackward(nnx.Module):
   The state of ``tx`` is an :class:`OverwriteWithGradient` variable.
   Differentiate with ``nnx.grad(..., argnums=differentiable)``;
   :func:`optax_ghm.nnx.apply_gradients` then replaces the state by its gradient.
+  ``optimizer.update(model, grads)`` leaves the state as it was, without an
+  error.
 
   Args:
     tx: any Optax transformation.

@@ -34,6 +34,9 @@ def apply_gradients(
 ) -> None:
   """Updates the parameters and the backward states of a model, in place.
 
+  ``optimizer.update(model, gradients)`` would update the parameters alone: Flax
+  drops the gradients of the states, and no error says so.
+
   Args:
     optimizer: an ``nnx.Optimizer`` of ``model`` with ``wrt=nnx.Param``.
     model: the model.

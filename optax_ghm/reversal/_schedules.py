@@ -1,11 +1,14 @@
 """The schedules of domain-adversarial training."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+
+from optax_ghm._core import counters
 
 
 def dann_reversal_schedule(
@@ -38,7 +41,8 @@ def dann_reversal_schedule(
     A schedule, which returns λ in float32.
 
   Raises:
-    ValueError: if ``transition_steps`` is not positive.
+    ValueError: if ``transition_steps`` is not positive, or ``transition_begin``
+      is negative.
 
   Examples:
     >>> import optax_ghm
@@ -107,8 +111,9 @@ def dann_learning_rate_schedule(
 
 def _progress(steps: int, begin: int = 0) -> Callable[[ArrayLike], jax.Array]:
   """The share of the steps that is done, from 0 to 1."""
-  if not steps > 0:
+  if isinstance(steps, int | float) and not steps > 0:
     raise ValueError(f'transition_steps must be positive, got {steps}.')
+  counters.check_range('transition_begin', begin, 0, math.inf)
 
   def progress(count):
     # Subtracted as int32: float32 cannot tell step 2**24 + 1 from 2**24, and

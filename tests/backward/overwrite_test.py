@@ -99,6 +99,19 @@ def test_apply_gradients_passes_extra_arguments():
   assert float(variables['params']) == 4
 
 
+@pytest.mark.parametrize('gradients', [np.ones(2), None, ()])
+def test_gradients_of_another_structure_are_named(gradients):
+  state = optax_ghm.WindowedDensity().init()
+  with pytest.raises(ValueError, match='gradients must have the structure'):
+    optax_ghm.overwrite_with_gradient(state, gradients)
+
+
+def test_a_function_is_no_optimizer():
+  one = {'params': np.ones(1)}
+  with pytest.raises(TypeError, match='tx must be a .*<function adam.*Call'):
+    optax_ghm.apply_gradients(optax.adam, one, (), one)
+
+
 def test_unknown_collections_are_named():
   tx, params = optax.sgd(0.1), {'params': {}}
   for variables, gradients in (

@@ -84,6 +84,8 @@ def test_what_does_not_fit_x(name, kwargs, match):
       'running.mean must',
     ),
     ('renorm', {'running': RUNNING._replace(var=X[0, :2])}, 'running.var must'),
+    ('renorm', {'r_max': 0.5}, 'r_max must be from 1 to inf, got 0.5'),
+    ('renorm', {'d_max': -1.0}, 'd_max must be from 0 to inf, got -1.0'),
     ('inference', {'running': RUNNING._replace(mean=X[:, 0])}, 'mean must'),
     ('inference', {'running': RUNNING._replace(var=X[:1])}, 'var must'),
     ('inference', {'domain': np.zeros(4, int)}, 'mean must'),
@@ -97,6 +99,17 @@ def test_what_does_not_fit_x(name, kwargs, match):
 )
 def test_what_does_not_fit_in_one_of_them(name, kwargs, match):
   assert_raises(name, ValueError, match, **kwargs)
+
+
+@pytest.mark.parametrize(
+  'options',
+  [{'r_max': 0.5}, {'d_max': -1.0}, {'start': -1}, {'r_end': -1}],
+  ids=str,
+)
+def test_schedules_of_limits_out_of_range_are_named(options):
+  ((name, value),) = options.items()
+  with pytest.raises(ValueError, match=f'{name} must .*got {value}'):
+    optax_ghm.renorm_schedules(**options)
 
 
 @pytest.mark.parametrize('name', ['domains', 'inference'])

@@ -141,6 +141,21 @@ def test_arguments_of_flax_that_mean_something_else_are_refused(
     jax.eval_shape(lambda: face_of(name, **options).init(x, False))
 
 
+@both
+@pytest.mark.parametrize(
+  ('kind', 'options'),
+  [
+    ('BatchNorm', {'momentum': 1.5}),
+    ('BatchRenorm', {'r_max': 0.5}),
+    ('BatchRenorm', {'d_max': -1.0}),
+  ],
+)
+def test_numbers_out_of_range_are_named(name, kind, options, x):
+  ((argument, value),) = options.items()
+  with pytest.raises(ValueError, match=f'{argument} must .*got {value}'):
+    jax.eval_shape(lambda: face_of(name, kind, **options).init(x, False))
+
+
 @pytest.mark.parametrize(
   ('ours', 'theirs'),
   [

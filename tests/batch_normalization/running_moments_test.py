@@ -168,6 +168,12 @@ def test_other_shapes_are_refused():
     start(False, 1).update(moments)
 
 
+def test_a_momentum_out_of_range_is_named():
+  moments = Moments(*np.ones((3, 3), np.float32))
+  with pytest.raises(ValueError, match='momentum must be from 0 to 1, got 1.5'):
+    start(False).update(moments, momentum=1.5)
+
+
 @pytest.mark.device
 @pytest.mark.parametrize('dtype', [np.float16, jnp.bfloat16])
 @pytest.mark.parametrize('debias', [False, True])

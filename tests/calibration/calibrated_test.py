@@ -102,6 +102,33 @@ def test_nothing_is_learned_from_a_step_that_one_leaf_spoils():
   np.testing.assert_allclose(other.norm, [5, 10])
 
 
+HALF = {'w': np.ones(3, np.float16), 'none': None}
+
+
+@pytest.mark.parametrize(
+  ('guard', 'make'),
+  [
+    ('calibrated', optax.adam),
+    ('calibrated, leaves', optax.adamw),
+    ('skip_spikes', optax.rmsprop),
+  ],
+)
+def test_nan_that_the_optimizer_makes_of_float16_is_left_out(guard, make):
+  """A second moment of 1e-11 and an eps of 1e-8 are both 0 in float16."""
+  small = np.float16([1e-4, 0.5, 0])
+  init, update = compiled(functools.partial(make, 2.0), guard)
+  plain = make(2.0)
+  with jax.numpy_dtype_promotion('standard'):
+    made, _ = plain.update({'w': small, 'none': None}, plain.init(HALF), HALF)
+    assert not np.isfinite(made['w']).all()
+    state = init(HALF)
+    updates, after = update({'w': small, 'none': None}, state, HALF)
+  assert (updates['w'] == 0).all()
+  chex.assert_trees_all_equal(after.optimizer, state.optimizer)
+  skipped = after.skipped if guard == 'skip_spikes' else after.clip.skipped
+  assert (skipped == 1).all()
+
+
 def test_a_clip_that_keeps_no_clip_state_is_named():
   with pytest.raises(TypeError, match='clip'):
     optax_ghm.calibrated(optax.sgd(1.0), optax.clip(1.0)).init(ZEROS)

@@ -5,6 +5,7 @@ import functools
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import assume, example, given, strategies as st
 
@@ -254,8 +255,57 @@ def test_a_clip_without_warm_up_starts_with_the_first_norm():
     (lambda: optax_ghm.clip_by_norm(-1.0), 'max_norm'),
     (lambda: optax_ghm.clip_by_zscore(decay=1.5), 'decay'),
     (lambda: optax_ghm.clip_by_norm_ema(decay=-0.1), 'decay'),
+    (lambda: optax_ghm.clip_by_zscore(-2.5), 'z_threshold must .*got -2.5'),
+    (lambda: optax_ghm.clip_by_zscore(warmup_steps=-1), 'warmup_steps'),
+    (lambda: optax_ghm.clip_by_norm_ema(-1.0), 'ratio'),
+    (lambda: optax_ghm.clip_by_norm_ema(max_norm=-1.0), 'max_norm'),
+    (lambda: optax_ghm.clip_by_norm_ema(warmup_steps=-1), 'warmup_steps'),
+    (lambda: optax_ghm.clip_by_parameter_norm(-1.0), 'ratio'),
+    (lambda: optax_ghm.clip_by_parameter_norm(eps=-1.0), 'eps'),
+    (lambda: optax_ghm.clip_by_rms(-1.0), 'max_rms'),
+    (lambda: optax_ghm.noise_scale_aggregate(-1), 'batch_size'),
+    (lambda: optax_ghm.noise_scale_aggregate(decay=1.5), 'decay'),
+    (
+      lambda: optax_ghm.skip_spikes(optax.sgd(1.0), sigmas=-6.0),
+      'sigmas must .*got -6.0',
+    ),
+    (
+      lambda: optax_ghm.skip_spikes(optax.sgd(1.0), max_consecutive=-1),
+      'max_consecutive',
+    ),
   ],
 )
 def test_numbers_out_of_range_are_named(make, word):
   with pytest.raises(ValueError, match=word):
+    make()
+
+
+@pytest.mark.parametrize(
+  'make, word',
+  [
+    (
+      lambda: optax_ghm.calibrated(optax.adam),
+      'optimizer must be a GradientTransformation, got <function adam.*Call',
+    ),
+    (
+      lambda: optax_ghm.calibrated(optax.sgd(1.0), optax_ghm.clip_by_norm),
+      'clip must be a GradientTransformation, got <function clip_by_norm',
+    ),
+    (lambda: optax_ghm.skip_spikes(optax.MultiSteps), 'optimizer must be'),
+    (
+      lambda: optax_ghm.skip_spikes(optax.sgd(1.0), window=64),
+      'window must be a SpikeWindow, got 64',
+    ),
+    (
+      lambda: optax_ghm.clip_by_percentile(estimator=100),
+      'estimator must be a PercentileEstimator, got 100',
+    ),
+    (
+      lambda: optax_ghm.learning_rate_range_test(None, None, (), optax.sgd(1)),
+      'optimizer must be a function',
+    ),
+  ],
+)
+def test_what_is_of_another_kind_is_named(make, word):
+  with pytest.raises(TypeError, match=word):
     make()

@@ -1,6 +1,7 @@
 """The range test on problems whose largest learning rate is known."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,13 @@ def test_plot():
     test, smoothed=test.smoothed * np.nan, suggestion=None
   )
   assert nothing.plot().get_legend() is None
+
+
+def test_a_plot_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'matplotlib.pyplot', None)
+  test = optax_ghm.calibration.RangeTest(*[np.ones(20)] * 4, None, '')
+  with pytest.raises(ImportError, match=r"install 'optax_ghm\[plot\]'"):
+    test.plot()
 
 
 @pytest.mark.parametrize(

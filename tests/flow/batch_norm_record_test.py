@@ -86,19 +86,19 @@ def test_what_an_nnx_step_leaves_is_named_by_the_module():
 
 
 @pytest.mark.parametrize(
-  ('column', 'kind'),
+  ('column', 'kind', 'said'),
   [
-    ('constant', 'constant features'),
-    ('mean_drift', 'running averages'),
-    ('std_drift', 'running averages'),
+    ('constant', 'constant features', 'at bad, half or more of the features'),
+    ('mean_drift', 'running averages', 'at bad, the means of the batches'),
+    ('std_drift', 'running averages', 'at bad, the standard deviations of'),
   ],
 )
-def test_what_is_odd_is_said(column, kind):
+def test_what_is_odd_is_said(column, kind, said):
   odd = stats(**{column: 0.6})
   (verdict,) = flow.diagnose(recorded(12, good=stats(), bad=odd))
   assert (verdict.kind, verdict.layers) == (kind, ('bad',))
   assert verdict.since == 0
-  assert '{' not in verdict.evidence
+  assert verdict.evidence.startswith(said) and ' and ' not in verdict.evidence
   # Neither at the limit, nor of too few steps.
   assert flow.diagnose(recorded(12, a=stats(), b=stats(**{column: 0.5}))) == []
   assert flow.diagnose(recorded(9, bad=odd)) == []

@@ -35,6 +35,15 @@ def test_nothing_is_said_about_a_healthy_network(name):
     assert records[-1].layer_stats['calls'].all()
 
 
+@pytest.mark.parametrize('name', trainings.HEALTHY_STARTS)
+def test_nothing_is_said_at_any_step_of_a_healthy_start(name):
+  for seed in range(5):
+    case = trainings.HEALTHY_STARTS[name]
+    (record,) = trainings.train(case, seed, steps=(50,))
+    for step in (1, 2, 3, 4, 6, 9, 12, 20, 35, 50):
+      assert flow.diagnose(record.until(step)) == [], (seed, step)
+
+
 @pytest.mark.parametrize('name', trainings.ILL)
 def test_what_is_wrong_is_said(name):
   case = trainings.ILL[name]

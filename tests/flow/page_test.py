@@ -188,7 +188,7 @@ def test_it_is_the_same_each_time_and_in_any_style(drawn, tmp_path):
 
 def test_where_nothing_is_wrong_it_says_so(tmp_path):
   text = page_of(record_of(tapped(1.0)), tmp_path).text()
-  assert 'Nothing is wrong by 1 recorded steps (1 steps with taps).' in text
+  assert 'Nothing is wrong in 1 recorded step (1 with taps).' in text
 
 
 def test_magnitudes_are_shown_of_the_first_a_middle_and_the_last_layer():

@@ -2,11 +2,14 @@
 
 import pickle
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from optax_ghm import flow
+from tests.support.hand_made import watched
 
 
 @pytest.mark.parametrize(
@@ -69,3 +72,40 @@ def test_a_pickled_record_leaves_its_writers_behind():
   copy.add(1, loss=0.25)
   assert copy.scalars['loss'].tolist() == [0.5, 0.25]
   assert copy.leaves == record.leaves
+
+
+PARAMS = {'a': np.ones(2, np.float32), 'b': np.ones((2, 2), np.float32)}
+
+
+def replicated(tree, count=2):
+  """As from ``pmap`` or ``vmap``; here as many as there are parameters."""
+  return jax.tree.map(lambda u: np.stack([u] * count), tree)
+
+
+def test_one_of_several_optimizer_states_is_asked_for():
+  record, state = flow.Record(PARAMS), watched({}, {})
+  with pytest.raises(ValueError, match=r'\(2,\).*lambda x: x\[0\], opt_state'):
+    record.add(0, opt_state=replicated(state))
+  one = jax.tree.map(lambda x: x[0], replicated(state))
+  record.add(0, opt_state=one)
+  assert record.leaf_stats['gradient_norm'].tolist() == [[1, 1]]
+  with pytest.raises(ValueError, match='nnx.Optimizer'):
+    record.add(1, opt_state=[])
+
+
+def test_members_of_an_ensemble_are_no_layers():
+  """A vmapped step would be read as a stack of layers."""
+  every = replicated(flow.Taps.empty(['first', 'second']), 3)
+  with pytest.raises(ValueError, match=r'first has leading axes \(3,\)'):
+    flow.Record().add(0, taps=every)
+  record = flow.Record()
+  record.add(0, taps=jax.tree.map(lambda x: x[0], every))
+  assert [layer.name for layer in record.layers] == ['first', 'second']
+
+
+def test_the_parameters_of_an_nnx_model_are_asked_for():
+  model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+  with pytest.raises(TypeError, match=r'nnx.state\(model, nnx.Param\)'):
+    flow.Record(model)
+  record = flow.Record(nnx.state(model, nnx.Param))
+  assert [leaf.name for leaf in record.leaves] == ['bias', 'scale']

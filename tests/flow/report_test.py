@@ -76,6 +76,14 @@ def test_layers_and_parameters_are_tables_of_their_figures():
     assert head in text
 
 
+def test_what_has_no_units_has_no_dead_ones():
+  """The bias of its layer tells the same."""
+  (row,) = rows(
+    printed(record_of({'opt_state': watched({'units': 0})}, params=KERNEL)), 'w'
+  )
+  assert row[-1] == ''
+
+
 def test_it_is_the_last_measured_step_that_is_shown():
   """NaN in a table would say that the gradient was so."""
   record = record_of(
@@ -107,7 +115,7 @@ def test_several_records_go_by_their_names():
     {'good [1]': healthy, 'ill': full_record(), 'empty [2]': flow.Record()}
   )
   assert 'good [1]: gradients at the layers' in text
-  assert 'good [1]: nothing is wrong by 1 recorded steps' in text
+  assert 'good [1]: nothing is wrong in 1 recorded step' in text
   assert 'ill: parameters' in text
   assert 'ill: disconnected' in text
   assert 'empty [2]: nothing is recorded' in text
@@ -118,7 +126,8 @@ def test_only_what_was_recorded_has_a_table():
   watch_only = record_of({'opt_state': watched({})}, params=KERNEL)
   assert 'layer' not in printed(watch_only)
   losses = printed(record_of({'loss': 1.0}, params=KERNEL))
-  assert '│' not in losses and 'nothing is wrong' in losses
+  assert losses.startswith('nothing was measured in 1 recorded step')
+  assert printed(flow.Record()) == 'nothing is recorded\n'
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])

@@ -60,6 +60,34 @@ def test_parameters_are_named_where_the_layers_show_nothing():
   assert 'finite at the outputs of all layers' in verdict.evidence
 
 
+@pytest.mark.parametrize(
+  ('row', 'loss', 'said', 'try_'),
+  [
+    ({'update_norm': np.nan}, 1.0, 'the optimizer made it', 'eps'),
+    ({'update_norm': np.inf}, np.nan, 'the optimizer made it', 'eps'),
+    ({'parameter_norm': np.nan, 'update_norm': np.nan}, 1.0, 'loaded', 'anew'),
+  ],
+)
+def test_what_the_optimizer_makes_of_finite_gradients(row, loss, said, try_):
+  bad = {'loss': loss, **tapped(1.0), 'opt_state': watched({}, row)}
+  # From the next step on, everything is NaN.
+  next_ = {'gradient_norm': np.nan, 'parameter_norm': np.nan, 'non_finite': 1}
+  after = {'loss': 1.0, **tapped(np.nan), 'opt_state': watched(next_, next_)}
+  params = {'a': kernel(), 'b': kernel()}
+  verdict = verdict_of(record_of(bad, after, params=params), 'not finite')
+  assert verdict.layers == ('b',) and verdict.since == 0
+  assert said in verdict.evidence and try_ in verdict.suggestion
+
+
+def test_a_loss_of_nan_was_made_in_the_forward_pass():
+  bad = {'loss': np.nan, **tapped(1.0, np.nan)}
+  verdict = only(record_of(bad), 'not finite')
+  assert 'in the forward pass, or it was in the batch' in verdict.evidence
+  assert 'inputs and labels' in verdict.suggestion
+  finite = only(record_of({**bad, 'loss': 1.0}), 'not finite')
+  assert 'forward pass' not in finite.evidence
+
+
 def test_a_loss_that_is_not_finite_is_named_alone():
   good = {'loss': 1.0, **tapped(1.0)}
   bad = {**good, 'loss': np.nan, 'accuracy': 1.0}
@@ -88,11 +116,16 @@ ALMOST = tapped(stats(1e-30, zeros=99), 1.0)
     ([ON, *[CUT] * 19], None, None),
     ([ON, *[CUT] * 20], 'disconnected', 1),
     ([CUT, {}], 'disconnected', 0),
-    ([OFF] * 3, 'no gradient', 0),
+    ([OFF] * 4, None, None),  # a scale may start at 0
+    ([OFF] * 5, 'no gradient', 0),
     ([ON, *[OFF] * 19], None, None),
     ([ON, *[OFF] * 20], 'no gradient', 1),
     ([*[OFF] * 20, ON], None, None),
-    ([OFF, {'loss': 1.0}, OFF], 'no gradient', 0),  # nothing known between
+    (
+      [OFF, {'loss': 1.0}, *[OFF] * 4],
+      'no gradient',
+      0,
+    ),  # nothing known between
     ([ALMOST] * 3, None, None),
   ],
 )
@@ -103,13 +136,33 @@ def test_a_layer_is_off_at_all_of_the_last_steps(steps, kind, since):
   assert found == ([(kind, ('layer 0',), since)] if kind else [])
 
 
+@pytest.mark.parametrize(
+  ('name', 'row', 'expected'),
+  [
+    ('kernel', {}, ['no gradient']),
+    ('kernel', {'parameter_norm': 0}, []),
+    ('scale', {'parameter_norm': 0}, []),
+    ('bias', {'parameter_norm': 0}, ['no gradient']),  # they do start at 0
+    ('scale', {'parameter_norm': 0, 'gradient_norm': 0}, ['no gradient']),
+  ],
+)
+def test_a_parameter_that_starts_at_zero_explains_a_gradient_of_zero(
+  name, row, expected
+):
+  step = {'opt_state': watched(row), **OFF}
+  params = {'layer 1': {name: kernel()}}
+  assert kinds(record_of(step, params=params)) == expected
+  # After 5 steps it would have moved.
+  assert kinds(record_of(*[step] * 5, params=params)) == ['no gradient']
+
+
 def test_neighbors_without_gradient_are_one_verdict():
   verdicts = flow.diagnose(record_of(tapped(None, None, 1.0, None, 1.0)))
   assert [(v.kind, v.layers) for v in verdicts] == [
     ('disconnected', ('layer 0', 'layer 1')),
     ('disconnected', ('layer 3',)),
   ]
-  assert only(record_of(OFF), 'no gradient').evidence == (
+  assert only(record_of(*[OFF] * 5), 'no gradient').evidence == (
     'the gradient at the output of layer 0 is exactly 0; at layer 1, after'
     ' it, there is one'
   )

@@ -5,6 +5,7 @@ import pytest
 
 from tests.support.hand_made import (
   KERNEL,
+  add,
   kernel,
   kinds,
   only,
@@ -154,3 +155,32 @@ def test_with_taps_alone_the_last_layer_shows_spikes():
   record = record_of(*calm, tapped(1.0, 70.0))
   assert 'at the last layer' in only(record, 'spikes').evidence
   assert kinds(record_of(*calm, tapped(70.0, 1.0))) == []
+
+
+@pytest.mark.parametrize('power', [1, 2])
+@pytest.mark.parametrize('every', [1, 100])
+def test_a_warm_up_from_zero_is_not_small(power, every):
+  rows = [{'update_norm': 1e-9 * t**power} for t in range(51)]
+  for count in (12, 51):
+    steps = [{'opt_state': watched(row)} for row in rows[:count]]
+    record = record_of(params=KERNEL)
+    for i, step in enumerate(steps):
+      add(record, every * i, **step)
+    assert kinds(record) == []
+  # It ends where the updates are still small.
+  last = watching(*rows, *[rows[-1]] * 500)
+  assert kinds(last) == ['small updates']
+
+
+def test_a_kernel_that_starts_at_zero_consists_of_updates():
+  def growing(t, first):
+    return watched({}, {'update_norm': 0.1, 'parameter_norm': first + 0.1 * t})
+
+  params = {'a': kernel(), 'b': kernel()}
+  for first, expected in ((0.0, []), (0.05, []), (0.2, ['large updates'])):
+    steps = [{'opt_state': growing(t, first)} for t in range(12)]
+    assert kinds(record_of(*steps, params=params)) == expected
+  started = [{'opt_state': growing(t, 0.0)} for t in range(40)]
+  large = {'opt_state': watched({}, {'update_norm': 1, 'parameter_norm': 4})}
+  record = record_of(*started, *[large] * 10, params=params)
+  assert only(record, 'large updates').layers == ('b',)

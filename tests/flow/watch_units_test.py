@@ -33,7 +33,7 @@ UNITS = {  # shape, what is silent, units, how many of them
   'e/query/kernel': ((6, 2, 3), [np.s_[:, 1, :]], 6, 3),
   'f/scalar': ((), [...], 1, 1),
   'g/embedding': ((7, 3), [np.s_[:]], 0, 0),
-  'h/kernel': ((2, 3, 4), [np.s_[0, :, :2], np.s_[1, :, 1:]], 4, 1),  # a stack
+  'h/kernel': ((2, 3, 4), [np.s_[0, :, :2], np.s_[1, :, 1:]], 4, 3),  # a stack
   'nan/kernel': ((2, 2), [], 2, 0),
   'reset/kernel': ((4, 3), [np.s_[:, :2]], 3, 2),
 }
@@ -101,8 +101,35 @@ def test_units_say_which_axes_are_those_of_a_stack(rng):
   assert not state.dead_units[:-1].any()
 
 
+GUESSED = {  # shape, what is silent, units, how many of them
+  'a/kernel': ((4, 3, 8), np.s_[2, :, :6], 8, 6),
+  'b/kernel': ((4, 3, 8), np.s_[2], 8, 0),  # the edge of a kernel
+  'c/kernel': ((4, 3, 8), np.s_[:, :, :5], 8, 5),
+  'd/kernel': ((4, 3, 3, 2, 8), np.s_[1, ..., :6], 8, 6),
+  'e/kernel': ((3, 3, 2, 8), np.s_[0, 0, :, :6], 8, 0),
+  'f/bias': ((4, 8), np.s_[1, :6], 8, 6),
+  'f/kernel': ((4, 3, 8), np.s_[1, :, :6], 0, 0),
+  'query/kernel': ((4, 2, 3), np.s_[1, :, :2], 6, 0),
+}
+
+
+def test_stacks_are_guessed_by_their_axes(rng):
+  """As nn.scan makes them: 6 of 8 units of one layer are dead."""
+  params = {name: random(rng, shape) for name, (shape, *_) in GUESSED.items()}
+  gradients = {name: np.ones_like(u) for name, u in params.items()}
+  for name, (_, silent, _, _) in GUESSED.items():
+    gradients[name][silent] = 0
+  nested = functools.partial(traverse_util.unflatten_dict, sep='/')
+  tx = flow.watch(optax.sgd(0.0))
+  steps = jax.tree.map(lambda g: np.stack([g] * 10), gradients)
+  _, state = run(tx, *map(nested, (steps, params)))
+  for i, name in enumerate(flow.leaf_names(nested(params))):
+    _, _, units, dead = GUESSED[name]
+    assert (state.units[-1, i], state.dead_units[-1, i]) == (units, dead), name
+
+
 def test_units_are_no_bare_function():
-  with pytest.raises(TypeError, match=r'optax_ghm\.Units'):
+  with pytest.raises(TypeError, match='units must be a Units'):
     flow.watch(optax.sgd(0.1), units=lambda path, leaf: ())
 
 

@@ -319,6 +319,7 @@ def test_bad_arguments_are_named():
     ),
     (ValueError, 'state', g, {'state': state, 'density': WINDOWED}),
     (ValueError, 'axis_name', g, {'density': EXACT, 'axis_name': 'batch'}),
+    (TypeError, 'density must .*got <class.*Call', g, {'density': type(EXACT)}),
   ):
     with pytest.raises(error, match=match):
       jax.eval_shape(

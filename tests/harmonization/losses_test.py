@@ -272,6 +272,15 @@ def test_a_momentum_needs_the_form_with_state(name):
     )
 
 
+@pytest.mark.parametrize('name', LOSSES)
+def test_a_number_is_no_density(name):
+  x, state = np.ones((4, 4), np.float32), optax_ghm.WindowedDensity().init()
+  with_state = functools.partial(loss_of(name, '_with_state'), state=state)
+  for loss in (loss_of(name), with_state):
+    with pytest.raises(TypeError, match='density must .*Estimator, got 0.1'):
+      jax.eval_shape(functools.partial(loss, density=0.1), x, targets_of(name))
+
+
 def test_wrong_arguments_are_named():
   x = np.ones((4, 3), np.float32)
   square, ones, mask = np.ones((4, 4), 'f'), np.ones(5, 'f'), np.ones(5, bool)
@@ -301,6 +310,13 @@ def test_wrong_arguments_are_named():
           f,
           (x, integers),
           {},
+        ),
+        (
+          ValueError,
+          r'mask of shape \(3,\) does not .*examples of shape \(4,\)',
+          f,
+          (x, ones[:4].astype(int)),
+          {'mask': mask[:3]},
         ),
       )
     ),

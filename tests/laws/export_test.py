@@ -12,7 +12,7 @@ from tests.laws.modes_test import CASES, Case, assert_close, given
 from tests.support.public import public_names
 from tests.support.registry import ENTRIES
 
-PROGRAMS = 70
+PROGRAMS = 90
 
 OF_FIXED_SIZE = {entry.name for entry in ENTRIES} | {
   'harmony_weights',  # with ExactDensity among the densities

@@ -43,6 +43,22 @@ def test_gaps_beside_full_params_change_no_wrapper():
   check(ghm.skip_spikes(optax.sgd(0.1)), gradients)
 
 
+def test_frozen_gradients_do_not_count_where_the_guides_put_the_clip():
+  gradients = {'a': np.float32([3.0, 4.0]), 'frozen': np.float32([1e3, 1e3])}
+  clip = ghm.calibrated(optax.sgd(1.0), ghm.clip_by_norm(1.0))
+  frozen = {'a': False, 'frozen': True}
+  inside = optax.partition(
+    {False: clip, True: optax.set_to_zero()}, param_labels=frozen
+  )
+  behind = optax.chain(optax.masked(optax.set_to_zero(), frozen), clip)
+  for tx in (inside, behind):
+    updates, _ = jax.jit(lambda g, tx=tx: tx.update(g, tx.init(g), g))(
+      gradients
+    )
+    np.testing.assert_allclose(updates['a'], [-0.6, -0.8], rtol=1e-6)
+    np.testing.assert_array_equal(updates['frozen'], [0, 0])
+
+
 def of_own_group(tree):
   return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, tree)
 

@@ -80,6 +80,10 @@ def test_schedules_need_steps(make):
   for steps in (0, -1, float('nan')):
     with pytest.raises(ValueError, match='transition_steps'):
       make(steps)
+  with pytest.raises(ValueError, match='transition_begin must .*got -1'):
+    BOTH[0](10, transition_begin=-1)
+  half = jax.jit(lambda steps: make(steps)(5) - make(10)(5))
+  np.testing.assert_allclose(half(10), 0, atol=1e-6)  # traced steps pass
 
 
 def test_schedules_drive_optimizers_of_optax():

@@ -26,7 +26,7 @@ ACTIVATIONS = {
   'selu': nn.selu,
   'sigmoid': nn.sigmoid,
 }
-he = nn.initializers.he_normal()
+he, zeros = nn.initializers.he_normal(), nn.initializers.zeros
 
 
 class Plain(nn.Module):
@@ -124,6 +124,58 @@ class Recurrent(nn.Module):
     return nn.Dense(CLASSES)(x[:, -1])
 
 
+class ZeroScales(nn.Module):
+  """A ResNet whose residual branches start at 0, as the published one's."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    def normalized(x, **kwargs):
+      x = nn.Conv(8, (3, 3), use_bias=False)(x)
+      return nn.BatchNorm(use_running_average=False, **kwargs)(x)
+
+    x = nn.relu(normalized(x.reshape(len(x), 4, 8, 1)))
+    for _ in range(3):
+      y = nn.relu(normalized(x))
+      x = nn.relu(x + normalized(y, scale_init=zeros))
+    return nn.Dense(CLASSES)(x.mean((1, 2)))
+
+
+class ZeroHeads(nn.Module):
+  """Conditioned by kernels that start at 0, and so do adapters and the head."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    condition = nn.swish(nn.Dense(16)(x[:, :4]))
+    x = Adapted(name='first')(x)
+    for _ in range(2):
+      y = nn.gelu(Adapted()(nn.LayerNorm()(x)))
+      gate = nn.Dense(32, kernel_init=zeros)(condition)
+      x = x + gate * nn.Dense(32)(y)
+    return nn.Dense(CLASSES, kernel_init=zeros)(x)
+
+
+class Adapted(nn.Module):
+  """A layer with an adapter of low rank, the second factor of which is 0."""
+
+  @nn.compact
+  def __call__(self, x):
+    low = self.param('low', nn.initializers.lecun_normal(), (x.shape[-1], 4))
+    return nn.Dense(32)(x) + x @ low @ self.param('high', zeros, (4, 32))
+
+
+class PostNorm(nn.Module):
+  """A language model of 16 tokens, with tied embeddings."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    embedding = nn.Embed(16, 16)
+    x = embedding(jnp.clip(3 * x[:, :8] + 8, 0, 15).astype(int))
+    for _ in range(2):
+      x = nn.LayerNorm()(x + nn.MultiHeadDotProductAttention(4)(x))
+      x = nn.LayerNorm()(x + nn.Dense(16)(nn.relu(nn.Dense(32)(x))))
+    return embedding.attend(x)[:, -1, :CLASSES] / 4
+
+
 class RootOfZero(nn.Module):
   """A root of 0 in the branch of a where that is not taken."""
 
@@ -158,7 +210,7 @@ class Frozen(nn.Module):
   @nn.compact
   def __call__(self, x):
     kernel = self.param('kernel', nn.initializers.lecun_normal(), (32, 16))
-    bias = self.param('bias', nn.initializers.zeros, (16,))
+    bias = self.param('bias', zeros, (16,))
     return x @ jax.lax.stop_gradient(kernel) + bias
 
 
@@ -178,6 +230,7 @@ class Case(NamedTuple):
   change_at: int = 0
   rate: float = 1e-3
   growth: float = 1.0
+  warm_up: int = 0
   penalty: float = 0.0
   bad_batch: int | None = None
 
@@ -208,6 +261,16 @@ HEALTHY = {
   'transformer': Case(Transformer()),
   'convolutions': Case(Convolutions()),
   'LSTM': Case(Recurrent()),
+}
+
+HEALTHY_STARTS = {
+  'a stack with biases, warm-up of 100 steps': Case(
+    PreNorm(6, scanned=True), warm_up=100
+  ),
+  'scales of 0, warm-up of 10,000 steps': Case(ZeroScales(), warm_up=10_000),
+  'kernels of 0': Case(ZeroHeads()),
+  'kernels of 0, warm-up of 1,000 steps': Case(ZeroHeads(), warm_up=1000),
+  'post-LN, warm-up of 8,000 steps': Case(PostNorm(), warm_up=8000),
 }
 
 # Adam heals most of what is ill at the start in a few dozen steps.
@@ -293,15 +356,15 @@ def compiled(model):
   return init, step
 
 
-def train(case, seed):
+def train(case, seed, steps=STEPS):
   """Records of the first steps of a training."""
   x, labels = data(seed)
   init, step = compiled(case.model)
   params, variables, state = init(seed, x[:BATCH])
   activation = np.int32(list(ACTIVATIONS).index(case.activation))
-  records = {count: flow.Record(params) for count in STEPS}
+  records = {count: flow.Record(params) for count in steps}
   rng = np.random.default_rng(seed)
-  for i in range(max(STEPS)):
+  for i in range(max(steps)):
     if case.change and i == case.change_at:
       params = jax.tree_util.tree_map_with_path(
         lambda path, u: case.change(jax.tree_util.keystr(path), np.asarray(u)),
@@ -309,7 +372,10 @@ def train(case, seed):
       )
     at, bad = rng.integers(len(x), size=BATCH), i == case.bad_batch
     batch = x[at] * np.float32(1000 if bad else 1), (labels[at] + bad) % CLASSES
-    numbers = np.float32([case.rate * case.growth**i, case.penalty])
+    rate = case.rate * case.growth**i
+    if case.warm_up:
+      rate *= min(i / case.warm_up, 1)
+    numbers = np.float32([rate, case.penalty])
     params, variables, state, value, taps = step(
       params, variables, state, *batch, activation, *numbers
     )

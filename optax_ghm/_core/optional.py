@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+PLOT_EXTRA = 'optax_ghm[plot]'
+
 
 def load(module: str, install: str) -> Any:
   """Imports a module, or says how to install it.
