@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +99,11 @@ class Taps(Mapping):
 
 
 def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-  """Traces ``f``; shapes among its arguments stand for arrays."""
+  """Traces ``f``; shapes among its arguments stand for arrays.
+
+  Outside of a mapped function, an axis that ``f`` names is bound to a size of
+  1, after a first attempt has said its name.
+  """
   leaves, structure = jax.tree.flatten((args, kwargs))
   is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
 
@@ -110,7 +115,17 @@ def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     )
     f(*args, **kwargs)
 
-  jax.eval_shape(run, [u for u, x in zip(leaves, is_shape, strict=True) if x])
+  shapes = [u for u, x in zip(leaves, is_shape, strict=True) if x]
+  bound = set()
+  while True:
+    try:
+      return jax.eval_shape(run, shapes)
+    except NameError as error:
+      name = re.search(r'unbound axis name: (\w+)', str(error))
+      if name is None or name[1] in bound:
+        raise
+      bound.add(name[1])
+      run = jax.vmap(run, None, None, axis_name=name[1], axis_size=1)
 
 
 def with_loops(

@@ -31,6 +31,7 @@ def keep(x, amounts):
   if amounts is None:
     return x
   counts = jnp.expand_dims(amounts.astype(bool), range(amounts.ndim, x.ndim))
+  counts = arrays.laid_out_as(jnp.broadcast_to(counts, x.shape), x)
   return jnp.where(counts, x, jnp.zeros_like(x))
 
 
@@ -49,16 +50,17 @@ def floats(name, x):
 
 
 def broadcast(name, x, like):
-  """``x`` with the shape and dtype of ``like``."""
+  """``x`` with the shape, dtype and layout of ``like``."""
   x = jnp.asarray(x)
   if jnp.iscomplexobj(x):
     raise TypeError(f'{name} must be real, got dtype {x.dtype}.')
   try:
-    return jnp.broadcast_to(x, like.shape).astype(like.dtype)
+    x = jnp.broadcast_to(x, like.shape).astype(like.dtype)
   except ValueError:
     raise ValueError(
       f'{name} of shape {x.shape} do not broadcast to shape {like.shape}.'
     ) from None
+  return arrays.laid_out_as(x, like)
 
 
 def with_integer_labels(logits, labels):

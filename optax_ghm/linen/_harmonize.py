@@ -81,6 +81,8 @@ class Harmonize(nn.Module):
     Returns:
       ``x``.
     """
+    # As in the batch norm of Flax, init may be outside of the mapped axis.
+    axis_name = None if self.is_initializing() else self.axis_name
     state = self.variable(
       OVERWRITE_WITH_GRADIENT,
       'harmony',
@@ -94,6 +96,6 @@ class Harmonize(nn.Module):
       reduction=self.reduction,
       mask=mask,
       weights=weights,
-      axis_name=self.axis_name,
+      axis_name=axis_name,
       enabled=enabled,
     )

@@ -50,6 +50,8 @@ class InBackward(nn.Module):
       ``x``.
     """
     identity = _in_backward.in_backward(self.tx)
+    # As in the batch norm of Flax, init may be outside of the mapped axis.
+    enabled = enabled and not self.is_initializing()
     if not identity.keeps_state(x):
       return identity(x, enabled=enabled)
     state = self.variable(

@@ -58,6 +58,10 @@ class Tapped:
   histogram: bool = False
   examples: int | None = None
 
+  def __post_init__(self):
+    if not isinstance(self.model, nn.Module):
+      raise TypeError(f'model must be a linen.Module, got {self.model!r}.')
+
   def value_and_grad(
     self,
     loss_fn: Callable[..., Any],
@@ -86,8 +90,7 @@ class Tapped:
     numbers = tuple(argnums) if several else (argnums,)
 
     def value_and_grad(*args, **kwargs):
-      discovery = _Discovery(self)
-      _taps.trace(self._intercepted, discovery, loss_fn, *args, **kwargs)
+      discovery = self._discover(self._intercepted, loss_fn, *args, **kwargs)
       empty = discovery.taps()
 
       def with_taps(*args, **kwargs):
@@ -111,6 +114,9 @@ class Tapped:
   def init(self, variables: Any, *args: Any, **kwargs: Any) -> _taps.Taps:
     """Makes the empty taps of all modules that ``model.apply`` calls.
 
+    The call may be outside of the mapped axes that the model names, such as the
+    ``axis_name`` of a batch norm.
+
     Args:
       variables: the variables of the model. Shapes are enough, here and for all
         other arrays.
@@ -123,9 +129,7 @@ class Tapped:
     Raises:
       ValueError: if no module is called that ``where`` takes.
     """
-    discovery = _Discovery(self)
-    _taps.trace(self._apply, discovery, variables, *args, **kwargs)
-    return discovery.taps()
+    return self._discover(self._apply, variables, *args, **kwargs).taps()
 
   def apply(
     self,
@@ -148,6 +152,17 @@ class Tapped:
     if taps is None:
       return self.model.apply(variables, *args, **kwargs)
     return self._apply(_Filling(taps), variables, *args, **kwargs)
+
+  def _discover(self, visited, *args, **kwargs):
+    """What is found in the last attempt to trace a function of a visitor."""
+    attempts = []
+
+    def attempt(*args, **kwargs):
+      attempts.append(_Discovery(self))
+      visited(attempts[-1], *args, **kwargs)
+
+    _taps.trace(attempt, *args, **kwargs)
+    return attempts[-1]
 
   def _apply(self, visitor, variables, *args, method='__call__', **kwargs):
     """``model.apply``, with the visitor at the call and at all outputs."""

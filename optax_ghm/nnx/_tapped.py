@@ -60,6 +60,16 @@ class Tapped:
   histogram: bool = False
   examples: int | None = None
 
+  def __post_init__(self):
+    if isinstance(self.where, nnx.Module) or not (
+      self.where is None or callable(self.where)
+    ):
+      raise TypeError(
+        'where must be a function of a path and a module, got'
+        f' {type(self.where).__name__}. A model is for the methods, not for'
+        ' Tapped: Tapped().value_and_grad(loss_fn)(model, x).'
+      )
+
   def value_and_grad(
     self, loss_fn: Callable[..., Any], argnums: Any = 0, has_aux: bool = False
   ) -> Callable[..., tuple[Any, Any, _taps.Taps]]:
@@ -111,6 +121,9 @@ class Tapped:
   ) -> _taps.Taps:
     """Makes the empty taps of all modules that have a ``__call__``.
 
+    The call may be outside of the mapped axes that the model names, such as the
+    ``axis_name`` of a batch norm.
+
     Args:
       model: the model, which does not change.
       *args: arguments of the model. Shapes are enough for arrays.
@@ -138,6 +151,7 @@ class Tapped:
       stacks.setdefault(name, _stack(module, modules[name], strict=taken))
 
     def run(state, args, kwargs):
+      stacks.clear()
       copy = nnx.merge(graph, state)
       with _holding(
         copy, {name: _Discovery(name, discover) for name in modules}

@@ -247,3 +247,17 @@ def test_stateless_transformations_leave_no_variable():
   expected, *found = grads(X)
   for actual in found:
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'module',
+  [
+    optax_ghm.linen.Harmonize(axis_name='i'),
+    optax_ghm.linen.InBackward(optax_ghm.clip_by_norm(1.0, axis_name='i')),
+  ],
+  ids=lambda module: type(module).__name__,
+)
+def test_linen_initializes_outside_of_the_axis_of_its_batch(module):
+  init = functools.partial(module.init, jax.random.key(0))
+  inside = jax.vmap(init, out_axes=None, axis_name='i')
+  assert jax.eval_shape(init, X) == jax.eval_shape(inside, X[None])

@@ -280,6 +280,11 @@ def test_a_call_that_is_not_traced_again_is_an_error(wrap):
     jax.eval_shape(step, face.state, X)
 
 
+def test_a_class_is_no_model():
+  with pytest.raises(TypeError, match='model must be a linen.Module'):
+    Tapped(Mlp)
+
+
 def test_a_loss_without_the_model_is_an_error():
   face = Linen(Attention(), np.array([[0, 1]]))
   loss = Tapped(Mlp()).value_and_grad(

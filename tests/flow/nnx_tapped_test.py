@@ -275,3 +275,9 @@ def test_a_compiled_step_is_traced_once(model):
     step(model, i + X, rngs)
     assert rngs.default.count[...] == i + 1
   assert len(traces) == 2  # to find the layers, and to differentiate
+
+
+@pytest.mark.parametrize('where', [nnx.Sequential(), 'first'])
+def test_a_model_or_a_name_is_no_function_of_modules(where):
+  with pytest.raises(TypeError, match=r'Tapped\(\)\.value_and_grad'):
+    Tapped(where)

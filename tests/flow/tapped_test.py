@@ -277,6 +277,23 @@ def test_empty_taps_need_only_shapes_and_have_the_options(face):
 
 
 @both
+def test_empty_taps_may_be_made_outside_of_the_axes_that_a_model_names(face):
+  model = face('mlp', X)
+
+  def mapped(m, x):
+    return jax.lax.pmean(jax.lax.psum(m(x), 'i'), 'j')
+
+  def empty(state, method=mapped):
+    return model.empty(state, X, method=method)
+
+  taps = jax.eval_shape(empty, model.state)
+  assert list(taps) == ['first', 'second', 'head', '']
+  assert {stats.numbers.shape for stats in taps.values()} == {(9,)}
+  with pytest.raises(NameError, match='nothing'):  # has that name
+    empty(model.state, lambda m, x: nothing)  # noqa: F821
+
+
+@both
 def test_without_taps_the_program_is_that_of_the_model(face):
   model = face('mlp', X)
 

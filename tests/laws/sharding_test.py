@@ -223,6 +223,11 @@ CASES = {
     *(other_ghm_losses, (LOGITS, LABELS, CLASS, MASK), BATCH, OF_BATCH),
     sent=[516, 516, 34],
   ),
+  'other ghm losses, of split logits alone': Case(
+    *(other_ghm_losses, (LOGITS, LABELS, CLASS, MASK)),
+    *((BATCH, P(), P(), P()), OF_BATCH, [516, 516, 34]),
+    modes=('explicit',),
+  ),
   'harmonize': Case(
     *(harmonized, (LOGITS, LABELS, MASK), BATCH, OF_BATCH, [516])
   ),
