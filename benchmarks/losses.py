@@ -31,7 +31,9 @@ one_exp_cross_entropy.defvjp(_one_exp_fwd, lambda r, ct: (ct * r, None))
 
 def sigmoid_ghm(density):
   def loss(logits, labels):
-    return optax_ghm.sigmoid_ghm_loss(logits, labels, density=density)
+    return optax_ghm.sigmoid_ghm_loss(
+      logits, labels, weighting=optax_ghm.HarmonyWeighting(density=density)
+    )
 
   return loss
 
@@ -52,6 +54,9 @@ SIGMOID = {
   'sigmoid_ghm_loss, 30 bins': sigmoid_ghm(optax_ghm.BinnedDensity(bins=30)),
   'sigmoid_ghm_loss, 1000 bins': sigmoid_ghm(
     optax_ghm.BinnedDensity(bins=1000)
+  ),
+  'sigmoid_ghm_loss, as published': functools.partial(
+    optax_ghm.sigmoid_ghm_loss, weighting=optax_ghm.GHM
   ),
   'harmonize before optax cross-entropy': harmonized_cross_entropy,
 }
@@ -96,17 +101,21 @@ def one_vs_rest(logits, labels):
 
 
 def harmony(density):
-  return lambda g: optax_ghm.harmony_weights(g, density=density)[0]
+  weighting = optax_ghm.HarmonyWeighting(density=density)
+  return lambda g: optax_ghm.harmony_weights(g, weighting=weighting)[0]
 
 
+RUNNING = optax_ghm.HarmonyWeighting(
+  density=optax_ghm.BinnedDensity(bins=10, momentum=0.9)
+)
 WEIGHTS = {
   'ExactDensity': harmony(harmonization.ExactDensity()),
   'WindowedDensity': harmony(optax_ghm.WindowedDensity()),
   'BinnedDensity, 10 bins': harmony(optax_ghm.BinnedDensity(bins=10)),
   'BinnedDensity, 10 bins, momentum': lambda g: optax_ghm.harmony_weights(
     g,
-    optax_ghm.BinnedDensity(bins=10, momentum=0.9).init(),
-    density=optax_ghm.BinnedDensity(bins=10, momentum=0.9),
+    RUNNING.init(),
+    weighting=RUNNING,
   ),
   'MMDetectionDensity': harmony(harmonization.MMDetectionDensity(bins=10)),
 }

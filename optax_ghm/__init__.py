@@ -37,7 +37,9 @@ from optax_ghm.calibration import (
   standardize,
 )
 from optax_ghm.harmonization import (
+  GHM,
   BinnedDensity,
+  HarmonyWeighting,
   WindowedDensity,
   harmonize,
   harmonized_aggregate,
@@ -64,9 +66,11 @@ from optax_ghm.reversal import (
 __version__ = '0.1.0'
 
 __all__ = [
+  'GHM',
   'BinnedDensity',
   'GeometricQuantile',
   'Groups',
+  'HarmonyWeighting',
   'Moments',
   'RunningMoments',
   'SpikeWindow',

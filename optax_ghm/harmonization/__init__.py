@@ -28,16 +28,19 @@ from optax_ghm.harmonization._softmax_loss import (
   softmax_ghm_loss_with_integer_labels,
   softmax_ghm_loss_with_integer_labels_with_state,
 )
+from optax_ghm.harmonization._weighting import GHM, HarmonyWeighting
 from optax_ghm.harmonization._weights import harmony_weights
 from optax_ghm.harmonization._windowed import WindowedDensity
 
 __all__ = [
+  'GHM',
   'PARAMETER_DENSITY',
   'BinnedDensity',
   'DensityEstimator',
   'DensityState',
   'ExactDensity',
   'HarmonizedAggregateState',
+  'HarmonyWeighting',
   'MMDetectionDensity',
   'RegionDensity',
   'WindowedDensity',

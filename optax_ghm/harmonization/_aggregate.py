@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from optax_ghm._core import arrays, counters, masks, per_example, stateful
-from optax_ghm.harmonization import _density, _weights, _windowed
+from optax_ghm.harmonization import (
+  _density,
+  _weighting,
+  _weights,
+  _windowed,
+)
 
 PARAMETER_DENSITY = _windowed.WindowedDensity(
   low=1e-8, high=1e8, log=True, width=0.5
@@ -25,15 +30,17 @@ class HarmonizedAggregateState(NamedTuple):
 
 
 def harmonized_aggregate(
-  density: _density.DensityEstimator = PARAMETER_DENSITY,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   *,
   axis_name: arrays.AxisName = None,
 ) -> stateful.StatefulTransformation[HarmonizedAggregateState]:
   r"""Averages per-example gradients by the harmony of their global norms.
 
   .. math::
-    \bar g = \frac{\sum_i w_i \beta_i g_i}{\sum_i w_i}, \qquad
-    \beta_i = \frac{N}{GD(\lVert g_i \rVert_2)}
+    \bar g = \frac{\sum_i w_i \beta_i g_i}{\sum_i w_i}
+
+  with β the harmony weights (:func:`harmony_weights`) of
+  :math:`\lVert g_i \rVert_2`.
 
   The transformation is the first link of a chain, before any moments. It takes
   updates with the examples along the leading axis of every leaf, as
@@ -43,9 +50,9 @@ def harmonized_aggregate(
   around it.
 
   Args:
-    density: estimator of the density of the global norms. The default,
-      :data:`optax_ghm.harmonization.PARAMETER_DENSITY`, has logarithmic
-      windows, for norms of any scale.
+    weighting: which weight a global norm has. Without a density of its own it
+      has :data:`optax_ghm.harmonization.PARAMETER_DENSITY`, with logarithmic
+      windows for norms of any scale.
     axis_name: mapped axis, or axes, over which the batch is split; the result
       is then the average over all of it.
 
@@ -58,7 +65,7 @@ def harmonized_aggregate(
     the update is 0. Leaves that are not floating or complex pass unchanged.
 
   Raises:
-    TypeError: if ``density`` is no estimator; on update, if ``mask`` is not
+    TypeError: if ``weighting`` is none; on update, if ``mask`` is not
       bool or ``weights`` are not real.
     ValueError: on update, if leaves differ in their leading axis or have none,
       or do not have the shape of ``params`` behind it.
@@ -80,11 +87,12 @@ def harmonized_aggregate(
     Li et al., `Gradient Harmonized Single-stage Detector
     <https://arxiv.org/abs/1811.05181>`_, 2019
   """
-  counters.check_type('density', density, _density.DensityEstimator)
+  counters.check_type('weighting', weighting, _weighting.HarmonyWeighting)
+  weighting = weighting.with_density(PARAMETER_DENSITY)
 
   def init_fn(params):
     del params
-    return HarmonizedAggregateState(density.init())
+    return HarmonizedAggregateState(weighting.init())
 
   def update_fn(
     updates, state, params=None, *, mask=None, weights=None, **extra_args
@@ -95,7 +103,7 @@ def harmonized_aggregate(
     norms = per_example.norms(updates, params)
     amounts = masks.amounts(mask, weights, norms.shape)
     harmony, density_state = _weights.weigh(
-      norms, amounts, state.density, density, axis_name, True
+      norms, amounts, state.density, weighting, axis_name, True
     )
     amount = jnp.asarray(1 if amounts is None else amounts, jnp.float32)
     total = arrays.psum(jnp.sum(jnp.where(harmony > 0, amount, 0)), axis_name)

@@ -30,8 +30,6 @@ class BinnedDensity(_density.Histogram):
       bound. The density is then per decade.
     momentum: share of the past in the moving average over batches, in [0, 1);
       with 0 every batch stands alone.
-    normalize: whether harmony weights are scaled to average 1 over the batch;
-      False gives the paper's raw weights.
     bins: number of bins M, at least 1.
 
   Examples:

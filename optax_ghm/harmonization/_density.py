@@ -20,9 +20,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_ghm._core import arrays, counters
+from optax_ghm._core import arrays
 
 MOST_COMPARED = 128  # cells that a GPU compares each example with
 COPIES = 32  # of a larger histogram on a GPU: one per thread of a warp
@@ -61,12 +62,14 @@ class RegionDensity(NamedTuple):
   Attributes:
     region: int32, the shape of the norms: the region of each example, -1 for
       an example that is left out.
+    norm: float32 of shape (regions,), the norm that each region stands for.
     count: float32 of shape (regions,), the examples in each region. Their sum
       is N, and the harmony weights average to 1 over them.
     density: float32 of shape (regions,), GD: examples per unit of norm.
   """
 
   region: jax.Array
+  norm: jax.Array
   count: jax.Array
   density: jax.Array
 
@@ -85,8 +88,8 @@ class DensityEstimator(Protocol):
   """
 
   @property
-  def normalize(self) -> bool:
-    """Whether harmony weights are scaled to average 1 over the batch."""
+  def high(self) -> float:
+    """The largest norm."""
     ...
 
   def init(self) -> DensityState:
@@ -126,7 +129,6 @@ class Histogram:
   high: float = 1.0
   log: bool = False
   momentum: float = 0.0
-  normalize: bool = True
 
   def __post_init__(self):
     check_bounds(self.low, self.high)
@@ -150,6 +152,16 @@ class Histogram:
     if self.log:
       return math.log10(self.high) - math.log10(self.low)
     return self.high - self.low
+
+  @property
+  def _norms(self) -> jax.Array:
+    """The center of every region."""
+    share = (np.arange(self._regions) + 0.5) / self._regions
+    if self.log:
+      centers = self.low * 10 ** (self._length * share)
+    else:
+      centers = self.low + self._length * share
+    return jnp.asarray(centers, jnp.float32)
 
   def init(self) -> DensityState:
     """The state before the first batch: an empty histogram."""
@@ -189,7 +201,7 @@ class Histogram:
       cell = jnp.where(amounts.astype(bool), cell, last + 4)
     region = jnp.where(cell < last + 3, jnp.minimum(cell, last), -1)
     if not train:
-      return RegionDensity(region, *self._remembered(state)), state
+      return RegionDensity(region, self._norms, *self._remembered(state)), state
     cells = arrays.psum(_count(cell, amounts, last + 5), axis_name)
     cells = cells.astype(jnp.float32)
     count = jnp.append(cells[:last], jnp.sum(cells[last : last + 3]))
@@ -198,7 +210,7 @@ class Histogram:
       non_finite=state.non_finite + cells[last + 3],
     )
     density, state = self._learn(count, state)
-    return RegionDensity(region, count, density), state
+    return RegionDensity(region, self._norms, count, density), state
 
   def _cell(self, norms):
     """The region of each norm, an integer; any integer outside of the range."""
@@ -211,8 +223,12 @@ class Histogram:
     """The density with this batch in it, and the state; empty batches pass."""
     total = jnp.sum(count)
     keep = jnp.where(total > 0, self.momentum, 1.0)
+    histogram = keep * state.histogram + (1 - keep) * count
+    # The past of a region that is left decays to numbers so small that N / GD
+    # overflows, and 0 examples times infinity would be NaN: then it is empty.
+    least = 1e-12 * jnp.sum(histogram)
     state = state._replace(
-      histogram=keep * state.histogram + (1 - keep) * count,
+      histogram=jnp.where(histogram > least, histogram, 0.0),
       evidence=keep * state.evidence + (1 - keep),
     )
     running = state.histogram / nonzero(state.evidence)
@@ -281,12 +297,6 @@ def lookup(table, index):
   return table.at[index].get(
     mode='promise_in_bounds', out_sharding=jax.typeof(index).sharding
   )
-
-
-def init(density):
-  """The state of an estimator before the first batch."""
-  counters.check_type('density', density, DensityEstimator)
-  return density.init()
 
 
 def initial_state(regions):

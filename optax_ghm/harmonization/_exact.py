@@ -23,8 +23,6 @@ class ExactDensity:
     width: ε, at most ``high - low``.
     low: smallest norm of the range; norms below count as ``low``.
     high: largest norm of the range; norms above count as ``high``.
-    normalize: whether harmony weights are scaled to average 1 over the batch;
-      False gives the paper's raw weights.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -44,7 +42,6 @@ class ExactDensity:
   width: float = 0.1
   low: float = 0.0
   high: float = 1.0
-  normalize: bool = True
 
   def __post_init__(self):
     _density.check_bounds(self.low, self.high)
@@ -110,4 +107,5 @@ class ExactDensity:
     region = jnp.where(
       valid, jnp.arange(norm.size, dtype=jnp.int32), -1
     ).reshape(norms.shape)
-    return _density.RegionDensity(region, count, inside / length), state
+    norm = jnp.where(valid, g, self.low)
+    return _density.RegionDensity(region, norm, count, inside / length), state

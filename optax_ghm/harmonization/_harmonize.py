@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, masks
+from optax_ghm._core import arrays, counters, masks
 from optax_ghm._core.identity import identity
 from optax_ghm._core.norms import norm
 from optax_ghm.backward import _overwrite
-from optax_ghm.harmonization import _density, _weights, _windowed
+from optax_ghm.harmonization import (
+  _density,
+  _weighting,
+  _weights,
+  _windowed,
+)
 
 Reduction = Literal['mean', 'sum'] | float | jax.Array
 """How a loss was reduced: by mean, by sum, or by its sum over a number."""
@@ -26,7 +31,7 @@ def harmonize(
   x: jax.Array,
   state: _density.DensityState | None = None,
   *,
-  density: _density.DensityEstimator | None = None,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   axis: int | tuple[int, ...] | None = None,
   reduction: Reduction = 'mean',
   mask: ArrayLike | None = None,
@@ -46,7 +51,7 @@ def harmonize(
   gradient-harmonized one. Its law: the gradient equals that of the GHM loss
   whose g is this norm.
 
-  The next state of ``density`` is the gradient with respect to ``state``: take
+  The next state of the density is the gradient with respect to ``state``: take
   it with ``jax.grad(..., argnums=(0, 1))`` and hand it to
   :func:`overwrite_with_gradient`. Evaluation runs no backward pass and leaves
   the state alone. Where one state serves several calls in a step, or
@@ -57,12 +62,14 @@ def harmonize(
 
   Args:
     x: activations, floating or complex, examples along the leading axes.
-    state: state of ``density``. None is for densities without momentum.
-    density: estimator of the density of g. None is for the logits of a
-      cross-entropy: ``WindowedDensity()`` with norms in [0, 1] if an example is
-      a single number, else the same windows, as a share of the range, over
-      [0, √2], the norms of p - y for softmax. For norms without a bound, as at
-      a hidden layer, take :data:`optax_ghm.harmonization.PARAMETER_DENSITY`.
+    state: of the density, from ``weighting.init()`` or the last step. None is
+      for densities without momentum.
+    weighting: which weight a norm has. Without a density of its own it is for
+      the logits of a cross-entropy: ``WindowedDensity()`` with norms in [0, 1]
+      if an example is a single number, else the same windows, as a share of the
+      range, over [0, √2], the norms of p - y for softmax. For norms without a
+      bound, as at a hidden layer, give it the density
+      :data:`optax_ghm.harmonization.PARAMETER_DENSITY`.
     axis: axes of ``x`` that make up one example, over which the norm is taken.
       None is all but the first, ``()`` makes every element its own example.
     reduction: how the loss was reduced. 'mean' is a mean over all examples that
@@ -86,7 +93,7 @@ def harmonize(
   Raises:
     TypeError: if ``x`` is neither floating nor complex, or ``mask`` not bool.
     ValueError: if ``axis``, ``reduction``, ``mask``, ``weights`` or ``state``
-      do not fit, or if ``density`` has a momentum and there is no ``state``.
+      do not fit, or if the density has a momentum and there is no ``state``.
 
   Examples:
     >>> import jax
@@ -112,11 +119,13 @@ def harmonize(
     return x
   axes = tuple(range(1, x.ndim)) if axis is None else axis
   axes = np.lib.array_utils.normalize_axis_tuple(axes, x.ndim, 'axis')
-  if density is None:
-    vectors = math.prod(x.shape[i] for i in axes) != 1
-    density = _OF_VECTORS if vectors else _windowed.DEFAULT
+  counters.check_type('weighting', weighting, _weighting.HarmonyWeighting)
+  vectors = math.prod(x.shape[i] for i in axes) != 1
+  weighting = weighting.with_density(
+    _OF_VECTORS if vectors else _windowed.DEFAULT
+  )
   if state is None:
-    state = _weights.init_without_momentum(density)
+    state = _weights.init_without_momentum(weighting)
   examples = tuple(n for i, n in enumerate(x.shape) if i not in axes)
   amounts = masks.amounts(mask, weights, examples)
   divisor = reduction
@@ -130,27 +139,19 @@ def harmonize(
     divisor = arrays.psum(count, axis_name) if reduction == 'mean' else 1
   elif not isinstance(reduction, jax.Array) and not reduction > 0:
     raise ValueError(f'reduction must be above 0, got {reduction!r}.')
-  static = density, axes, axis_name
+  static = weighting, axes, axis_name
   return _harmonize(static, x, state, divisor, amounts)
-
-
-def init_state(
-  density: _density.DensityEstimator | None,
-) -> _density.DensityState:
-  """The first state of ``density``, or of the default if that is None."""
-  # The two default densities have states of one shape.
-  return _density.init(_windowed.DEFAULT if density is None else density)
 
 
 @identity
 def _harmonize(static, cotangent, state, divisor, amounts):
-  density, axes, axis_name = static
+  weighting, axes, axis_name = static
   norms = norm(cotangent, axes)
   weights, next_state = _weights.weigh(
     norms * jnp.asarray(divisor).astype(norms.dtype),
     amounts,
     state,
-    density,
+    weighting,
     axis_name,
     True,
   )

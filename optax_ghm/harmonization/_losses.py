@@ -7,18 +7,20 @@ momentum: it takes the state of the density and returns the next one, too.
 
 import jax.numpy as jnp
 
-from optax_ghm._core import arrays
-from optax_ghm.harmonization import _weights
+from optax_ghm._core import arrays, counters
+from optax_ghm.harmonization import _weighting, _weights, _windowed
 
 
 def harmonize(
-  losses, norms, amounts, density, axis_name, state=None, train=True
+  losses, norms, amounts, weighting, axis_name, state=None, train=True
 ):
   """The losses times the harmony weights of their norms; the next state."""
+  counters.check_type('weighting', weighting, _weighting.HarmonyWeighting)
+  weighting = weighting.with_density(_windowed.DEFAULT)
   if state is None:
-    state = _weights.init_without_momentum(density)
+    state = _weights.init_without_momentum(weighting)
   weights, state = _weights.weigh(
-    norms, amounts, state, density, axis_name, train
+    norms, amounts, state, weighting, axis_name, train
   )
   return weights.astype(losses.dtype) * losses, state
 

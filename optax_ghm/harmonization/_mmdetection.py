@@ -26,8 +26,6 @@ class MMDetectionDensity(_binned.BinnedDensity):
     high: largest norm of the range; norms outside count in the outermost bin.
     log: whether bins have equal width in log10(norm).
     momentum: share of the past in the moving average over batches, in [0, 1).
-    normalize: whether harmony weights are scaled to average 1 over the batch;
-      False here.
     bins: number of bins M, at least 1; 10 there.
 
   Examples:
@@ -45,7 +43,6 @@ class MMDetectionDensity(_binned.BinnedDensity):
     Chen et al., `MMDetection <https://arxiv.org/abs/1906.07155>`_, 2019
   """
 
-  normalize: bool = False
   bins: int = 10
 
   def update(self, norms, state, amounts=None, axis_name=None, train=True):

@@ -6,14 +6,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays, masks
-from optax_ghm.harmonization import _density, _losses, _windowed
+from optax_ghm.harmonization import _density, _losses, _weighting
 
 
 def sigmoid_ghm_loss(
   logits: ArrayLike,
   labels: ArrayLike,
   *,
-  density: _density.DensityEstimator = _windowed.DEFAULT,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
@@ -25,8 +25,8 @@ def sigmoid_ghm_loss(
       \left(-y_i \log p_i - (1 - y_i) \log(1 - p_i)\right),
     \quad p_i = \sigma(x_i), \quad g_i = |p_i - y_i|
 
-  where :math:`\beta_i = N / GD(g_i)` is the harmony weight of the gradient norm
-  g (:func:`harmony_weights`). Every element is an example of its own. The
+  where :math:`\beta_i` is the harmony weight of the gradient norm g
+  (:func:`harmony_weights`). Every element is an example of its own. The
   weights are constants to differentiation: the gradient is
   :math:`\partial \ell_i / \partial x_i = w_i \beta_i (p_i - y_i)`.
 
@@ -35,7 +35,7 @@ def sigmoid_ghm_loss(
       at least float32.
     labels: probabilities y in [0, 1], or integers or booleans, broadcastable to
       ``logits``.
-    density: estimator of the gradient density over [0, 1], without momentum.
+    weighting: which weight a norm in [0, 1] has; a density without momentum.
     mask: bool, broadcastable to ``logits``: which elements count.
     weights: real numbers w, broadcastable to ``logits``: as how many examples
       each element counts, in the density and in the loss.
@@ -52,7 +52,7 @@ def sigmoid_ghm_loss(
   Raises:
     TypeError: if ``logits`` are not floating, or ``mask`` is not bool.
     ValueError: if ``labels``, ``mask`` or ``weights`` do not broadcast to
-      ``logits``, or if ``density`` has a momentum.
+      ``logits``, or if the density has a momentum.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -68,7 +68,7 @@ def sigmoid_ghm_loss(
     <https://arxiv.org/abs/1811.05181>`_, section 3.3, 2019
   """
   plain = _cross_entropy(logits, labels, mask, weights)
-  return _losses.harmonize(*plain, density, axis_name)[0]
+  return _losses.harmonize(*plain, weighting, axis_name)[0]
 
 
 def sigmoid_ghm_loss_with_state(
@@ -76,7 +76,7 @@ def sigmoid_ghm_loss_with_state(
   labels: ArrayLike,
   state: _density.DensityState,
   *,
-  density: _density.DensityEstimator = _windowed.DEFAULT,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
@@ -84,7 +84,7 @@ def sigmoid_ghm_loss_with_state(
 ) -> tuple[jax.Array, _density.DensityState]:
   """:func:`sigmoid_ghm_loss` with a memory of past batches.
 
-  ``state`` is the state of ``density``, from its ``init()`` or the last call.
+  ``state`` is that of the density, from ``weighting.init()`` or the last call.
   With ``train=False``, for evaluation, the state is read and stays as it is.
   The formula and the other arguments are those of :func:`sigmoid_ghm_loss`.
 
@@ -94,24 +94,26 @@ def sigmoid_ghm_loss_with_state(
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_ghm
-    >>> density = optax_ghm.WindowedDensity(momentum=0.9)
-    >>> state = density.init()
+    >>> weighting = optax_ghm.HarmonyWeighting(
+    ...   density=optax_ghm.WindowedDensity(momentum=0.9)
+    ... )
+    >>> state = weighting.init()
     >>> for logits in jnp.array([[-4.0, -4.0, 1.0], [-3.0, -4.0, 2.0]]):
     ...   losses, state = optax_ghm.sigmoid_ghm_loss_with_state(
-    ...     logits, jnp.zeros(3), state, density=density
+    ...     logits, jnp.zeros(3), state, weighting=weighting
     ...   )
     >>> losses.shape
     (3,)
   """
   plain = _cross_entropy(logits, labels, mask, weights)
-  return _losses.harmonize(*plain, density, axis_name, state, train)
+  return _losses.harmonize(*plain, weighting, axis_name, state, train)
 
 
 def sigmoid_ghm_loss_with_integer_labels(
   logits: ArrayLike,
   labels: ArrayLike,
   *,
-  density: _density.DensityEstimator = _windowed.DEFAULT,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
@@ -129,7 +131,7 @@ def sigmoid_ghm_loss_with_integer_labels(
     logits: unnormalized log-odds, shape (..., num_classes), floating;
       computed in at least float32.
     labels: integers, shape (...).
-    density: estimator of the gradient density over [0, 1], without momentum.
+    weighting: which weight a norm in [0, 1] has; a density without momentum.
     mask: bool: which examples count, if it has fewer axes than ``logits`` and
       broadcasts to ``labels``, or which logits.
     weights: real numbers, of such a shape: as how many examples each example or
@@ -143,7 +145,7 @@ def sigmoid_ghm_loss_with_integer_labels(
   Raises:
     TypeError: if ``logits`` are not floating, ``labels`` not integers or
       ``mask`` not bool.
-    ValueError: if the shapes do not fit, or if ``density`` has a momentum.
+    ValueError: if the shapes do not fit, or if the density has a momentum.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -161,7 +163,7 @@ def sigmoid_ghm_loss_with_integer_labels(
     <https://arxiv.org/abs/1811.05181>`_, section 3.3, 2019
   """
   plain = _one_vs_rest(logits, labels, mask, weights)
-  return _losses.harmonize(*plain, density, axis_name)[0]
+  return _losses.harmonize(*plain, weighting, axis_name)[0]
 
 
 def sigmoid_ghm_loss_with_integer_labels_with_state(
@@ -169,7 +171,7 @@ def sigmoid_ghm_loss_with_integer_labels_with_state(
   labels: ArrayLike,
   state: _density.DensityState,
   *,
-  density: _density.DensityEstimator = _windowed.DEFAULT,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
@@ -177,7 +179,7 @@ def sigmoid_ghm_loss_with_integer_labels_with_state(
 ) -> tuple[jax.Array, _density.DensityState]:
   """:func:`sigmoid_ghm_loss_with_integer_labels` with a memory of past batches.
 
-  ``state`` is the state of ``density``, from its ``init()`` or the last call.
+  ``state`` is that of the density, from ``weighting.init()`` or the last call.
   With ``train=False``, for evaluation, the state is read and stays as it is.
   The formula and the other arguments are those of
   :func:`sigmoid_ghm_loss_with_integer_labels`.
@@ -188,17 +190,22 @@ def sigmoid_ghm_loss_with_integer_labels_with_state(
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_ghm
-    >>> density = optax_ghm.WindowedDensity(momentum=0.9)
+    >>> weighting = optax_ghm.HarmonyWeighting(
+    ...   density=optax_ghm.WindowedDensity(momentum=0.9)
+    ... )
     >>> losses, state = (
     ...   optax_ghm.sigmoid_ghm_loss_with_integer_labels_with_state(
-    ...     jnp.zeros((4, 3)), jnp.arange(4), density.init(), density=density
+    ...     jnp.zeros((4, 3)),
+    ...     jnp.arange(4),
+    ...     weighting.init(),
+    ...     weighting=weighting,
     ...   )
     ... )
     >>> losses.shape
     (4, 3)
   """
   plain = _one_vs_rest(logits, labels, mask, weights)
-  return _losses.harmonize(*plain, density, axis_name, state, train)
+  return _losses.harmonize(*plain, weighting, axis_name, state, train)
 
 
 def _cross_entropy(logits, labels, mask, weights):

@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays, masks
-from optax_ghm.harmonization import _density, _losses, _windowed
+from optax_ghm.harmonization import _density, _losses, _weighting
 
 
 def smooth_l1_ghm_loss(
@@ -14,7 +14,7 @@ def smooth_l1_ghm_loss(
   targets: ArrayLike,
   *,
   mu: float | jax.Array = 0.02,
-  density: _density.DensityEstimator = _windowed.DEFAULT,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
@@ -26,8 +26,8 @@ def smooth_l1_ghm_loss(
     d = \text{predictions} - \text{targets}, \quad
     g_i = \frac{|d_i|}{\sqrt{d_i^2 + \mu^2}}
 
-  where :math:`\beta_i = N / GD(g_i)` is the harmony weight of the gradient norm
-  g (:func:`harmony_weights`), a constant to differentiation. ASL1 resembles
+  where :math:`\beta_i` is the harmony weight of the gradient norm g
+  (:func:`harmony_weights`), a constant to differentiation. ASL1 resembles
   smooth L1 but has all its derivatives, and its gradient norm in [0, 1) tells
   large errors apart where that of smooth L1 is a constant 1.
 
@@ -36,7 +36,7 @@ def smooth_l1_ghm_loss(
     targets: broadcastable to ``predictions``.
     mu: where the loss turns from quadratic to linear, in units of the targets;
       above 0.
-    density: estimator of the gradient density over [0, 1], without momentum.
+    weighting: which weight a norm in [0, 1] has; a density without momentum.
     mask: bool, broadcastable to ``predictions``: which elements count.
     weights: real numbers w, broadcastable to ``predictions``: as how many
       examples each element counts, in the density and in the loss.
@@ -51,7 +51,7 @@ def smooth_l1_ghm_loss(
 
   Raises:
     TypeError: if ``predictions`` are not floating, or ``mask`` is not bool.
-    ValueError: if shapes do not fit, ``mu`` is not above 0, or ``density`` has
+    ValueError: if shapes do not fit, ``mu`` is not above 0, or the density has
       a momentum.
 
   Examples:
@@ -68,7 +68,7 @@ def smooth_l1_ghm_loss(
     <https://arxiv.org/abs/1811.05181>`_, section 3.4, 2019
   """
   plain = _authentic_smooth_l1(predictions, targets, mu, mask, weights)
-  return _losses.harmonize(*plain, density, axis_name)[0]
+  return _losses.harmonize(*plain, weighting, axis_name)[0]
 
 
 def smooth_l1_ghm_loss_with_state(
@@ -77,7 +77,7 @@ def smooth_l1_ghm_loss_with_state(
   state: _density.DensityState,
   *,
   mu: float | jax.Array = 0.02,
-  density: _density.DensityEstimator = _windowed.DEFAULT,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
@@ -85,7 +85,7 @@ def smooth_l1_ghm_loss_with_state(
 ) -> tuple[jax.Array, _density.DensityState]:
   """:func:`smooth_l1_ghm_loss` with a memory of past batches.
 
-  ``state`` is the state of ``density``, from its ``init()`` or the last call.
+  ``state`` is that of the density, from ``weighting.init()`` or the last call.
   With ``train=False``, for evaluation, the state is read and stays as it is.
   The formula and the other arguments are those of :func:`smooth_l1_ghm_loss`.
 
@@ -95,15 +95,20 @@ def smooth_l1_ghm_loss_with_state(
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_ghm
-    >>> density = optax_ghm.WindowedDensity(momentum=0.9)
+    >>> weighting = optax_ghm.HarmonyWeighting(
+    ...   density=optax_ghm.WindowedDensity(momentum=0.9)
+    ... )
     >>> losses, state = optax_ghm.smooth_l1_ghm_loss_with_state(
-    ...   jnp.array([0.01, 3.0]), jnp.zeros(2), density.init(), density=density
+    ...   jnp.array([0.01, 3.0]),
+    ...   jnp.zeros(2),
+    ...   weighting.init(),
+    ...   weighting=weighting,
     ... )
     >>> losses.shape
     (2,)
   """
   plain = _authentic_smooth_l1(predictions, targets, mu, mask, weights)
-  return _losses.harmonize(*plain, density, axis_name, state, train)
+  return _losses.harmonize(*plain, weighting, axis_name, state, train)
 
 
 def _authentic_smooth_l1(predictions, targets, mu, mask, weights):

@@ -7,14 +7,14 @@ from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays, masks
 from optax_ghm._core.softmax_cross_entropy import softmax_cross_entropy
-from optax_ghm.harmonization import _density, _losses, _windowed
+from optax_ghm.harmonization import _density, _losses, _weighting
 
 
 def softmax_ghm_loss_with_integer_labels(
   logits: ArrayLike,
   labels: ArrayLike,
   *,
-  density: _density.DensityEstimator = _windowed.DEFAULT,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
@@ -26,8 +26,8 @@ def softmax_ghm_loss_with_integer_labels(
     p_i = \mathrm{softmax}(x_i), \quad
     g_i = \tfrac12 \lVert p_i - e_{y_i} \rVert_1 = 1 - p_{i, y_i}
 
-  where :math:`\beta_i = N / GD(g_i)` is the harmony weight of the gradient norm
-  g (:func:`harmony_weights`), a constant to differentiation. The norm is half
+  where :math:`\beta_i` is the harmony weight of the gradient norm g
+  (:func:`harmony_weights`), a constant to differentiation. The norm is half
   the L1 norm of the gradient at the logits: the probability in the wrong
   place. It lies in [0, 1] for any number of classes, is the binary
   :math:`|p - y|` for two, and is known from the loss alone. For the Euclidean
@@ -38,7 +38,7 @@ def softmax_ghm_loss_with_integer_labels(
       floating; computed in at least float32.
     labels: integers y in [0, num_classes), shape (...). Any other label, such
       as -1 for an example to ignore, gives NaN unless ``mask`` leaves it out.
-    density: estimator of the gradient density over [0, 1], without momentum.
+    weighting: which weight a norm in [0, 1] has; a density without momentum.
     mask: bool, broadcastable to ``labels``: which examples count.
     weights: real numbers w, broadcastable to ``labels``: as how many examples
       each example counts, in the density and in the loss.
@@ -53,7 +53,7 @@ def softmax_ghm_loss_with_integer_labels(
   Raises:
     TypeError: if ``logits`` are not floating, ``labels`` not integers or
       ``mask`` not bool.
-    ValueError: if the shapes do not fit, or if ``density`` has a momentum.
+    ValueError: if the shapes do not fit, or if the density has a momentum.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -70,7 +70,7 @@ def softmax_ghm_loss_with_integer_labels(
     <https://arxiv.org/abs/1811.05181>`_, 2019 (the binary form)
   """
   plain = _cross_entropy(logits, labels, mask, weights)
-  return _losses.harmonize(*plain, density, axis_name)[0]
+  return _losses.harmonize(*plain, weighting, axis_name)[0]
 
 
 def softmax_ghm_loss_with_integer_labels_with_state(
@@ -78,7 +78,7 @@ def softmax_ghm_loss_with_integer_labels_with_state(
   labels: ArrayLike,
   state: _density.DensityState,
   *,
-  density: _density.DensityEstimator = _windowed.DEFAULT,
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
   axis_name: arrays.AxisName = None,
@@ -86,7 +86,7 @@ def softmax_ghm_loss_with_integer_labels_with_state(
 ) -> tuple[jax.Array, _density.DensityState]:
   """:func:`softmax_ghm_loss_with_integer_labels` with a memory of past batches.
 
-  ``state`` is the state of ``density``, from its ``init()`` or the last call.
+  ``state`` is that of the density, from ``weighting.init()`` or the last call.
   With ``train=False``, for evaluation, the state is read and stays as it is.
   The formula and the other arguments are those of
   :func:`softmax_ghm_loss_with_integer_labels`.
@@ -97,20 +97,22 @@ def softmax_ghm_loss_with_integer_labels_with_state(
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_ghm
-    >>> density = optax_ghm.WindowedDensity(momentum=0.9)
+    >>> weighting = optax_ghm.HarmonyWeighting(
+    ...   density=optax_ghm.WindowedDensity(momentum=0.9)
+    ... )
     >>> losses, state = (
     ...   optax_ghm.softmax_ghm_loss_with_integer_labels_with_state(
     ...     jnp.zeros((4, 3)),
     ...     jnp.zeros(4, int),
-    ...     density.init(),
-    ...     density=density,
+    ...     weighting.init(),
+    ...     weighting=weighting,
     ...   )
     ... )
     >>> losses.shape
     (4,)
   """
   plain = _cross_entropy(logits, labels, mask, weights)
-  return _losses.harmonize(*plain, density, axis_name, state, train)
+  return _losses.harmonize(*plain, weighting, axis_name, state, train)
 
 
 def _cross_entropy(logits, labels, mask, weights):

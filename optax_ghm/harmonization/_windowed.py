@@ -32,8 +32,6 @@ class WindowedDensity(_density.Histogram):
       known bound. ``width`` and the density are then in decades.
     momentum: share of the past in the moving average over batches, in [0, 1);
       with 0 every batch stands alone.
-    normalize: whether harmony weights are scaled to average 1 over the batch;
-      False gives the paper's raw weights.
     width: ε, in norm or in decades, at most the length of the range.
     cells: number of cells of the histogram; the cost hardly depends on it.
 

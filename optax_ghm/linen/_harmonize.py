@@ -6,7 +6,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays
-from optax_ghm.harmonization import _density, _harmonize
+from optax_ghm.harmonization import _harmonize, _weighting
 
 
 class Harmonize(nn.Module):
@@ -25,9 +25,8 @@ class Harmonize(nn.Module):
   error.
 
   Attributes:
-    density: estimator of the gradient density, an
-      :class:`optax_ghm.harmonization.DensityEstimator`. None is for the logits
-      of a cross-entropy, sigmoid or softmax.
+    weighting: which weight a norm has. Without a density of its own it is for
+      the logits of a cross-entropy, sigmoid or softmax.
     axis: axes of the input that make up one example; None is all but the first.
     reduction: how the loss is reduced, 'mean', 'sum' or what its sum is divided
       by.
@@ -56,7 +55,7 @@ class Harmonize(nn.Module):
     1
   """
 
-  density: _density.DensityEstimator | None = None
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT
   axis: int | tuple[int, ...] | None = None
   reduction: _harmonize.Reduction = 'mean'
   axis_name: arrays.AxisName = None
@@ -86,12 +85,12 @@ class Harmonize(nn.Module):
     state = self.variable(
       OVERWRITE_WITH_GRADIENT,
       'harmony',
-      lambda: _harmonize.init_state(self.density),
+      self.weighting.init,
     )
     return _harmonize.harmonize(
       x,
       state.value,
-      density=self.density,
+      weighting=self.weighting,
       axis=self.axis,
       reduction=self.reduction,
       mask=mask,

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays
-from optax_ghm.harmonization import _density, _harmonize
+from optax_ghm.harmonization import _harmonize, _weighting
 from optax_ghm.nnx import _overwrite
 
 
@@ -24,9 +24,8 @@ class Harmonize(nnx.Module):
   with a momentum then never learns.
 
   Args:
-    density: estimator of the gradient density, an
-      :class:`optax_ghm.harmonization.DensityEstimator`. None is for the logits
-      of a cross-entropy, sigmoid or softmax.
+    weighting: which weight a norm has. Without a density of its own it is for
+      the logits of a cross-entropy, sigmoid or softmax.
     axis: axes of the input that make up one example; None is all but the first.
     reduction: how the loss is reduced, 'mean', 'sum' or what its sum is divided
       by.
@@ -52,13 +51,13 @@ class Harmonize(nnx.Module):
     4.0
   """
 
-  density: _density.DensityEstimator | None = None
+  weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT
   axis: int | tuple[int, ...] | None = None
   reduction: _harmonize.Reduction = 'mean'
   axis_name: arrays.AxisName = None
 
   def __post_init__(self):
-    state = _harmonize.init_state(self.density)
+    state = self.weighting.init()
     self.state = _overwrite.OverwriteWithGradient(state)
 
   def __call__(
@@ -83,7 +82,7 @@ class Harmonize(nnx.Module):
     return _harmonize.harmonize(
       x,
       self.state.get_value(),
-      density=self.density,
+      weighting=self.weighting,
       axis=self.axis,
       reduction=self.reduction,
       mask=mask,

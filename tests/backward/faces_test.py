@@ -16,6 +16,7 @@ import optax_ghm.linen
 import optax_ghm.nnx
 from optax_ghm import harmonization
 from optax_ghm.backward import OVERWRITE_WITH_GRADIENT
+from tests.support.oracles_harmonization import published
 
 DENSITY = optax_ghm.WindowedDensity(width=0.2, cells=64, momentum=0.9)
 REDUCTION = 16 / 2**0.5
@@ -35,7 +36,7 @@ def cross_entropy(logits):
 
 def harmonize(logits, state):
   return optax_ghm.harmonize(
-    logits, state, density=DENSITY, reduction=REDUCTION
+    logits, state, weighting=published(DENSITY), reduction=REDUCTION
   )
 
 
@@ -62,10 +63,12 @@ def plain_training(params, face):
 FACES = {
   'harmonize': (
     functools.partial(
-      optax_ghm.linen.Harmonize, density=DENSITY, reduction=REDUCTION
+      optax_ghm.linen.Harmonize,
+      weighting=published(DENSITY),
+      reduction=REDUCTION,
     ),
     functools.partial(
-      optax_ghm.nnx.Harmonize, density=DENSITY, reduction=REDUCTION
+      optax_ghm.nnx.Harmonize, weighting=published(DENSITY), reduction=REDUCTION
     ),
   ),
   'in_backward': (
@@ -165,7 +168,9 @@ def test_linen_scanned_and_rematted_layers_keep_a_state_each():
   class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
-      x = optax_ghm.linen.Harmonize(density=DENSITY)(nn.Dense(4)(x))
+      x = optax_ghm.linen.Harmonize(weighting=published(DENSITY))(
+        nn.Dense(4)(x)
+      )
       return x, None
 
   stack = nn.scan(

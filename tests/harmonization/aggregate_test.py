@@ -8,8 +8,9 @@ import pytest
 
 import optax_ghm
 from optax_ghm import harmonization
+from tests.support.oracles_harmonization import published
 
-TX = optax_ghm.harmonized_aggregate()
+TX = optax_ghm.harmonized_aggregate(published())
 
 
 @jax.jit
@@ -35,7 +36,7 @@ def test_it_is_the_weighted_mean(grads):
   norms = np.sqrt(np.square(w).sum((1, 2)) + np.square(b))
   weights, expected_state = jax.jit(
     lambda norms: optax_ghm.harmony_weights(
-      norms, density=harmonization.PARAMETER_DENSITY
+      norms, weighting=published(harmonization.PARAMETER_DENSITY)
     )
   )(norms.astype(np.float32))
   updates, state = aggregate(grads)

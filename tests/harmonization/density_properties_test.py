@@ -14,6 +14,7 @@ from tests.support import (
   oracles_harmonization as oracles,
   strategies_arrays as arrays_of,
 )
+from tests.support.oracles_harmonization import published
 
 pytestmark = pytest.mark.device
 PROGRAMS = 62
@@ -34,7 +35,6 @@ LOG = {'low': 1e-8, 'high': 1e8, 'log': True}
 BINNED, WINDOWED = optax_ghm.BinnedDensity, optax_ghm.WindowedDensity
 HISTOGRAMS = {
   'binned': BINNED(bins=CELLS),
-  'raw': BINNED(bins=CELLS, normalize=False),
   'far': BINNED(bins=CELLS, low=2.0, high=1e30),
   'log bins': BINNED(bins=CELLS, **LOG),
   'log windows': WINDOWED(cells=CELLS, width=2.5, **LOG),
@@ -45,7 +45,7 @@ HISTOGRAMS = {
 }
 OF_ALL_CASES = ('binned', 'log windows')
 
-_weigh = jax.jit(optax_ghm.harmony_weights, static_argnames='density')
+_weigh = jax.jit(optax_ghm.harmony_weights, static_argnames='weighting')
 
 
 def weigh(*args, **kwargs):
@@ -59,7 +59,9 @@ def density_and_factors(norms, weights, density):
   regions, _ = density.update(norms.astype(jnp.float32), state, amounts)
   return (
     regions.at_examples(regions.density),
-    *optax_ghm.harmony_weights(norms, state, density=density, weights=weights),
+    *optax_ghm.harmony_weights(
+      norms, state, weighting=published(density), weights=weights
+    ),
   )
 
 
@@ -107,7 +109,7 @@ def test_histograms_are_their_definition(name, layout, data):
   part, length = table(density, CELLS)
   expected = np.where(valid, (part @ histogram / length)[at], 0)
   np.testing.assert_allclose(gd, expected, rtol=1e-5)
-  expected = oracles.harmony(expected, mass, density.normalize)
+  expected = oracles.harmony(expected, mass)
   np.testing.assert_allclose(
     factors, expected * np.where(counts, amount, 0), rtol=1e-5
   )
@@ -174,7 +176,9 @@ def test_the_exact_density_is_the_definition(case, data):
 @jax.jit
 def weighed_by_each(norms):
   densities = WINDOWED(), harmonization.ExactDensity()
-  return [optax_ghm.harmony_weights(norms, density=u) for u in densities]
+  return [
+    optax_ghm.harmony_weights(norms, weighting=published(u)) for u in densities
+  ]
 
 
 @given(norm=st.floats(0, 3e38), dtype=st.sampled_from([np.float32, np.float64]))
@@ -204,7 +208,9 @@ def test_running_histograms_are_the_decayed_sums(density, data):
       arrays_of.arrays(np.float32, 5, st.sampled_from([0.0, 0.25, 1.0]))
     )
     norms = ((at + 0.5) / 4).astype(np.float32)
-    factors, state = weigh(norms, state, density=density, weights=weights)
+    factors, state = weigh(
+      norms, state, weighting=published(density), weights=weights
+    )
     assert np.isfinite(factors).all() and ((factors > 0) == (weights > 0)).all()
     amount = weights > 0 if reference else weights
     mass = np.bincount(at, amount.astype(float), 4)
@@ -234,8 +240,8 @@ ESTIMATORS = {
 )
 def test_what_weighs_nothing_has_no_part_in_any_weight(name, norms, weights):
   density = ESTIMATORS[name]
-  found = weigh(norms, density=density, weights=weights)
+  found = weigh(norms, weighting=published(density), weights=weights)
   other = np.where(weights > 0, norms, np.float32(0.375))
-  expected = weigh(other, density=density, weights=weights)
+  expected = weigh(other, weighting=published(density), weights=weights)
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert (found[0][~(weights > 0)] == 0).all()

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import optax_ghm
 from optax_ghm import harmonization
+from tests.support.oracles_harmonization import published
 
 pytestmark = pytest.mark.device
 
@@ -29,7 +30,7 @@ ALL = {
   'log windowed': optax_ghm.WindowedDensity(width=1.0, **LOG),
 }
 REMEMBERING = {
-  name: dataclasses.replace(density, momentum=0.9, normalize=True)
+  name: dataclasses.replace(density, momentum=0.9)
   for name, density in ALL.items()
   if name != 'exact'
 }
@@ -42,7 +43,7 @@ def _weigh_all(norms, states, train=True, **options):
     name: optax_ghm.harmony_weights(
       norms[name] if isinstance(norms, dict) else norms,
       density.init() if states is None else states[name],
-      density=density,
+      weighting=published(density, normalize=True),
       train=train,
       **options,
     )
@@ -149,11 +150,12 @@ def test_the_first_step_is_not_inflated(rng):
   @jax.jit
   def first(g):
     def weights(family, **settings):
-      return optax_ghm.harmony_weights(g, density=family(**settings))[0]
+      return optax_ghm.harmony_weights(
+        g, weighting=published(family(**settings), normalize=False)
+      )[0]
 
     of_families = [
-      [weights(u, momentum=m, normalize=False) for m in (0, *momenta)]
-      for u in families
+      [weights(u, momentum=m) for m in (0, *momenta)] for u in families
     ]
     reference = [
       weights(harmonization.MMDetectionDensity, momentum=m) for m in momenta
@@ -190,7 +192,7 @@ def test_evaluation_leaves_the_state_and_ignores_the_batch(rng):
   @jax.jit
   def learned(g):
     return {
-      name: optax_ghm.harmony_weights(g, density=density)[1]
+      name: optax_ghm.harmony_weights(g, weighting=published(density))[1]
       for name, density in REMEMBERING.items()
     }
 
@@ -305,6 +307,18 @@ def test_bad_settings_are_named(family, settings, name):
     family(0.2)
 
 
+@pytest.mark.parametrize('name', ['exponent', 'robustness', 'focus'])
+@pytest.mark.parametrize('value', [-0.1, np.inf, np.nan])
+def test_bad_exponents_are_named(name, value):
+  with pytest.raises(ValueError, match=name):
+    optax_ghm.HarmonyWeighting(**{name: value})
+
+
+def test_a_weighting_of_no_density_is_named():
+  with pytest.raises(TypeError, match='density must .*got <class.*Call'):
+    published(type(EXACT), normalize=True)
+
+
 def test_bad_arguments_are_named():
   g, state = np.ones(3, np.float32), jax.eval_shape(BINNED.init)
   for error, match, norms, options in (
@@ -317,9 +331,19 @@ def test_bad_arguments_are_named():
       g,
       {'weights': np.ones(3, np.complex64)},
     ),
-    (ValueError, 'state', g, {'state': state, 'density': WINDOWED}),
-    (ValueError, 'axis_name', g, {'density': EXACT, 'axis_name': 'batch'}),
-    (TypeError, 'density must .*got <class.*Call', g, {'density': type(EXACT)}),
+    (
+      ValueError,
+      'state',
+      g,
+      {'state': state, 'weighting': published(WINDOWED)},
+    ),
+    (
+      ValueError,
+      'axis_name',
+      g,
+      {'weighting': published(EXACT), 'axis_name': 'batch'},
+    ),
+    (TypeError, 'weighting must be a Harm.*got Exact', g, {'weighting': EXACT}),
   ):
     with pytest.raises(error, match=match):
       jax.eval_shape(

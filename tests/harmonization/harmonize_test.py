@@ -17,7 +17,7 @@ from tests.support import (
   oracles_harmonization as oracles,
   strategies_arrays as arrays_of,
 )
-from tests.support.oracles_harmonization import Smooth
+from tests.support.oracles_harmonization import Smooth, published
 
 BINNED = optax_ghm.BinnedDensity(bins=4, momentum=0.5)
 RUNNING = optax_ghm.WindowedDensity(width=0.1, momentum=0.9)
@@ -35,7 +35,9 @@ def golden_step(x, state, y, weight, density):
   valid = weight > 0
 
   def loss(x, state):
-    x = optax_ghm.harmonize(x, state, density=density, axis=(), mask=valid)
+    x = optax_ghm.harmonize(
+      x, state, weighting=published(density), axis=(), mask=valid
+    )
     losses = optax.sigmoid_binary_cross_entropy(x, y)
     count = jnp.maximum(valid.sum(dtype=jnp.float32), 1)
     return jnp.where(valid, losses, 0.0).sum() / count
@@ -78,7 +80,7 @@ def harmonized(x, dy, mask, axis, reduction):
     return optax_ghm.harmonize(
       x,
       state,
-      density=Smooth(high=1e30),
+      weighting=published(Smooth(high=1e30)),
       axis=axis,
       reduction=reduction,
       mask=mask,
@@ -149,7 +151,11 @@ def test_law_the_gradient_is_that_of_the_loss(rng):
     def before(reduction, divisor):
       def loss(x):
         x = optax_ghm.harmonize(
-          x, density=Smooth(), axis=(), reduction=reduction, mask=mask
+          x,
+          weighting=published(Smooth()),
+          axis=(),
+          reduction=reduction,
+          mask=mask,
         )
         losses = optax.sigmoid_binary_cross_entropy(x, y)
         return jnp.where(mask, losses, 0).sum() / divisor
@@ -157,7 +163,9 @@ def test_law_the_gradient_is_that_of_the_loss(rng):
       return divisor * jax.grad(loss)(x)
 
     def ghm(x):
-      losses = optax_ghm.sigmoid_ghm_loss(x, y, density=Smooth(), mask=mask)
+      losses = optax_ghm.sigmoid_ghm_loss(
+        x, y, weighting=published(Smooth()), mask=mask
+      )
       return losses.sum()
 
     reductions = before('mean', 120), before('sum', 1), before(seven, seven)
@@ -186,7 +194,7 @@ def step(x, state, y, axis_name=None, wrap=lambda f: f):
   def loss(x, state):
     x = wrap(
       lambda x, state: optax_ghm.harmonize(
-        x, state, density=RUNNING, axis=(), axis_name=axis_name
+        x, state, weighting=published(RUNNING), axis=(), axis_name=axis_name
       )
     )(x, state)
     return jnp.sum(optax.sigmoid_binary_cross_entropy(x, y)) / 24
@@ -270,7 +278,11 @@ def test_a_state_used_twice_averages_and_one_unused_stays():
           jnp.sum(
             c
             * optax_ghm.harmonize(
-              jnp.ones(3), state, density=BINNED, axis=(), reduction='sum'
+              jnp.ones(3),
+              state,
+              weighting=published(BINNED),
+              axis=(),
+              reduction='sum',
             )
           )
           for c in cotangents
@@ -296,7 +308,9 @@ def test_a_state_used_twice_averages_and_one_unused_stays():
 
 def test_examples_that_share_a_state_under_vmap_carry_the_mean():
   def each(row, state):
-    x = optax_ghm.harmonize(row, state, density=BINNED, reduction='sum')
+    x = optax_ghm.harmonize(
+      row, state, weighting=published(BINNED), reduction='sum'
+    )
     return jnp.sum(jnp.square(x)) / 8
 
   @jax.jit
@@ -334,7 +348,7 @@ def test_wrong_arguments_are_named():
       {'reduction': 'none'},
     ),
     (ValueError, 'reduction must be above 0, got 0', x, {'reduction': 0}),
-    (ValueError, 'momentum=0.9.*state', x, {'density': RUNNING}),
+    (ValueError, 'momentum=0.9.*state', x, {'weighting': published(RUNNING)}),
   ):
     with pytest.raises(error, match=match):
       optax_ghm.harmonize(given_, **options)
@@ -363,7 +377,9 @@ def test_traps_norms_of_softmax_reach_beyond_one():
     labels = jnp.zeros(len(margins), jnp.int32)
 
     def loss(x, state, reduction, reduce):
-      x = optax_ghm.harmonize(x, state, reduction=reduction)
+      x = optax_ghm.harmonize(
+        x, state, weighting=published(), reduction=reduction
+      )
       return reduce(cross_entropies(x, labels))
 
     grad = jax.grad(loss, (0, 1))
@@ -414,14 +430,16 @@ def test_weights_multiply_the_cotangent_and_count_in_the_density(rng):
   @jax.jit
   def grads(x, norms):
     def loss(x, weights):
-      x = optax_ghm.harmonize(x, weights=weights)
+      x = optax_ghm.harmonize(x, weighting=published(), weights=weights)
       return cross_entropies(x, y).mean()
 
     density = optax_ghm.WindowedDensity(high=2**0.5, width=0.1 * 2**0.5)
     return [
       (
         jax.grad(loss)(x, w),
-        optax_ghm.harmony_weights(norms, density=density, weights=w)[0],
+        optax_ghm.harmony_weights(
+          norms, weighting=published(density), weights=w
+        )[0],
       )
       for w in (None, weights)
     ]

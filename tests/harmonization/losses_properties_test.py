@@ -14,7 +14,7 @@ from tests.support import (
   oracles_harmonization as oracles,
   strategies_arrays as arrays_of,
 )
-from tests.support.oracles_harmonization import MU, Smooth
+from tests.support.oracles_harmonization import MU, Smooth, published
 
 pytestmark = pytest.mark.device
 
@@ -31,7 +31,9 @@ WEIGHTS = st.sampled_from([0.0, 0.25, 1.0, -1.0, np.nan])
 @functools.partial(jax.jit, static_argnames=('loss', 'density'))
 def losses_and_grad(loss, x, y, weights, density):
   def total(x):
-    losses, state = loss(x, y, density.init(), density=density, weights=weights)
+    losses, state = loss(
+      x, y, density.init(), weighting=published(density), weights=weights
+    )
     return losses.sum(), (losses, state)
 
   (_, aux), grad = jax.value_and_grad(total, has_aux=True)(x)
@@ -120,7 +122,7 @@ def test_the_ends_of_float32(name, x, y):
 @functools.partial(jax.value_and_grad, argnums=1)
 def of_mu(d, mu):
   return optax_ghm.smooth_l1_ghm_loss(
-    d, jnp.zeros_like(d), mu=mu, density=Smooth()
+    d, jnp.zeros_like(d), mu=mu, weighting=published(Smooth())
   )
 
 
@@ -145,7 +147,9 @@ def test_python_scalars_are_losses_of_one_example():
       oracles.smooth_l1,
     ),
   )
-  found = jax.jit(lambda: [[f(*u) for u in scalars] for f, _ in losses])()
+  found = jax.jit(
+    lambda: [[f(*u, weighting=published()) for u in scalars] for f, _ in losses]
+  )()
   for of_loss, (_, formula) in zip(found, losses, strict=True):
     for loss, (x, y) in zip(of_loss, scalars, strict=True):
       assert loss.shape == () and loss.dtype == jnp.float32
@@ -192,7 +196,7 @@ INTEGERS = [np.int8, np.uint8, np.uint32]
 @jax.jit
 def of_integer_labels(x, labels, weights):
   return [
-    loss(x, labels, None, density=Smooth(), weights=weights)
+    loss(x, labels, None, weighting=published(Smooth()), weights=weights)
     for loss in (
       optax_ghm.sigmoid_ghm_loss_with_integer_labels_with_state,
       optax_ghm.softmax_ghm_loss_with_integer_labels_with_state,

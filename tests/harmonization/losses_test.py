@@ -11,6 +11,7 @@ import pytest
 import optax_ghm
 from tests import golden
 from tests.support import oracles_harmonization as oracles
+from tests.support.oracles_harmonization import published
 
 BINNED = optax_ghm.BinnedDensity(bins=10)
 LOSSES = {  # with the shape and the dtype of their targets for x of (4, 4)
@@ -36,7 +37,7 @@ def loss_and_grad(loss, x, targets, state, mask, density, **kwargs):
 
   def total(x):
     losses, new_state = loss(
-      x, targets, state, mask=mask, density=density, **kwargs
+      x, targets, state, mask=mask, weighting=published(density), **kwargs
     )
     count = jnp.maximum(mask.sum(dtype=jnp.float32), 1)
     return losses.sum() / count, new_state
@@ -85,7 +86,9 @@ def test_labels_have_a_gradient_and_second_derivatives_are_right():
   x, y = np.float32([0.0, -2.0, 3.0]), np.float32([0.2, 0.0, 1.0])
 
   def loss(x, y):
-    return optax_ghm.sigmoid_ghm_loss(x, y, density=oracles.Smooth()).sum()
+    return optax_ghm.sigmoid_ghm_loss(
+      x, y, weighting=published(oracles.Smooth())
+    ).sum()
 
   @jax.jit
   def derivatives(x, y):
@@ -159,7 +162,7 @@ def test_smooth_l1_has_its_formula_by_default_and_no_overflow():
   @functools.partial(jax.value_and_grad, has_aux=True)
   def values(d):
     losses = optax_ghm.smooth_l1_ghm_loss(
-      d, jnp.zeros_like(d), density=oracles.Smooth()
+      d, jnp.zeros_like(d), weighting=published(oracles.Smooth())
     )
     return losses.sum(), losses
 
@@ -217,9 +220,9 @@ def test_every_loss_has_a_form_with_a_state(rng):
     for name in LOSSES:
       y, with_state = targets_of(name), loss_of(name, '_with_state')
       fresh, _ = with_state(x, y, optax_ghm.WindowedDensity().init())
-      _, state = with_state(x, y, density.init(), density=density)
+      _, state = with_state(x, y, density.init(), weighting=published(density))
       evaluate = functools.partial(
-        with_state, state=state, density=density, train=False
+        with_state, state=state, weighting=published(density), train=False
       )
       (together, after), (alone, _) = evaluate(x, y), evaluate(x[:1], y[:1])
       found[name] = (
@@ -267,18 +270,24 @@ def test_a_momentum_needs_the_form_with_state(name):
   density = optax_ghm.WindowedDensity(momentum=0.9)
   with pytest.raises(ValueError, match='momentum=0.9.*_with_state'):
     jax.eval_shape(
-      lambda x: loss_of(name)(x, targets_of(name), density=density),
+      lambda x: loss_of(name)(
+        x, targets_of(name), weighting=published(density)
+      ),
       np.ones((4, 4), np.float32),
     )
 
 
 @pytest.mark.parametrize('name', LOSSES)
-def test_a_number_is_no_density(name):
+def test_a_density_is_no_weighting(name):
   x, state = np.ones((4, 4), np.float32), optax_ghm.WindowedDensity().init()
   with_state = functools.partial(loss_of(name, '_with_state'), state=state)
   for loss in (loss_of(name), with_state):
-    with pytest.raises(TypeError, match='density must .*Estimator, got 0.1'):
-      jax.eval_shape(functools.partial(loss, density=0.1), x, targets_of(name))
+    with pytest.raises(TypeError, match='weighting must .*, got Binned'):
+      jax.eval_shape(
+        functools.partial(loss, weighting=optax_ghm.BinnedDensity()),
+        x,
+        targets_of(name),
+      )
 
 
 def test_wrong_arguments_are_named():

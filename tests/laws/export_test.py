@@ -9,6 +9,7 @@ from jax import export
 import optax_ghm as ghm
 from optax_ghm import calibration, flow, harmonization
 from tests.laws.modes_test import CASES, Case, assert_close, given
+from tests.support.oracles_harmonization import published
 from tests.support.public import public_names
 from tests.support.registry import ENTRIES
 
@@ -34,7 +35,9 @@ def exported(f, of='2 * b'):
 def _densities(given):
   g = jax.nn.sigmoid(given.x)
   return [
-    ghm.harmony_weights(g, density=density, mask=given.mask[:, None])
+    ghm.harmony_weights(
+      g, weighting=published(density), mask=given.mask[:, None]
+    )
     for density in (
       ghm.BinnedDensity(bins=4, momentum=0.5),
       harmonization.MMDetectionDensity(),
@@ -120,7 +123,7 @@ def test_exports_are_for_every_batch_size(case):
     ),
     (
       lambda given: ghm.harmony_weights(
-        given.x, density=harmonization.ExactDensity()
+        given.x, weighting=published(harmonization.ExactDensity())
       ),
       'use WindowedDensity to export',
     ),

@@ -26,6 +26,7 @@ from optax_ghm import (
   harmonization,
   reversal,
 )
+from tests.support.oracles_harmonization import published
 from tests.support.public import public_names
 from tests.support.registry import ENTRIES
 
@@ -164,7 +165,7 @@ def _densities(given):
     harmonization.ExactDensity(),
   ):
     norms = jnp.abs(given.x) if getattr(density, 'log', False) else g
-    weights, state = ghm.harmony_weights(norms, density=density)
+    weights, state = ghm.harmony_weights(norms, weighting=published(density))
     regions, _ = density.update(norms, state, train=False)
     results += [weights, state, regions, regions.at_examples(regions.density)]
   return results
@@ -186,15 +187,17 @@ def _losses_with_state(given):
   density = ghm.WindowedDensity(cells=16, width=0.2, momentum=0.5)
   x, labels, state = given.x, given.labels, density.init()
   results = [
-    ghm.sigmoid_ghm_loss_with_state(x, x > 0, state, density=density),
+    ghm.sigmoid_ghm_loss_with_state(
+      x, x > 0, state, weighting=published(density)
+    ),
     ghm.sigmoid_ghm_loss_with_integer_labels_with_state(
-      x, labels, state, density=density
+      x, labels, state, weighting=published(density)
     ),
     ghm.softmax_ghm_loss_with_integer_labels_with_state(
-      x, labels, state, density=density
+      x, labels, state, weighting=published(density)
     ),
     ghm.smooth_l1_ghm_loss_with_state(
-      x, jnp.zeros_like(x), state, density=density
+      x, jnp.zeros_like(x), state, weighting=published(density)
     ),
   ]
   return sum(jnp.sum(losses) for losses, _ in results), results
@@ -392,7 +395,8 @@ CASES = [
   Case(
     'harmonize overwrite_with_gradient',
     in_backward(
-      lambda x, state: ghm.harmonize(x, state, density=DENSITY), DENSITY.init()
+      lambda x, state: ghm.harmonize(x, state, weighting=published(DENSITY)),
+      DENSITY.init(),
     ),
   ),
   Case(

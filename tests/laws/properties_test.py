@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 import optax_ghm
 from optax_ghm import harmonization
 from tests.support import trial
+from tests.support.oracles_harmonization import published
 from tests.support.registry import ENTRIES
 from tests.support.strategies_trees import (
   BEYOND,
@@ -164,7 +165,7 @@ def aggregated():
   @jax.jit
   def run(tree, norms, mask):
     weights, _ = optax_ghm.harmony_weights(
-      norms, density.init(), density=density, mask=mask
+      norms, density.init(), weighting=published(density), mask=mask
     )
     return tx.update(tree, tx.init(None), None, mask=mask)[0], weights
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_ghm as ghm
 from optax_ghm import conflict, flow
+from tests.support.oracles_harmonization import published
 from tests.support.sharded import Case, check, mesh_of, parametrize
 
 PROGRAMS = 60
@@ -58,7 +59,7 @@ def sigmoid(density):
     return slope(
       lambda x: ghm.sigmoid_ghm_loss_with_state(
         *(x, labels, density.init()),
-        density=density,
+        weighting=published(density),
         mask=mask,
         axis_name=axis_name,
       ),
@@ -73,7 +74,7 @@ def other_ghm_losses(x, labels, classes, mask, axis_name=None):
     return slope(
       lambda x: loss(
         *(x, labels, density.init()),
-        density=density,
+        weighting=published(density),
         mask=mask,
         axis_name=axis_name,
       ),
@@ -97,7 +98,7 @@ def harmonized(x, labels, mask, axis_name=None):
   def loss(x, state):
     x = ghm.harmonize(
       *(x, state),
-      density=WINDOWED,
+      weighting=published(WINDOWED),
       axis=(),
       mask=mask,
       reduction=float(N),
@@ -274,7 +275,10 @@ def test_sixteen_small_batches_differ_but_sixteen_shards_do_not():
   def grad(x, y, axis_name=None):
     def loss(x):
       return ghm.sigmoid_ghm_loss(
-        x, y, density=ghm.BinnedDensity(bins=10), axis_name=axis_name
+        x,
+        y,
+        weighting=published(ghm.BinnedDensity(bins=10)),
+        axis_name=axis_name,
       ).sum()
 
     return jax.grad(loss)(x)
@@ -299,7 +303,7 @@ def test_shards_that_mean_their_own_examples_say_so_by_the_reduction():
     def loss(x):
       x = ghm.harmonize(
         *(x, BINNED.init()),
-        density=BINNED,
+        weighting=published(BINNED),
         axis=(),
         reduction=reduction,
         axis_name=axis_name,
@@ -324,7 +328,9 @@ def test_a_varying_state_inside_shard_map_sums_to_the_mean():
   def local(x, y, state):
     def loss(x, state):
       state = jax.lax.pcast(state, 'd', to='varying')
-      x = ghm.harmonize(x, state, density=BINNED, axis=(), reduction=float(N))
+      x = ghm.harmonize(
+        x, state, weighting=published(BINNED), axis=(), reduction=float(N)
+      )
       losses = optax.sigmoid_binary_cross_entropy(x, y)
       return jax.lax.psum(losses.sum(), 'd') / N
 
@@ -339,7 +345,7 @@ def test_a_varying_state_inside_shard_map_sums_to_the_mean():
       out_specs=P(),
     )(x, y, BINNED.init())
     norms = jnp.abs(jax.nn.sigmoid(x) - y)
-    return summed, ghm.harmony_weights(norms, density=BINNED)[1]
+    return summed, ghm.harmony_weights(norms, weighting=published(BINNED))[1]
 
   summed, expected = states(LOGITS, LABELS)
   assert summed.calls == 8

@@ -10,6 +10,13 @@ from optax_ghm import harmonization
 MU = 0.5  # of the smooth L1 loss
 
 
+def published(density=None, **kwargs):
+  """GHM as published, with a density; that of mmdetection as it is there."""
+  raw = isinstance(density, harmonization.MMDetectionDensity)
+  kwargs = {'density': density, 'normalize': not raw} | kwargs
+  return dataclasses.replace(harmonization.GHM, **kwargs)
+
+
 # Densities, from the counts of the cells of a histogram.
 
 

@@ -68,8 +68,10 @@ ENTRIES = (
     'harmonized_aggregate_with_momentum',
     functools.partial(
       optax_ghm.harmonized_aggregate,
-      density=optax_ghm.BinnedDensity(
-        bins=16, low=1e-8, high=1e8, log=True, momentum=0.9
+      optax_ghm.HarmonyWeighting(
+        density=optax_ghm.BinnedDensity(
+          bins=16, low=1e-8, high=1e8, log=True, momentum=0.9
+        )
       ),
     ),
     per_example=True,
@@ -78,7 +80,9 @@ ENTRIES = (
     'harmonized_aggregate_exact',
     functools.partial(
       optax_ghm.harmonized_aggregate,
-      density=harmonization.ExactDensity(width=1.0, high=10.0),
+      optax_ghm.HarmonyWeighting(
+        density=harmonization.ExactDensity(width=1.0, high=10.0)
+      ),
     ),
     per_example=True,
   ),
