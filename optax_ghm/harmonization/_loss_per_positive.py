@@ -110,7 +110,8 @@ def loss_per_positive(
   counters.check_type('state', state, RunningPositives)
   losses = _losses.floats('losses', losses)
   total, found = arrays.psum((jnp.sum(losses), _sum(positives)), axis_name)
-  found = lax.stop_gradient(jnp.minimum(jnp.float32(found), arrays.LARGEST))
+  found = lax.stop_gradient(found.astype(jnp.float32))
+  found = jnp.minimum(found, arrays.LARGEST)
   keep = jnp.asarray(momentum, jnp.float32)
   state = lax.stop_gradient(
     RunningPositives(
