@@ -1,11 +1,16 @@
 """Gradient harmonization: weights by how crowded a gradient norm is."""
 
+from optax_ghm.harmonization._adjust_logits import (
+  adjust_logits,
+  adjust_sigmoid_logits,
+)
 from optax_ghm.harmonization._aggregate import (
   PARAMETER_DENSITY,
   HarmonizedAggregateState,
   harmonized_aggregate,
 )
 from optax_ghm.harmonization._binned import BinnedDensity
+from optax_ghm.harmonization._class_counts import ClassCounts
 from optax_ghm.harmonization._density import (
   DensityEstimator,
   DensityState,
@@ -13,7 +18,12 @@ from optax_ghm.harmonization._density import (
 )
 from optax_ghm.harmonization._exact import ExactDensity
 from optax_ghm.harmonization._harmonize import harmonize
+from optax_ghm.harmonization._loss_per_positive import (
+  RunningPositives,
+  loss_per_positive,
+)
 from optax_ghm.harmonization._mmdetection import MMDetectionDensity
+from optax_ghm.harmonization._prior_bias import prior_bias
 from optax_ghm.harmonization._sigmoid_loss import (
   sigmoid_ghm_loss,
   sigmoid_ghm_loss_with_integer_labels,
@@ -36,6 +46,7 @@ __all__ = [
   'GHM',
   'PARAMETER_DENSITY',
   'BinnedDensity',
+  'ClassCounts',
   'DensityEstimator',
   'DensityState',
   'ExactDensity',
@@ -43,10 +54,15 @@ __all__ = [
   'HarmonyWeighting',
   'MMDetectionDensity',
   'RegionDensity',
+  'RunningPositives',
   'WindowedDensity',
+  'adjust_logits',
+  'adjust_sigmoid_logits',
   'harmonize',
   'harmonized_aggregate',
   'harmony_weights',
+  'loss_per_positive',
+  'prior_bias',
   'sigmoid_ghm_loss',
   'sigmoid_ghm_loss_with_integer_labels',
   'sigmoid_ghm_loss_with_integer_labels_with_state',

@@ -203,6 +203,22 @@ def _losses_with_state(given):
   return sum(jnp.sum(losses) for losses, _ in results), results
 
 
+def _priors(given):
+  state = ghm.ClassCounts.init(2).update(given.labels, mask=given.mask)
+  state = state.update(given.x, weights=given.mask.astype(np.float32))
+  counts, examples = state.counts, state.examples
+  logits = ghm.adjust_logits(given.x, counts)
+  logits += ghm.adjust_sigmoid_logits(given.x, counts, examples)
+  return logits + ghm.prior_bias(state.frequencies)[None], state
+
+
+def _dense(given):
+  state = ghm.RunningPositives.init()
+  loss, state = ghm.loss_per_positive(given.x, given.mask, state)
+  other, state = ghm.loss_per_positive(given.x + 1, given.x, state)
+  return loss + other, state
+
+
 def _conflict(given):
   one, other = conflict.fork(given.x)
   two, another = conflict.fork(given.x, rule='gh++')
@@ -382,6 +398,11 @@ CASES = [
     ' softmax_ghm_loss_with_integer_labels_with_state',
     differentiated(_losses_with_state),
   ),
+  Case(
+    'adjust_logits adjust_sigmoid_logits prior_bias ClassCounts',
+    differentiated(_priors),
+  ),
+  Case('loss_per_positive RunningPositives', differentiated(_dense)),
   Case('fork conflict_weights', differentiated(_conflict)),
   Case('gradient_noise GradientNoise', _noise),
   Case(
@@ -565,6 +586,7 @@ def test_64_bits_change_no_float32(case):
 
 
 IN_FLOAT64 = {
+  'adjust_logits': lambda given: ghm.adjust_logits(given.x, jnp.arange(2)),
   'Moments.of': lambda given: ghm.Moments.of(given.x)[1:],
   'batch_norm': lambda given: ghm.batch_norm(given.x, epsilon=0.0)[0],
   'batch_norm_inference': lambda given: ghm.batch_norm_inference(

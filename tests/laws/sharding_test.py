@@ -94,6 +94,25 @@ def other_ghm_losses(x, labels, classes, mask, axis_name=None):
   )
 
 
+def of_classes(x, labels, classes, mask, axis_name=None):
+  """Every device has the loss of all, so that its gradient is of all."""
+  state, options = ghm.ClassCounts.init(CLASSES), {'axis_name': axis_name}
+  state = state.update(classes, mask=mask[:, 0], **options)
+  state = state.update(labels, mask=mask[:, 0], decay=0.9, **options)
+  counts, examples = state.counts, state.examples
+
+  def loss(x):
+    logits = ghm.adjust_logits(x, counts)
+    logits = logits + ghm.adjust_sigmoid_logits(x, counts, examples)
+    losses = jnp.where(mask, jnp.square(logits), 0.0)
+    return ghm.loss_per_positive(
+      losses, labels > 0, ghm.RunningPositives.init(), **options
+    )
+
+  (value, positives), gradient = jax.value_and_grad(loss, has_aux=True)(x)
+  return gradient, (state, value, positives)
+
+
 def harmonized(x, labels, mask, axis_name=None):
   def loss(x, state):
     x = ghm.harmonize(
@@ -228,6 +247,18 @@ CASES = {
     *(other_ghm_losses, (LOGITS, LABELS, CLASS, MASK)),
     *((BATCH, P(), P(), P()), OF_BATCH, [516, 516, 34]),
     modes=('explicit',),
+  ),
+  'ClassCounts, adjust_logits, loss_per_positive': Case(
+    *(of_classes, (LOGITS, LABELS, CLASS, MASK), BATCH, OF_BATCH),
+    sent=[CLASSES + 2],
+  ),
+  'ClassCounts, classes split': Case(
+    *(of_classes, (LOGITS, LABELS, CLASS, MASK)),
+    specs=(P('d', 'model'), P('d', 'model'), BATCH, BATCH),
+    out=(P('d', 'model'), P()),
+    shape=(4, 2),
+    modes=('explicit',),
+    also=('all-gather',),  # of the sums, since the state is whole
   ),
   'harmonize': Case(
     *(harmonized, (LOGITS, LABELS, MASK), BATCH, OF_BATCH, [516])

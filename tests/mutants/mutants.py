@@ -153,6 +153,12 @@ _BACKWARD = [
 
 _HARMONIZATION = [
   Mutant(
+    'adjust_logits: a class without an example counts as the rarest other',
+    'harmonization/_adjust_logits.py',
+    'jnp.min(_or(counts, 1), initial=1) / 2',
+    'jnp.min(_or(counts, 1), initial=1)',
+  ),
+  Mutant(
     'aggregate: examples without harmony are in the average',
     'harmonization/_aggregate.py',
     'jnp.where(harmony > 0, amount, 0)',
@@ -163,6 +169,18 @@ _HARMONIZATION = [
     'harmonization/_binned.py',
     'norms >= _density',
     'norms > _density',
+  ),
+  Mutant(
+    'class_counts: every batch counts the same, however large',
+    'harmonization/_class_counts.py',
+    'rate = examples / jnp.where(seen, total, 1)',
+    'rate = 1 / (1 + jnp.sign(self.examples) * decay)',
+  ),
+  Mutant(
+    'class_counts: examples of no class do not count',
+    'harmonization/_class_counts.py',
+    'jnp.sum(cells[: classes + 1])',
+    'jnp.sum(cells[:classes])',
   ),
   Mutant(
     'density: norms at the end of the range are counted as above it',
@@ -213,6 +231,12 @@ _HARMONIZATION = [
     'jnp.where(counts, weighed, weighed)',
   ),
   Mutant(
+    'loss_per_positive: the average starts at 0',
+    'harmonization/_loss_per_positive.py',
+    'self.positives / _density.nonzero(self.evidence)',
+    'self.positives',
+  ),
+  Mutant(
     'losses: 16-bit logits are computed with as they are',
     'harmonization/_losses.py',
     'return x.astype(arrays.at_least_float32(x.dtype))',
@@ -223,6 +247,12 @@ _HARMONIZATION = [
     'harmonization/_mmdetection.py',
     'jnp.where(occupied, decayed, state.histogram)',
     'decayed',
+  ),
+  Mutant(
+    'prior_bias: a share of 1 has an infinite bias',
+    'harmonization/_prior_bias.py',
+    'limits.tiny, 1 - limits.epsneg',
+    'limits.tiny, 1',
   ),
   Mutant(
     'sigmoid: the derivative by the label at infinity is NaN',
