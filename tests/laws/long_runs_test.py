@@ -357,7 +357,8 @@ def test_a_riding_counter_stops_at_the_largest_integer():
 def test_units_stay_dead_where_float32_counts_no_further():
   tx = flow.watch(optax.sgd(0.1))
   step = steps_of(tx, lambda t: of_norm(jnp.maximum(t, 3.0) - 3))
-  state = tx.init(PARAMS)._replace(zero_steps=jnp.full(3, 2.0**24))
+  state = tx.init(PARAMS)
+  state = state._replace(zero_steps=jnp.full_like(state.zero_steps, 2.0**24))
   state = loop(step, state, 0, 3)
   np.testing.assert_array_equal(state.dead_units, state.units)
   state = loop(step, state, 4, 5)

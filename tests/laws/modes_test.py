@@ -173,7 +173,8 @@ def _densities(given):
 
 def _losses(given):
   density = ghm.WindowedDensity(cells=16, width=0.2)
-  x, labels, options = given.x, given.labels, {'density': density}
+  x, labels = given.x, given.labels
+  options = {'weighting': ghm.HarmonyWeighting(density=density)}
   losses = [
     ghm.sigmoid_ghm_loss(x, x > 0, mask=given.mask[:, None], **options),
     ghm.sigmoid_ghm_loss_with_integer_labels(x, labels, **options),
@@ -324,7 +325,9 @@ class Linear(nnx.Module):
   def __init__(self, rngs):
     del rngs
     self.scale = nnx.Param(jnp.ones((), jnp.float32))
-    self.harmony = ghm_nnx.Harmonize(ghm.BinnedDensity(bins=2, momentum=0.5))
+    self.harmony = ghm_nnx.Harmonize(
+      ghm.HarmonyWeighting(density=ghm.BinnedDensity(bins=2, momentum=0.5))
+    )
 
   def __call__(self, x):
     return self.harmony(x * self.scale.get_value())
@@ -389,7 +392,7 @@ CASES = [
   ),
   Case(
     'sigmoid_ghm_loss sigmoid_ghm_loss_with_integer_labels'
-    ' softmax_ghm_loss_with_integer_labels smooth_l1_ghm_loss',
+    ' softmax_ghm_loss_with_integer_labels smooth_l1_ghm_loss HarmonyWeighting',
     differentiated(_losses),
   ),
   Case(
@@ -438,7 +441,7 @@ CASES = [
   ),
   Case('linen.DomainBatchNorm', _linen_domains),
   Case('linen.GradientReversal', _linen(ghm_linen.GradientReversal())),
-  Case('linen.Harmonize', _linen(ghm_linen.Harmonize(DENSITY))),
+  Case('linen.Harmonize', _linen(ghm_linen.Harmonize(published(DENSITY)))),
   Case('linen.InBackward', _linen(ghm_linen.InBackward(ghm.clip_by_norm(1.0)))),
   Case('linen.Tapped', _linen_tapped),
   Case('linen.recalibrate', _linen_recalibrate, on_host=True),
@@ -599,7 +602,7 @@ IN_FLOAT64 = {
   'domain_loss': lambda given: ghm.domain_loss(given.x, given.labels),
   'entropy_weights': lambda given: ghm.entropy_weights(given.x),
   'smooth_l1_ghm_loss': lambda given: ghm.smooth_l1_ghm_loss(
-    given.x, jnp.zeros_like(given.x)
+    given.x, jnp.zeros_like(given.x), weighting=ghm.GHM
   ),
 }
 

@@ -160,7 +160,7 @@ PER_EXAMPLE = batched(STRUCTURES['nested'], 4)
 def aggregated():
   """The updates, and the weights that harmony gives to norms."""
   density = harmonization.PARAMETER_DENSITY
-  tx = optax_ghm.harmonized_aggregate()
+  tx = optax_ghm.harmonized_aggregate(published())
 
   @jax.jit
   def run(tree, norms, mask):

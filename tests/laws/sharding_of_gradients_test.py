@@ -157,7 +157,7 @@ def of_examples(grads, mask, axis_name=None):
   """The axis of the examples is the second, behind that of the steps."""
   every = {
     'harmonized_aggregate': ghm.harmonized_aggregate(
-      BINNED, axis_name=axis_name
+      ghm.HarmonyWeighting(density=BINNED), axis_name=axis_name
     ),
     'noise_scale_aggregate': ghm.noise_scale_aggregate(2, axis_name=axis_name),
   }
