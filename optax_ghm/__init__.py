@@ -39,6 +39,7 @@ from optax_ghm.calibration import (
 from optax_ghm.harmonization import (
   BinnedDensity,
   WindowedDensity,
+  authentic_smooth_l1_loss,
   harmonize,
   harmonized_aggregate,
   harmony_weights,
@@ -74,6 +75,7 @@ __all__ = [
   'WindowPercentile',
   'WindowedDensity',
   'apply_gradients',
+  'authentic_smooth_l1_loss',
   'batch_norm',
   'batch_norm_inference',
   'batch_renorm',

@@ -5,6 +5,9 @@ from optax_ghm.harmonization._aggregate import (
   HarmonizedAggregateState,
   harmonized_aggregate,
 )
+from optax_ghm.harmonization._authentic_smooth_l1_loss import (
+  authentic_smooth_l1_loss,
+)
 from optax_ghm.harmonization._binned import BinnedDensity
 from optax_ghm.harmonization._density import (
   DensityEstimator,
@@ -41,6 +44,7 @@ __all__ = [
   'MMDetectionDensity',
   'RegionDensity',
   'WindowedDensity',
+  'authentic_smooth_l1_loss',
   'harmonize',
   'harmonized_aggregate',
   'harmony_weights',
