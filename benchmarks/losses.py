@@ -167,6 +167,7 @@ CASES = {
     with_gradient(
       {
         'optax.huber_loss': optax.huber_loss,
+        'authentic_smooth_l1_loss': optax_ghm.authentic_smooth_l1_loss,
         'smooth_l1_ghm_loss': optax_ghm.smooth_l1_ghm_loss,
       }
     ),

@@ -9,6 +9,9 @@ from optax_ghm.harmonization._aggregate import (
   HarmonizedAggregateState,
   harmonized_aggregate,
 )
+from optax_ghm.harmonization._authentic_smooth_l1_loss import (
+  authentic_smooth_l1_loss,
+)
 from optax_ghm.harmonization._binned import BinnedDensity
 from optax_ghm.harmonization._class_counts import ClassCounts
 from optax_ghm.harmonization._density import (
@@ -58,6 +61,7 @@ __all__ = [
   'WindowedDensity',
   'adjust_logits',
   'adjust_sigmoid_logits',
+  'authentic_smooth_l1_loss',
   'harmonize',
   'harmonized_aggregate',
   'harmony_weights',

@@ -6,14 +6,19 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays, masks
-from optax_ghm.harmonization import _density, _losses, _weighting
+from optax_ghm.harmonization import (
+  _authentic_smooth_l1_loss as _asl1,
+  _density,
+  _losses,
+  _weighting,
+)
 
 
 def smooth_l1_ghm_loss(
   predictions: ArrayLike,
   targets: ArrayLike,
   *,
-  mu: float | jax.Array = 0.02,
+  mu: float | jax.Array = 0.1,
   weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
@@ -27,15 +32,18 @@ def smooth_l1_ghm_loss(
     g_i = \frac{|d_i|}{\sqrt{d_i^2 + \mu^2}}
 
   where :math:`\beta_i` is the harmony weight of the gradient norm g
-  (:func:`harmony_weights`), a constant to differentiation. ASL1 resembles
-  smooth L1 but has all its derivatives, and its gradient norm in [0, 1) tells
-  large errors apart where that of smooth L1 is a constant 1.
+  (:func:`harmony_weights`), a constant to differentiation. ASL1
+  (:func:`authentic_smooth_l1_loss`) resembles smooth L1 but has all its
+  derivatives, and its gradient norm in [0, 1) tells large errors apart where
+  that of smooth L1 is a constant 1.
 
   Args:
     predictions: any shape and floating dtype; computed in at least float32.
     targets: broadcastable to ``predictions``.
     mu: where the loss turns from quadratic to linear, in units of the targets;
-      above 0.
+      above 0. With the 0.02 of mmdetection, training from scratch failed: the
+      boxes of our detector had an AP50 of 39.8. With 0.1 they were level with
+      those of the Huber loss.
     weighting: which weight a norm in [0, 1] has; a density without momentum.
     mask: bool, broadcastable to ``predictions``: which elements count.
     weights: real numbers w, broadcastable to ``predictions``: as how many
@@ -61,7 +69,7 @@ def smooth_l1_ghm_loss(
     ...   jnp.array([0.01, -0.01, 3.0]), jnp.zeros(3)
     ... )
     >>> [round(float(x), 4) for x in losses]
-    [0.0024, 0.0024, 2.9849]
+    [0.0005, 0.0005, 2.9252]
 
   References:
     Li et al., `Gradient Harmonized Single-stage Detector
@@ -76,7 +84,7 @@ def smooth_l1_ghm_loss_with_state(
   targets: ArrayLike,
   state: _density.DensityState,
   *,
-  mu: float | jax.Array = 0.02,
+  mu: float | jax.Array = 0.1,
   weighting: _weighting.HarmonyWeighting = _weighting.DEFAULT,
   mask: ArrayLike | None = None,
   weights: ArrayLike | None = None,
@@ -113,35 +121,8 @@ def smooth_l1_ghm_loss_with_state(
 
 def _authentic_smooth_l1(predictions, targets, mu, mask, weights):
   """Losses without harmony weights, their norms, and the amounts."""
-  if not isinstance(mu, jax.Array) and not mu > 0:
-    raise ValueError(f'mu must be above 0, got {mu}.')
-  predictions = _losses.floats('predictions', predictions)
-  targets = _losses.broadcast('targets', targets, predictions)
-  amounts = masks.amounts(mask, weights, predictions.shape)
-  difference = _losses.keep(predictions - targets, amounts)
-  # XLA takes a smaller mu for 0, and would divide 0 by 0.
-  mu = jnp.full_like(difference, mu)
-  mu = jnp.maximum(mu, jnp.finfo(mu.dtype).tiny)
-  norms = jnp.abs(_slope(lax.stop_gradient(difference), mu))
-  return _distance(difference, mu), norms, amounts
-
-
-@jax.custom_jvp
-def _distance(difference, mu):
-  """The root of d² + μ², minus μ, without cancellation and overflow."""
-  difference = _losses.finite(difference)
-  return difference * (difference / (jnp.hypot(difference, mu) + mu))
-
-
-@_distance.defjvp
-def _distance_jvp(primals, tangents):
-  difference, mu = primals
-  root = jnp.hypot(_losses.finite(difference), mu)
-  return _distance(difference, mu), (
-    _slope(difference, mu) * tangents[0] + (mu / root - 1) * tangents[1]
-  )
-
-
-def _slope(difference, mu):
-  difference = _losses.finite(difference)
-  return difference / jnp.hypot(difference, mu)
+  difference, mu = _asl1.difference_and_mu(predictions, targets, mu)
+  amounts = masks.amounts(mask, weights, difference.shape)
+  difference = _losses.keep(difference, amounts)
+  slope, _ = _asl1.slopes(lax.stop_gradient(difference), mu)
+  return _asl1.distance(difference, mu), jnp.abs(slope), amounts

@@ -167,7 +167,7 @@ def test_smooth_l1_has_its_formula_by_default_and_no_overflow():
     return losses.sum(), losses
 
   (_, losses), grad = values(d)
-  loss, error, g = oracles.smooth_l1(d.astype(float), 0.0, mu=0.02)
+  loss, error, g = oracles.smooth_l1(d.astype(float), 0.0, mu=0.1)
   weights = oracles.harmony_of(g, np.ones(len(d)))
   np.testing.assert_allclose(losses, weights * loss, rtol=1e-5)
   np.testing.assert_allclose(grad, weights * error, rtol=1e-5)

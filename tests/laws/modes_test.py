@@ -180,6 +180,7 @@ def _losses(given):
     ghm.sigmoid_ghm_loss_with_integer_labels(x, labels, **options),
     ghm.softmax_ghm_loss_with_integer_labels(x, labels, **options)[:, None],
     ghm.smooth_l1_ghm_loss(x, jnp.zeros_like(x), **options),
+    ghm.authentic_smooth_l1_loss(x, jnp.zeros_like(x)),
   ]
   return sum(jnp.sum(loss) for loss in losses), losses
 
@@ -392,7 +393,8 @@ CASES = [
   ),
   Case(
     'sigmoid_ghm_loss sigmoid_ghm_loss_with_integer_labels'
-    ' softmax_ghm_loss_with_integer_labels smooth_l1_ghm_loss HarmonyWeighting',
+    ' softmax_ghm_loss_with_integer_labels smooth_l1_ghm_loss'
+    ' authentic_smooth_l1_loss HarmonyWeighting',
     differentiated(_losses),
   ),
   Case(
@@ -590,6 +592,9 @@ def test_64_bits_change_no_float32(case):
 
 IN_FLOAT64 = {
   'adjust_logits': lambda given: ghm.adjust_logits(given.x, jnp.arange(2)),
+  'authentic_smooth_l1_loss': lambda given: ghm.authentic_smooth_l1_loss(
+    given.x, jnp.zeros_like(given.x)
+  ),
   'Moments.of': lambda given: ghm.Moments.of(given.x)[1:],
   'batch_norm': lambda given: ghm.batch_norm(given.x, epsilon=0.0)[0],
   'batch_norm_inference': lambda given: ghm.batch_norm_inference(

@@ -267,10 +267,16 @@ _HARMONIZATION = [
     'p * p * d_logits',
   ),
   Mutant(
-    'smooth_l1: the derivative by mu lacks a term',
-    'harmonization/_smooth_l1_loss.py',
-    '(mu / root - 1)',
-    '(mu / root)',
+    'asl1: the derivative by mu lacks a factor',
+    'harmonization/_authentic_smooth_l1_loss.py',
+    '-slope * (t / (root + 1))',
+    '-slope * t',
+  ),
+  Mutant(
+    'asl1: the second derivative of large errors is that of the bound',
+    'harmonization/_authentic_smooth_l1_loss.py',
+    '1 / jnp.maximum(root, jnp.abs(difference / mu))',
+    '1 / root',
   ),
   Mutant(
     'softmax: logits that are masked out can be NaN',
