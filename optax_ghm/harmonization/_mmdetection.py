@@ -16,7 +16,7 @@ class MMDetectionDensity(_binned.BinnedDensity):
   - The moving average starts at zero and is not corrected for that.
   - The running count of a bin that is empty in a batch stays where it was.
   - A batch's weights are divided among its n non-empty bins,
-    :math:`\beta = N / (n \bar R_j)`, and are not normalized further. With
+    :math:`\beta = N / (n \bar R_j)`, and are not normalized further (``normalize=False``). With
     momentum 0 the loss is the mean over non-empty bins of the mean loss inside
     the bin, and the state stays zero.
   - An example of any weight above 0 counts as one in the density.
@@ -29,12 +29,17 @@ class MMDetectionDensity(_binned.BinnedDensity):
     bins: number of bins M, at least 1; 10 there.
 
   Examples:
+    >>> import dataclasses
     >>> import jax.numpy as jnp
     >>> import optax_ghm
     >>> from optax_ghm.harmonization import MMDetectionDensity
-    >>> density = MMDetectionDensity(bins=10, momentum=0.75)
+    >>> weighting = dataclasses.replace(
+    ...   optax_ghm.GHM,
+    ...   density=MMDetectionDensity(bins=10, momentum=0.75),
+    ...   normalize=False,
+    ... )
     >>> weights, state = optax_ghm.harmony_weights(
-    ...   jnp.array([0.01, 0.02, 0.93]), density=density
+    ...   jnp.array([0.01, 0.02, 0.93]), weighting=weighting
     ... )
     >>> weights  # the start at zero inflates the first batch fourfold
     Array([3., 3., 6.], dtype=float32)

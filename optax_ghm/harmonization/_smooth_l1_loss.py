@@ -69,7 +69,7 @@ def smooth_l1_ghm_loss(
     ...   jnp.array([0.01, -0.01, 3.0]), jnp.zeros(3)
     ... )
     >>> [round(float(x), 4) for x in losses]
-    [0.0005, 0.0005, 2.9252]
+    [0.0007, 0.0007, 0.6364]
 
   References:
     Li et al., `Gradient Harmonized Single-stage Detector

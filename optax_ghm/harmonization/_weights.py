@@ -69,7 +69,7 @@ def harmony_weights(
     >>> import optax_ghm
     >>> weights, state = optax_ghm.harmony_weights(jnp.array([0.1] * 3 + [0.5]))
     >>> [round(float(w), 3) for w in weights]
-    [0.968, 0.968, 0.968, 1.097]
+    [0.967, 0.967, 0.967, 1.099]
 
   References:
     Li et al., `Gradient Harmonized Single-stage Detector

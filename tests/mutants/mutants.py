@@ -650,8 +650,8 @@ _FLOW = [
   Mutant(
     'rules_batch_norm: the deviation may drift',
     'flow/_rules_batch_norm.py',
-    "('mean_drift', 'std_drift')",
-    "('mean_drift',)",
+    'for median in medians.values()], axis=0)',
+    'for median in list(medians.values())[:1]], axis=0)',
   ),
   Mutant(
     'rules_depth: a trend need not be a line',
@@ -662,8 +662,8 @@ _FLOW = [
   Mutant(
     'rules_finite: blames the first bad layer, not the last',
     'flow/_rules_finite.py',
-    'np.flatnonzero(bad_layers[t])[-1]',
-    'np.flatnonzero(bad_layers[t])[0]',
+    'np.flatnonzero(bad)[-1]',
+    'np.flatnonzero(bad)[0]',
   ),
   Mutant(
     'rules_finite: a layer of a stack explains the whole parameter',
@@ -796,6 +796,48 @@ _NNX = [
     'nnx/_recalibrate.py',
     'nnx.Any(_Moments, nnx.RngState)',
     '_Moments',
+  ),
+  Mutant(
+    'weights: robustness mutes what is easy',
+    'harmonization/_weights.py',
+    '_power(1 - share, robust)',
+    '_power(share, robust)',
+  ),
+  Mutant(
+    'weights: nothing is left at the end of the range',
+    'harmonization/_weights.py',
+    'LEAST_SHARE, 1 - LEAST_SHARE)',
+    '0.0, 1.0)',
+  ),
+  Mutant(
+    'density: a region that is left decays until it overflows',
+    'harmonization/_density.py',
+    'least = 1e-12 *',
+    'least = 0 *',
+  ),
+  Mutant(
+    'skip_spikes: every device decides by its own loss',
+    'calibration/_skip_spikes.py',
+    'return jax.lax.pmean(value, axis_name)',
+    'return value',
+  ),
+  Mutant(
+    'update_where: NaN of float16 is not looked for',
+    '_core/update_where.py',
+    '== jnp.float16',
+    '== jnp.float64',
+  ),
+  Mutant(
+    'rules_updates: a warm-up is too small',
+    'flow/_rules_updates.py',
+    'WARM_UP_POWER = 0.5',
+    'WARM_UP_POWER = 50.0',
+  ),
+  Mutant(
+    'rules_finite: a start at zero is an illness',
+    'flow/_rules_finite.py',
+    'ENOUGH_ZEROS = 5',
+    'ENOUGH_ZEROS = 1',
   ),
   Mutant(
     'nnx tapped: a stack of biases is a kernel',
