@@ -157,6 +157,6 @@ def test_a_detector_learns_with_the_default_weighting():
     return example.average_precision(found, test)
 
   method = example.METHODS['default weighting']
-  trained = example.train(method, train, 80, seed=0)
+  trained = example.train(method, train, 120, seed=0)
   assert score(example.initial_params(jax.random.key(0))) < 0.02
-  assert score(trained) > 0.1
+  assert score(trained) > 0.25
