@@ -19,13 +19,14 @@ import functools
 import itertools
 import pathlib
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
+from flax import linen as nn
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -114,14 +115,12 @@ def make_scenes(part, number, seed):
 
 
 def resize(picture, *shape):
-  """Bilinear: a matrix for the rows, and one for the columns."""
-
-  def stretch(size, to):
+  """Bilinear: a matrix for each axis."""
+  for size, to in zip(picture.shape, shape, strict=True):
     at = np.clip((np.arange(to) + 0.5) * size / to - 0.5, 0, size - 1)
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(size)))
-
-  rows, columns = map(stretch, picture.shape, shape)
-  return rows @ picture @ columns.T
+    weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(size)))
+    picture = (weights @ picture).T
+  return picture
 
 
 def spoil(scenes, seed):
@@ -173,40 +172,33 @@ def assign(boxes, labels):
   return target, jnp.concatenate([shift, scale], -1)
 
 
-def initial_params(key):
-  def layer(key, size, inputs, outputs, gain=2.0, bias=0.0):
-    w = jax.random.normal(key, (size, size, inputs, outputs))
-    w *= (gain / (size * size * inputs)) ** 0.5
-    return w, jnp.full(outputs, bias)
-
-  stem, one, two, classes, deltas = jax.random.split(key, 5)
-  prior = optax_ghm.prior_bias(0.01)
-  return {
-    'stem': layer(stem, 3, STRIDE**2, CHANNELS),
-    'blocks': [layer(k, 3, CHANNELS, CHANNELS) for k in (one, two)],
-    'classes': layer(classes, 1, CHANNELS, 3 * CLASSES, 0.01, prior),
-    'deltas': layer(deltas, 1, CHANNELS, 3 * 4, 0.01),
-  }
-
-
-def network(params, images):
+class Network(nn.Module):
   """Logits (N, anchors, CLASSES), and deltas (N, anchors, 4)."""
 
-  def convolve(layer, x):
-    layout = 'NHWC', 'HWIO', 'NHWC'
-    w, b = layer
-    return b + jax.lax.conv_general_dilated(
-      x, w, (1, 1), 'SAME', dimension_numbers=layout
-    )
+  @nn.compact
+  def __call__(self, images):
+    def features(x):
+      x = nn.Conv(CHANNELS, (3, 3), kernel_init=nn.initializers.he_normal())(x)
+      return nn.relu(nn.LayerNorm(use_scale=False, use_bias=False)(x))
 
-  n, cells = images.shape[0], SIZE // STRIDE
-  x = images.reshape(n, cells, STRIDE, cells, STRIDE).swapaxes(2, 3)
-  x = convolve(params['stem'], x.reshape(n, cells, cells, STRIDE**2))
-  x = jax.nn.relu(jax.nn.standardize(x))
-  for block in params['blocks']:
-    x += jax.nn.relu(jax.nn.standardize(convolve(block, x)))
-  logits, deltas = (convolve(params[k], x) for k in ('classes', 'deltas'))
-  return logits.reshape(n, -1, CLASSES), deltas.reshape(n, -1, 4)
+    n, cells = images.shape[0], SIZE // STRIDE
+    x = images.reshape(n, cells, STRIDE, cells, STRIDE).swapaxes(2, 3)
+    x = features(x.reshape(n, cells, cells, STRIDE**2))
+    for _ in range(2):
+      x += features(x)
+    small = nn.initializers.normal(0.015)
+    prior = nn.initializers.constant(optax_ghm.prior_bias(0.01))
+    logits = nn.Conv(3 * CLASSES, (1, 1), kernel_init=small, bias_init=prior)(x)
+    deltas = nn.Conv(3 * 4, (1, 1), kernel_init=small)(x)
+    return logits.reshape(n, -1, CLASSES), deltas.reshape(n, -1, 4)
+
+
+NETWORK: Any = Network()
+
+
+@jax.jit
+def initial_params(key):
+  return NETWORK.init(key, jnp.zeros((1, SIZE, SIZE)))
 
 
 def classification(logits, target, method, state):
@@ -237,7 +229,7 @@ def step(carry, scenes, method, steps):
   target, deltas = assign(scenes.boxes, scenes.labels)
 
   def loss(params):
-    logits, said = network(params, scenes.images)
+    logits, said = NETWORK.apply(params, scenes.images)
     losses, next_density = classification(logits, target, method, density)
     boxes = optax_ghm.authentic_smooth_l1_loss(said, deltas).sum(-1)
     boxes = jnp.where(target >= 0, boxes, 0)
@@ -253,12 +245,11 @@ def step(carry, scenes, method, steps):
 
 def train(method, scenes, steps, seed, advance=lambda: None):
   """The parameters after the last step."""
-  params, rng = (
-    initial_params(jax.random.key(seed)),
+  rng, params = (
     np.random.default_rng(seed),
+    initial_params(jax.random.key(seed)),
   )
-  density = method.weighting.init()
-  running = optax_ghm.RunningPositives.init()
+  density, running = method.weighting.init(), optax_ghm.RunningPositives.init()
   carry = params, optimizer(method, steps).init(params), density, running
   for _ in range(steps):  # a scan makes convolutions slow on CPUs
     at = rng.integers(0, len(scenes.images), BATCH)
@@ -274,7 +265,7 @@ def detect(params, images):
 
   Within a class, those that overlap a better one have a logit of -inf.
   """
-  logits, deltas = network(params, images)
+  logits, deltas = NETWORK.apply(params, images)
   half = jnp.exp(jnp.clip(deltas[..., 2:], -3, 3)) * ANCHOR_SIZES / 2
   center = ANCHOR_CENTERS + deltas[..., :2] * ANCHOR_SIZES
   boxes = jnp.concatenate([center - half, center + half], -1)
