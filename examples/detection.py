@@ -60,9 +60,9 @@ class Method(NamedTuple):
   focal: tuple[float, float] | None = None
 
 
-# Each learning rate is the best of 3 or 4, factors of 2 apart, by one run of 800
-# steps on the validation digits, from a seed that is not reported; so are the γ
-# and α of the tuned focal loss. The default weighting was tuned with a
+# Each learning rate is the best of 3 or 4, factors of 2 apart, by one run of
+# 800 steps on the validation digits, from a seed that is not reported; so are
+# the γ and α of the tuned focal loss. The default weighting was tuned with a
 # robustness of 0.2 and 0.3; it does about as well at twice its rate.
 MEMORY = optax_ghm.WindowedDensity(momentum=0.9)
 PLAIN = optax_ghm.HarmonyWeighting(exponent=0, robustness=0)
@@ -318,6 +318,7 @@ def plot(scores, found, scenes, path):
     axis.set(title=name, xticks=[], yticks=[])
     logits, boxes, labels = (field[n] for field in found[name])
     best = np.flatnonzero(np.isfinite(logits))[: np.sum(truth[1] >= 0)]
+    best = best[::-1]  # the best are drawn last, above the others
     for box, label in zip(boxes[best], labels[best], strict=True):
       near = overlap(box[None], truth[0])[0] >= 0.5
       color = 'C2' if np.any(near & (truth[1] == label)) else 'C3'
