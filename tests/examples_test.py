@@ -132,3 +132,31 @@ def test_batch_norm_trains_sooner_and_adapts_to_other_images():
     example.in_training(model), variables, dim[None]
   )
   assert score(model, adapted, dim) > clean - 0.05
+
+
+@pytest.mark.slow
+def test_a_detector_learns_with_the_default_weighting():
+  example = load('detection')
+  boxes = np.array([[[0, 0, 10, 10], [20, 20, 40, 40]]], np.float32)
+  truth = example.Scenes(np.zeros((1, 64, 64)), boxes, np.array([[3, 3]]))
+  near, far = [1, 0, 11, 10], [0, 20, 20, 40]
+  found = np.array([[far, near, [0, 0, 10, 10], [20, 20, 40, 40], near]])
+  scores = np.array([[5.0, 4.0, 3.0, 2.0, -np.inf]])
+  labels = np.array([[3, 3, 3, 3, 3]])
+  precision = example.average_precision((scores, found, labels), truth)
+  assert precision == pytest.approx((1 / 2 + 2 / 4) / 2)
+  labels = np.array([[3, 3, 3, 4, 3]])  # the second object has another's label
+  precision = example.average_precision((scores, found, labels), truth)
+  assert precision == pytest.approx(1 / 2 / 2)
+
+  train = example.make_scenes('train', 400, 0)
+  test = example.make_scenes('test', 50, 0)
+
+  def score(params):
+    found = jax.device_get(example.detect(params, test.images))
+    return example.average_precision(found, test)
+
+  method = example.METHODS['default weighting']
+  trained = example.train(method, train, 120, seed=0)
+  assert score(example.initial_params(jax.random.key(0))) < 0.02
+  assert score(trained) > 0.25
