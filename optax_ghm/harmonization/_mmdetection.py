@@ -16,9 +16,10 @@ class MMDetectionDensity(_binned.BinnedDensity):
   - The moving average starts at zero and is not corrected for that.
   - The running count of a bin that is empty in a batch stays where it was.
   - A batch's weights are divided among its n non-empty bins,
-    :math:`\beta = N / (n \bar R_j)`, and are not normalized further (``normalize=False``). With
-    momentum 0 the loss is the mean over non-empty bins of the mean loss inside
-    the bin, and the state stays zero.
+    :math:`\beta = N / (n \bar R_j)`, and are not normalized further, by a
+    weighting with ``normalize=False``. With momentum 0 the loss is the mean
+    over non-empty bins of the mean loss inside the bin, and the state stays
+    zero.
   - An example of any weight above 0 counts as one in the density.
 
   Attributes:
