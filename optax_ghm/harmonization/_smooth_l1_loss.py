@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from optax_ghm._core import arrays, masks
 from optax_ghm.harmonization import (
-  _authentic_smooth_l1_loss as _asl1,
+  _authentic_smooth_l1_loss,
   _density,
   _losses,
   _weighting,
@@ -121,8 +121,14 @@ def smooth_l1_ghm_loss_with_state(
 
 def _authentic_smooth_l1(predictions, targets, mu, mask, weights):
   """Losses without harmony weights, their norms, and the amounts."""
-  difference, mu = _asl1.difference_and_mu(predictions, targets, mu)
+  difference, mu = _authentic_smooth_l1_loss.difference_and_mu(
+    predictions, targets, mu
+  )
   amounts = masks.amounts(mask, weights, difference.shape)
   difference = _losses.keep(difference, amounts)
-  slope, _ = _asl1.slopes(lax.stop_gradient(difference), mu)
-  return _asl1.distance(difference, mu), jnp.abs(slope), amounts
+  slope, _ = _authentic_smooth_l1_loss.slopes(lax.stop_gradient(difference), mu)
+  return (
+    _authentic_smooth_l1_loss.distance(difference, mu),
+    jnp.abs(slope),
+    amounts,
+  )

@@ -226,6 +226,19 @@ def test_shards_share_a_tap_or_stay_apart():
     assert_statistics(at(apart, i), row)
 
 
+def laid_out(empty, axis):
+  """With the squares of examples over the devices, as the examples are.
+
+  On an explicit mesh a gradient is laid out as what it is the gradient of: of
+  squares that are whole, it would have to be gathered.
+  """
+  squares = empty.example_squares
+  if squares is None:
+    return empty
+  sharding = NamedSharding(jax.sharding.get_mesh(), P(axis))
+  return empty._replace(example_squares=jax.device_put(squares, sharding))
+
+
 def collectives(compiled):
   """(kind, sizes of the operands) of every collective in the program."""
   pattern = (
@@ -268,6 +281,7 @@ def test_a_sharded_batch_gives_the_same_for_a_little_all_reduce(kind, options):
     sharded = jax.device_put(X, NamedSharding(MESHES[kind], P('batch')))
     plain = jax.jit(jax.grad(untapped)).lower(w, sharded, 0.0).compile()
     grads = jax.jit(jax.grad(tapped, argnums=(0, 2)))
+    empty = laid_out(empty, 'batch')
     compiled = grads.lower(w, sharded, empty).compile()
     grad, stats = jax.device_get(compiled(w, sharded, empty))
     same = jax.device_get(plain(w, sharded, 0.0))
@@ -300,6 +314,7 @@ def test_any_axis_of_an_activation_may_be_sharded(rng, kind, spec):
   with jax.set_mesh(MESHES[kind]):
     sharded = jax.device_put(x, NamedSharding(MESHES[kind], spec))
     run = jax.jit(jax.grad(lambda x, s: wavy(flow.tap(x, s)), argnums=(0, 1)))
+    empty = laid_out(empty, spec[0] if spec else None)
     compiled = run.lower(sharded, empty).compile()
     grad, stats = jax.device_get(compiled(sharded, empty))
   assert 'all-gather' not in compiled.as_text()

@@ -179,7 +179,7 @@ def _losses(given):
     ghm.sigmoid_ghm_loss(x, x > 0, mask=given.mask[:, None], **options),
     ghm.sigmoid_ghm_loss_with_integer_labels(x, labels, **options),
     ghm.softmax_ghm_loss_with_integer_labels(x, labels, **options)[:, None],
-    ghm.smooth_l1_ghm_loss(x, jnp.zeros_like(x), **options),
+    ghm.smooth_l1_ghm_loss(x, jnp.zeros_like(x), weighting=published(density)),
     ghm.authentic_smooth_l1_loss(x, jnp.zeros_like(x)),
   ]
   return sum(jnp.sum(loss) for loss in losses), losses

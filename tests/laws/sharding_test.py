@@ -16,7 +16,7 @@ from optax_ghm import conflict, flow
 from tests.support.oracles_harmonization import published
 from tests.support.sharded import Case, check, mesh_of, parametrize
 
-PROGRAMS = 60
+PROGRAMS = 75
 
 N, CLASSES = 64, 6
 BINNED = ghm.BinnedDensity(bins=30, momentum=0.9)  # sends 34 numbers: also
