@@ -36,6 +36,10 @@ class HarmonyWeighting:
   the plain loss             0    0   0
   ========================== ==== === ===
 
+  Before a softmax with more than two classes, :func:`optax_ghm.harmonize` takes
+  the Euclidean norm of the gradient for g, which is less than 1 - p: there the
+  corner is a milder loss than generalized cross-entropy.
+
   GHM as published makes all norms count alike, which mutes what should be
   learned where the hard examples are the crowd: it hurt in most of our
   measurements, and the default in none.
@@ -46,8 +50,9 @@ class HarmonyWeighting:
       the range that the norms have there.
     exponent: τ, at least 0.
     robustness: q, at least 0. It has no effect on norms far below the largest,
-      so none on densities of a logarithmic range.
-    focus: γ, at least 0.
+      so none on densities of a logarithmic range. A norm nearer to the largest
+      than 1/8192 of it counts as so near: a probability p below 1/8192 does.
+    focus: γ, at least 0. A norm below 1/8192 of the largest counts as that.
     normalize: whether the weights average to 1 over the examples of a batch, so
       that the learning rate keeps its meaning. The average is that of the
       regions of the density.
