@@ -187,9 +187,10 @@ def conflict(record):
   at_layers = record.layer_stats['norm'][recent] != 0
   at_leaves = record.leaf_stats['gradient_norm'][recent] != 0
   frozen, unexplained = set(), set()
+  starts = may_start_at_zero(record)
   for i, layer in enumerate(record.layers):
     own = _own_leaves(record, layer)
-    if at_layers[:, i].all() and not may_start_at_zero(record):
+    if at_layers[:, i].all() and not starts:
       frozen |= {j for j in own if not at_leaves[:, j].any()}
     if '[' not in layer.name and not at_layers[:, i].any():
       unexplained |= {j for j in own if at_leaves[:, j].all()}

@@ -41,8 +41,8 @@ class HarmonyWeighting:
   corner is a milder loss than generalized cross-entropy.
 
   GHM as published makes all norms count alike, which mutes what should be
-  learned where the hard examples are the crowd: it hurt in most of our
-  measurements, and the default in none.
+  learned where the hard examples are the crowd. It hurt in most of our
+  measurements. The default cost half a point at most against the plain loss.
 
   Attributes:
     density: estimator of the gradient density. None is the default of the

@@ -42,9 +42,10 @@ def harmony_weights(
     weighting: which weight a norm has. The density of the default is over
       norms from 0 to 1.
     mask: bool, broadcastable to ``norms``: which examples count.
-    weights: real numbers w, broadcastable to ``norms``: as how many examples
-      each example counts in the density. They multiply the result, too. They
-      are added up in float32: a million of them in one region count to 1 %.
+    weights: finite real numbers w, broadcastable to ``norms``: as how many
+      examples each example counts in the density. They multiply the result,
+      too. They are added up in float32: a million of them in one region count
+      to 1 %.
     axis_name: mapped axis, or axes, over which the batch is split; the price
       is one all-reduce of the estimator's histogram.
     train: False reads the density of the batches before from the state, and
