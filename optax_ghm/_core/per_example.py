@@ -1,4 +1,4 @@
-"""Per-example gradients: their norms, and weighted sums of them."""
+"""Gradients of examples, or of losses: their norms and weighted sums."""
 
 from typing import Any
 
@@ -7,6 +7,46 @@ import jax.numpy as jnp
 
 from optax_ghm._core import arrays
 from optax_ghm._core.norms import norm
+
+MADE_BY = {
+  'batch': 'Make them with jax.vmap(jax.grad(...)).',
+  'loss': 'Make them with jax.jacrev(...).',
+}
+"""Where gradients with a leading axis come from."""
+
+
+def leading(
+  updates: Any, params: Any = None, what: str = 'batch'
+) -> list[jax.Array]:
+  """The leaves that have a gradient, all with the same leading axis.
+
+  Args:
+    updates: pytree whose floating and complex leaves have the examples, or the
+      losses, along their first axis.
+    params: the parameters, if known, to check the shapes of the gradients.
+    what: what the axis is, for the error.
+
+  Raises:
+    ValueError: if the leaves differ in their first axis or have none, or if a
+      leaf does not have the shape of its parameter behind that axis.
+  """
+  leaves, of_params = jax.tree.leaves(updates), jax.tree.leaves(params)
+  counted = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
+  sizes = {leaf.shape[:1] for leaf in counted}
+  if len(sizes) > 1 or () in sizes:
+    raise ValueError(
+      f'updates must be gradients with one leading {what} axis, got shapes'
+      f' {[leaf.shape for leaf in counted]}.'
+    )
+  if len(leaves) == len(of_params):  # gradients may be averaged already
+    for leaf, param in zip(leaves, of_params, strict=True):
+      if arrays.is_inexact(leaf) and leaf.shape[1:] != jnp.shape(param):
+        raise ValueError(
+          f'updates must be gradients with a {what} axis before the shape of the'
+          f' parameter: got {leaf.shape} for {jnp.shape(param)}.'
+          f' {MADE_BY[what]}'
+        )
+  return counted
 
 
 def norms(updates: Any, params: Any = None) -> jax.Array:
@@ -21,25 +61,9 @@ def norms(updates: Any, params: Any = None) -> jax.Array:
     The norms, float32 of shape (batch,).
 
   Raises:
-    ValueError: if the leaves differ in their first axis or have none, or if a
-      leaf does not have the shape of its parameter behind that axis.
+    ValueError: as :func:`leading`.
   """
-  leaves, of_params = jax.tree.leaves(updates), jax.tree.leaves(params)
-  examples = [leaf for leaf in leaves if arrays.is_inexact(leaf)]
-  sizes = {leaf.shape[:1] for leaf in examples}
-  if len(sizes) > 1 or () in sizes:
-    raise ValueError(
-      'updates must be per-example gradients with one leading batch axis,'
-      f' got shapes {[leaf.shape for leaf in examples]}.'
-    )
-  if len(leaves) == len(of_params):  # gradients may be averaged already
-    for leaf, param in zip(leaves, of_params, strict=True):
-      if arrays.is_inexact(leaf) and leaf.shape[1:] != jnp.shape(param):
-        raise ValueError(
-          'updates must be per-example gradients, a batch axis before the shape'
-          f' of the parameter: got {leaf.shape} for {jnp.shape(param)}. Make'
-          ' them with jax.vmap(jax.grad(...)).'
-        )
+  examples = leading(updates, params)
   per_leaf = [
     norm(leaf, tuple(range(1, leaf.ndim))).astype(jnp.float32)
     for leaf in examples

@@ -1,0 +1,99 @@
+"""The minimum of a convex function over vectors without negative elements."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+
+ITERATIONS = 20
+"""Twelve reach rounding for most quadratic functions, and twenty for all that
+were tried: up to 64 losses, with norms that span six decades."""
+
+TO_BOUNDARY = 0.99
+"""The part of the way to the boundary that an iteration may go."""
+
+REGULARIZATION = 1e-6
+"""Of the Hessian, relative to its largest element: it slows directions in which
+the function is flat, and does not move the minimum."""
+
+SMALLEST = 1e-12
+"""What an element is at least, so that none is stuck at the boundary."""
+
+
+def minimum(
+  slope: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  start: jax.Array,
+  normal: jax.Array | None = None,
+  iterations: int = ITERATIONS,
+) -> jax.Array:
+  r"""The minimum of a convex function f over :math:`x \ge 0`.
+
+  With a normal n, it is the minimum where also :math:`n \cdot x = 1`. Its
+  conditions, with multipliers s and t, are
+
+  .. math::
+    \nabla f(x) - t n = s, \qquad x_i s_i = 0, \qquad x, s \ge 0 .
+
+  Every iteration is a step of Newton's method towards :math:`x_i s_i = \mu`,
+  once to predict how small μ can be, and once with a correction (Mehrotra 1992;
+  Nocedal & Wright, Numerical Optimization, 2006, algorithm 16.4; Colombo &
+  Gondzio 2008 for the length of the correction). Their number is fixed, so that
+  it can be compiled, batched and differentiated.
+
+  Args:
+    slope: from x to the gradient (m,) and the Hessian (m, m) at x. Gradients
+      and the scale of x are about 1.
+    start: (m,), positive, with :math:`n \cdot x = 1`.
+    normal: (m,), n, not negative; None for x of any size.
+    iterations: how many; a function that is not quadratic takes more.
+
+  Returns:
+    x, with exact zeros on the boundary.
+  """
+
+  def iterate(carry, _):
+    x, s, t = carry
+    gradient, hessian = slope(x)
+    diagonal = s / x + REGULARIZATION * jnp.max(jnp.diagonal(hessian))
+    solve = _solver(hessian + jnp.diag(diagonal))
+
+    def direction(products):
+      dx, dt = solve(products / x - gradient + s), 0
+      if normal is not None:
+        along = solve(normal)
+        missing = 1 - jnp.sum(normal * (x + dx + t * along))
+        dt = missing / jnp.sum(normal * along)
+        dx += (t + dt) * along
+      return dx, (products - s * dx) / x, dt
+
+    dx, ds, _ = direction(-x * s)
+    length = jnp.minimum(1, _length(x, dx, s, ds))
+    now = jnp.mean(x * s)
+    reached = jnp.mean((x + length * dx) * (s + length * ds))
+    target = jnp.clip(reached, 0, now)
+    # The correction is as long as the step that was found possible.
+    dx, ds, dt = direction(target - x * s - length**2 * dx * ds)
+    length = jnp.minimum(1, TO_BOUNDARY * _length(x, dx, s, ds))
+    x = jnp.maximum(x + length * dx, SMALLEST)
+    s = jnp.maximum(s + length * ds, SMALLEST)
+    return (x, s, t + length * dt), None
+
+  s, t = jnp.ones_like(start), jnp.zeros_like(start[0])
+  (x, s, _), _ = jax.lax.scan(iterate, (start, s, t), length=iterations)
+  return jnp.where(x > s, x, 0)
+
+
+def _solver(matrix):
+  """Solves linear equations, with the matrix scaled to a diagonal of 1."""
+  scale = jax.lax.rsqrt(jnp.diagonal(matrix))
+  factor = jnp.linalg.cholesky(matrix * scale[:, None] * scale)
+  return lambda right: scale * cho_solve((factor, True), scale * right)
+
+
+def _length(x, dx, s, ds):
+  """How many steps it is to the boundary."""
+  now, change = jnp.concatenate([x, s]), jnp.concatenate([dx, ds])
+  falls = change < 0
+  lengths = -now / jnp.where(falls, change, -1)
+  return jnp.min(jnp.where(falls, lengths, jnp.inf))

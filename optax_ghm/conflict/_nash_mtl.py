@@ -1,0 +1,64 @@
+"""The bargain in which every loss gains in proportion to its weight."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+
+from optax_ghm.conflict import _gramian
+
+ITERATIONS = 20
+
+
+def nash_mtl_weights(gramian: jax.Array) -> jax.Array:
+  r"""Weights of Nash-MTL: the bargaining solution of the losses.
+
+  .. math::
+    G w = 1 / w, \qquad w > 0
+
+  A small step against :math:`d = \sum_i w_i g_i` lowers every loss, each by
+  :math:`1 / w_i` per unit. Losses of any scale progress alike. The length of d
+  is :math:`\sqrt m`, whatever the gradients are: clip or schedule it, as the
+  authors do.
+
+  Args:
+    gramian: (m, m), inner products of the losses' gradients. The method is not
+      defined where no step lowers every loss; the weights are finite there, and
+      d is still no longer than about :math:`\sqrt m`.
+
+  Returns:
+    (m,), the weights; float32, or float64 for such a Gramian. A loss whose
+    gradient is 0 or not finite has weight 0.
+
+  Raises:
+    ValueError: if ``gramian`` is not a square matrix.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from optax_ghm import conflict
+    >>> rows = jnp.array([[1.0, 0.0], [0.0, 4.0]])
+    >>> weights = conflict.nash_mtl_weights(rows @ rows.T)
+    >>> print(np.float64(weights).round(4), np.float64(weights @ rows).round(4))
+    [1.   0.25] [1. 1.]
+
+  References:
+    Navon et al., `Multi-Task Learning as a Bargaining Game
+    <https://arxiv.org/abs/2202.01017>`_, 2022
+  """
+  of = _gramian.directions(gramian)
+  eye = jnp.eye(len(of.norms), dtype=of.norms.dtype)
+
+  # Newton's method for the minimum of x C x / 2 - sum log x, with x = w |g|,
+  # damped where it is far (Boyd & Vandenberghe, 2004, section 9.6).
+  def iterate(x, _):
+    slope = x * _gramian.multiply(of.cosines, x) - 1
+    factor = jnp.linalg.cholesky(x[:, None] * of.cosines * x + eye)
+    change = -cho_solve((factor, True), slope)
+    decrement = jnp.sqrt(jnp.maximum(-jnp.sum(slope * change), 0))
+    damping = jnp.where(decrement > 0.25, 1 / (1 + decrement), 1)
+    return x * (1 + damping * change), None
+
+  total = jnp.maximum(jnp.mean(of.cosines @ jnp.ones_like(of.norms)), 1e-3)
+  start = jnp.full_like(of.norms, 1) / jnp.sqrt(total)
+  x, _ = jax.lax.scan(iterate, start, length=ITERATIONS)
+  return jnp.where(of.points, x / of.divisors, 0)

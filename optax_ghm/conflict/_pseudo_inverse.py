@@ -1,0 +1,29 @@
+"""The pseudo-inverse of a matrix of cosines, applied to ones."""
+
+import jax
+import jax.numpy as jnp
+
+from optax_ghm.conflict import _gramian
+
+
+def of_ones(of: _gramian.Directions) -> tuple[jax.Array, jax.Array]:
+  r"""Solves :math:`C x = 1` for the cosines C, in the least squares.
+
+  Args:
+    of: the gradients. Those without a direction are left out.
+
+  Returns:
+    (m,), the solution, and (m,), what :math:`C x` comes to. Both are 0 for
+    gradients without a direction, and everywhere if x has no influence.
+  """
+  ones = of.points.astype(of.norms.dtype)
+  values, vectors = jnp.linalg.eigh(of.cosines * ones * ones[:, None])
+  along = _gramian.multiply(vectors.T, ones)
+  rounding = len(ones) * jnp.finfo(ones.dtype).eps
+  known = values > rounding * values[-1]
+  along = jnp.where(known, along, 0)
+  # Opposite gradients: what is left of the ones is rounding.
+  solvable = jnp.sum(along**2) > rounding * jnp.sum(ones)
+  along = jnp.where(solvable, along, 0)
+  solution = _gramian.multiply(vectors, along / jnp.where(known, values, 1))
+  return ones * solution, ones * _gramian.multiply(vectors, along)
