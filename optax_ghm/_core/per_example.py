@@ -42,8 +42,8 @@ def leading(
     for leaf, param in zip(leaves, of_params, strict=True):
       if arrays.is_inexact(leaf) and leaf.shape[1:] != jnp.shape(param):
         raise ValueError(
-          f'updates must be gradients with a {what} axis before the shape of the'
-          f' parameter: got {leaf.shape} for {jnp.shape(param)}.'
+          f'updates must be gradients with a {what} axis before the shape of'
+          f' the parameter: got {leaf.shape} for {jnp.shape(param)}.'
           f' {MADE_BY[what]}'
         )
   return counted

@@ -34,7 +34,7 @@ def dualproj_weights(gramian: jax.Array) -> jax.Array:
     >>> rows = jnp.array([[1.0, 0.0], [-2.0, 4.0]])
     >>> weights = conflict.dualproj_weights(rows @ rows.T)
     >>> print(np.float64(weights).round(4), np.float64(weights @ rows).round(4))
-    [2.  0.5] [0. 1.]
+    [1.  0.5] [0. 2.]
 
   References:
     Lopez-Paz and Ranzato, `Gradient Episodic Memory for Continual Learning

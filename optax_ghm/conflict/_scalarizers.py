@@ -205,7 +205,7 @@ def famo_logits_gradient(
     >>> from optax_ghm import conflict
     >>> before, after = jnp.array([1.0, 1.0]), jnp.array([0.5, 1.0])
     >>> print(conflict.famo_logits_gradient(jnp.zeros(2), before, after))
-    [ 0.1733 -0.1733]
+    [ 0.173... -0.173...]
 
   References:
     Liu et al., `FAMO: Fast Adaptive Multitask Optimization

@@ -78,7 +78,7 @@ def reconciled_value_and_grad(
     ...   params
     ... )
     >>> print(losses['left'], losses['right'], np.float64(grads).round(4))
-    0.25 3.0 [0.4 1.8]
+    0.25 3.0 [-0.1  1.2]
     >>> print(
     ...   np.float64(how.weights['left']).round(4),
     ...   np.float64(how.cosines[0, 1]).round(4),
