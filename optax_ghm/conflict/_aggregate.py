@@ -123,7 +123,7 @@ def reconciled_aggregate(
     gramian = _gramian.gramian(updates, axis_name=axis_name)
     now = _gramian.directions(gramian)
     average = _averaged(gramian, now.finite, state.gramian, decay)
-    left_out = ~(now.finite[:, None] & now.finite)
+    left_out = ~_gramian.outer(now.finite, now.finite)
     used = jnp.where(left_out, jnp.nan, average)
     found = weights(used)
     return per_example.weighted_sum(updates, found), ReconciledAggregateState(
@@ -142,5 +142,5 @@ def _averaged(gramian, finite, average, decay):
   """The moving average; it begins with the first gradient that is not 0."""
   begun = jnp.diagonal(average) > 0
   moved = average + (1 - decay) * (gramian - average)
-  moved = jnp.where(begun[:, None] & begun, moved, gramian)
-  return jnp.where(finite[:, None] & finite, moved, average)
+  moved = jnp.where(_gramian.outer(begun, begun), moved, gramian)
+  return jnp.where(_gramian.outer(finite, finite), moved, average)

@@ -46,7 +46,9 @@ def aligned_mtl_weights(gramian: jax.Array) -> jax.Array:
   of = _gramian.directions(gramian)
   unit = jnp.max(of.divisors)
   lengths = of.norms / unit
-  values, vectors = jnp.linalg.eigh(of.cosines * lengths * lengths[:, None])
+  values, vectors = jnp.linalg.eigh(
+    of.cosines * _gramian.outer(lengths, lengths)
+  )
   known = values > len(values) * jnp.finfo(values.dtype).eps * values[-1]
   smallest = jnp.min(jnp.where(known, values, jnp.inf))
   ratios = jnp.where(known, smallest / jnp.where(known, values, 1), 0)

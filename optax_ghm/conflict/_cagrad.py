@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from optax_ghm._core import counters
 from optax_ghm.conflict import _gramian, _minimum
 
-ITERATIONS = 36
+ITERATIONS = 28
 
 
 def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
@@ -63,7 +63,7 @@ def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
   def slope(x):
     length = _length(of.cosines, x)
     along = _gramian.multiply(of.cosines, x) / length
-    bent = (of.cosines - along[:, None] * along) / length
+    bent = (of.cosines - _gramian.outer(along, along)) / length
     return along_mean + c * along, c * bent
 
   start = jnp.ones_like(shorter) / jnp.maximum(jnp.sum(shorter), 1)

@@ -97,7 +97,8 @@ class Directions(NamedTuple):
   @property
   def shares(self) -> jax.Array:
     """The weights of the mean over the finite gradients."""
-    return self.finite / jnp.maximum(jnp.sum(self.finite), 1)
+    count = self.finite.astype(self.norms.dtype)
+    return count / jnp.maximum(jnp.sum(count), 1)
 
 
 def directions(gramian: jax.Array) -> Directions:
@@ -117,12 +118,17 @@ def directions(gramian: jax.Array) -> Directions:
   points = finite & (squares > 0)
   divisors = jnp.sqrt(jnp.where(points, squares, 1))
   norms = jnp.where(points, divisors, 0)
-  known = points[:, None] & points & ~jnp.eye(len(gramian), dtype=bool)
+  known = outer(points, points) & ~jnp.eye(len(gramian), dtype=bool)
   # The parts that do not count are replaced before the division, so that no
   # derivative is NaN.
-  cosines = jnp.where(known, gramian, 0) / divisors[:, None] / divisors
+  cosines = jnp.where(known, gramian, 0) / outer(divisors, divisors)
   cosines = jnp.clip(cosines, -1, 1) + jnp.eye(len(gramian), dtype=norms.dtype)
   return Directions(norms, cosines, finite)
+
+
+def outer(one: jax.Array, other: jax.Array) -> jax.Array:
+  """All products of two vectors' elements, (m, m)."""
+  return one[:, None] * other[None, :]
 
 
 def multiply(matrix: jax.Array, vector: jax.Array) -> jax.Array:

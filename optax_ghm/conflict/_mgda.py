@@ -50,7 +50,7 @@ def mgda_weights(gramian: jax.Array) -> jax.Array:
     jnp.ones_like(shorter) / jnp.maximum(jnp.sum(shorter), 1),
     shorter,
   )
-  vanished = of.finite & ~of.points
-  weights = jnp.where(jnp.any(vanished), vanished, shorter * x)
+  vanished = (of.finite & ~of.points).astype(x.dtype)
+  weights = jnp.where(jnp.any(vanished > 0), vanished, shorter * x)
   total = jnp.sum(weights)
   return weights / jnp.where(total > 0, total, 1)

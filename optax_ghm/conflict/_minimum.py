@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 
+from optax_ghm.conflict import _gramian
+
 ITERATIONS = 20
 """Twelve reach rounding for most quadratic functions, and twenty for all that
 were tried: up to 64 losses, with norms that span six decades."""
@@ -55,16 +57,21 @@ def minimum(
   def iterate(carry, _):
     x, s, t = carry
     gradient, hessian = slope(x)
+    if normal is not None:  # n n' is no change where n dx is what it must be
+      hessian += _gramian.outer(normal, normal)
     diagonal = s / x + REGULARIZATION * jnp.max(jnp.diagonal(hessian))
     solve = _solver(hessian + jnp.diag(diagonal))
 
     def direction(products):
-      dx, dt = solve(products / x - gradient + s), 0
-      if normal is not None:
-        along = solve(normal)
-        missing = 1 - jnp.sum(normal * (x + dx + t * along))
-        dt = missing / jnp.sum(normal * along)
-        dx += (t + dt) * along
+      right = products / x - gradient + s
+      if normal is None:
+        dx, dt = solve(right), 0
+      else:
+        dx, along = solve(right + t * normal), solve(normal)
+        missing = 1 - jnp.sum(normal * x)
+        multiple = missing - jnp.sum(normal * dx)
+        multiple /= jnp.sum(normal * along)
+        dx, dt = dx + multiple * along, multiple - missing
       return dx, (products - s * dx) / x, dt
 
     dx, ds, _ = direction(-x * s)
@@ -87,7 +94,7 @@ def minimum(
 def _solver(matrix):
   """Solves linear equations, with the matrix scaled to a diagonal of 1."""
   scale = jax.lax.rsqrt(jnp.diagonal(matrix))
-  factor = jnp.linalg.cholesky(matrix * scale[:, None] * scale)
+  factor = jnp.linalg.cholesky(matrix * _gramian.outer(scale, scale))
   return lambda right: scale * cho_solve((factor, True), scale * right)
 
 

@@ -8,6 +8,10 @@ from optax_ghm.conflict import _gramian
 
 ITERATIONS = 20
 
+LARGEST = 1e3
+"""What a weight is at most, in units of one over the norm. Gradients that would
+need more are opposite up to rounding."""
+
 
 def nash_mtl_weights(gramian: jax.Array) -> jax.Array:
   r"""Weights of Nash-MTL: the bargaining solution of the losses.
@@ -52,11 +56,13 @@ def nash_mtl_weights(gramian: jax.Array) -> jax.Array:
   # damped where it is far (Boyd & Vandenberghe, 2004, section 9.6).
   def iterate(x, _):
     slope = x * _gramian.multiply(of.cosines, x) - 1
-    factor = jnp.linalg.cholesky(x[:, None] * of.cosines * x + eye)
+    factor = jnp.linalg.cholesky(_gramian.outer(x, x) * of.cosines + eye)
     change = -cho_solve((factor, True), slope)
-    decrement = jnp.sqrt(jnp.maximum(-jnp.sum(slope * change), 0))
-    damping = jnp.where(decrement > 0.25, 1 / (1 + decrement), 1)
-    return x * (1 + damping * change), None
+    decrement = -jnp.sum(slope * change)  # squared
+    far = decrement > 1 / 16
+    root = jnp.sqrt(jnp.where(far, decrement, 1))
+    damping = jnp.where(far, 1 / (1 + root), 1)
+    return jnp.minimum(x * (1 + damping * change), LARGEST), None
 
   total = jnp.maximum(jnp.mean(of.cosines @ jnp.ones_like(of.norms)), 1e-3)
   start = jnp.full_like(of.norms, 1) / jnp.sqrt(total)

@@ -17,7 +17,7 @@ def of_ones(of: _gramian.Directions) -> tuple[jax.Array, jax.Array]:
     gradients without a direction, and everywhere if x has no influence.
   """
   ones = of.points.astype(of.norms.dtype)
-  values, vectors = jnp.linalg.eigh(of.cosines * ones * ones[:, None])
+  values, vectors = jnp.linalg.eigh(of.cosines * _gramian.outer(ones, ones))
   along = _gramian.multiply(vectors.T, ones)
   rounding = len(ones) * jnp.finfo(ones.dtype).eps
   known = values > rounding * values[-1]

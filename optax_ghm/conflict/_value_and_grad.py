@@ -59,11 +59,13 @@ def reconciled_value_and_grad(
     - the reconciled gradient, as the parameters,
     - a :class:`Reconciliation`.
 
-    A loss whose gradient holds NaN or inf is left out.
+    A loss whose gradient holds NaN or inf is left out. Since 0 times NaN is NaN
+    in JAX, a loss whose derivative at shared outputs is NaN takes the others
+    with it: the gradient is then 0. With :func:`fork`, it does not.
 
   Raises:
-    TypeError: when it is called, if a parameter is not inexact.
-    ValueError: when it is called, if there is no loss.
+    ValueError: when it is called, if there is no loss, or no parameter that is
+      a floating or complex array.
 
   Examples:
     >>> import jax.numpy as jnp

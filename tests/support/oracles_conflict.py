@@ -1,40 +1,46 @@
-"""Conflict weights by their formulas, in float64."""
+"""Reconciled directions by their definitions, in float64."""
 
 import numpy as np
-
-from tests.support.strategies_trees import wide
-
-RULES = ('gh', 'gh++')
+from scipy.optimize import nnls
 
 
-def flat(tree):
-  """The real numbers of a tree in a row, float64."""
+def projected(g, rows):
+  """The nearest vector to g that points against no row."""
+  lengths = np.linalg.norm(rows, axis=1)
+  units = rows / np.where(lengths > 0, lengths, 1)[:, None]
+  size = np.linalg.norm(g) or 1
+  gains, _ = nnls(units.T, -g / size, maxiter=999)
+  return g + size * gains @ units
 
-  def reals(x):
-    width = np.complex128 if np.iscomplexobj(x) else np.float64
-    return x.astype(width).ravel().view(np.float64)
 
-  return np.concatenate([np.zeros(0), *map(reals, wide(tree))])
+def upgrad(rows):
+  return np.mean([projected(g, rows) for g in rows], axis=0)
 
 
-def weights(first, second, rule='gh', harmonic_range=0.5):
-  """The weights of two gradients, pytrees or arrays."""
-  g1, g2 = flat(first), flat(second)
-  lengths = np.linalg.norm(g1), np.linalg.norm(g2)
-  if not (np.isfinite(lengths).all() and min(lengths) > 0):
-    return 1.0, 1.0
-  cosine = np.clip((g1 / lengths[0]) @ (g2 / lengths[1]), -1, 1)
-  if cosine >= 0:
-    return 1.0, 1.0
-  if rule == 'gh':
-    ratio = lengths[1] / lengths[0]
-    return 1 - cosine * ratio, 1 - cosine / ratio
-  excess = np.arccos(cosine) - np.pi / 2
+def dualproj(rows):
+  return projected(rows.mean(0), rows)
+
+
+def mgda(rows):
+  """The shortest mean, of rows that are not 0."""
+  lengths = np.linalg.norm(rows, axis=1)
+  shortest = lengths.min()
+  # Half the squared length plus half of (1 - the sum of the weights)².
+  scaled = np.vstack([(rows / lengths[:, None]).T, shortest / lengths])
+  x, _ = nnls(scaled, np.eye(len(scaled))[-1], maxiter=999)
+  weights = x / lengths
+  return weights @ rows / weights.sum()
+
+
+def gh(rows):
+  """The sum of two gradients that each lose what points against the other."""
+  one, two = rows
+  return projected(one, rows[1:]) + projected(two, rows[:1])
+
+
+def gh_plus_plus_weights(rows, harmonic_range=0.5):
+  """Weights by the angle between two gradients, neither of them 0."""
+  units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  excess = max(np.arccos(np.clip(units[0] @ units[1], -1, 1)) - np.pi / 2, 0)
   beta = harmonic_range * excess
   return 1 + 2 * np.sin(beta / 2), 1 - 2 * np.sin((excess - beta) / 2)
-
-
-def combined(first, second, **kwargs):
-  """The sum of the weighted gradients, in a row."""
-  one, two = weights(first, second, **kwargs)
-  return one * flat(first) + two * flat(second)
