@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ghm.flow import _taps, _watch
+from optax_ghm.conflict import _aggregate
+from optax_ghm.flow import _losses, _taps, _watch
 
 _REAL = jnp.floating, jnp.integer, jnp.bool_
 
@@ -34,33 +35,65 @@ def leaves(params: Any) -> tuple[_watch.Leaf, ...]:
   return _watch.leaves(params)
 
 
-def measured(opt_state: Any, count: int | None) -> jax.Array:
-  """The rows of a watched optimizer's state, (``count``, columns).
+def measured(
+  opt_state: Any, count: int | None, losses: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """The rows of a watched optimizer's state, and those of reconciled losses.
 
   Args:
-    opt_state: a pytree that holds one state of ``watch``.
+    opt_state: a pytree that holds one state of ``watch``, or one of
+      ``reconciled_aggregate``, or one of each.
     count: the number of parameters; None if they are not known.
+    losses: the number of losses; 0 if it is not known.
+
+  Returns:
+    (``count``, columns) and (``losses``, columns); None for what is not there.
 
   Raises:
-    ValueError: if it holds none or several, or they are not of these rows.
+    ValueError: if it holds neither, or several of a kind, or they are not of
+      these rows.
   """
-
-  def is_watched(node):
-    return isinstance(node, _watch.WatchState)
-
-  found = jax.tree.leaves(opt_state, is_leaf=is_watched)
-  found = list(filter(is_watched, found))
-  if len(found) != 1:
+  watched = _states(opt_state, _watch.WatchState)
+  reconciled = _states(opt_state, _aggregate.ReconciledAggregateState)
+  if {len(watched), len(reconciled)} not in ({1}, {0, 1}):
     raise ValueError(
-      f'opt_state must hold one state of flow.watch, found {len(found)}. (Of an'
-      ' nnx.Optimizer, give its opt_state.)'
+      'opt_state must hold one state of flow.watch, or one of'
+      f' conflict.reconciled_aggregate, or one of each, found {len(watched)}'
+      f' and {len(reconciled)}. (Of an nnx.Optimizer, give its opt_state.)'
     )
-  rows = found[0].measured
-  if rows.ndim > 2:
+  return (
+    _of_leaves(watched[0].measured, count) if watched else None,
+    _of_losses(reconciled[0], losses) if reconciled else None,
+  )
+
+
+def _states(opt_state, kind):
+  def is_one(node):
+    return isinstance(node, kind)
+
+  return list(filter(is_one, jax.tree.leaves(opt_state, is_leaf=is_one)))
+
+
+def _check_one(stack):
+  if stack:
     raise ValueError(
-      f'opt_state has leading axes {rows.shape[:-2]}: it is '
+      f'opt_state has leading axes {stack}: it is '
       + ONE_OF_SEVERAL.format('opt_state')
     )
+
+
+def _of_losses(state, losses):
+  _check_one(state.weights.shape[:-1])
+  if losses not in (0, len(state.weights)):
+    raise ValueError(
+      'the number of losses differs from that of the steps before:'
+      f' {len(state.weights)} and {losses}.'
+    )
+  return _losses.rows(state)
+
+
+def _of_leaves(rows, count):
+  _check_one(rows.shape[:-2])
   if count is None or max(count, 1) != len(rows):
     raise ValueError(
       f'the optimizer watches {len(rows)} leaves, the record knows of'

@@ -5,6 +5,7 @@ import numpy as np
 from optax_ghm.flow import (
   _record,
   _rules_batch_norm,
+  _rules_conflict,
   _rules_depth,
   _rules_finite,
   _rules_updates,
@@ -17,9 +18,9 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
 
   Verdicts are about the last 20 recorded steps. Some of them need evidence: 5
   layers with kernels for a trend over depth; 10 recorded steps for updates,
-  dead units and running averages; 10 earlier steps for a spike. A record with
-  only taps, or only a watched optimizer, gets the verdicts that its statistics
-  allow.
+  dead units, losses and running averages; 10 earlier steps for a spike. A
+  record with only taps, or only a watched optimizer, gets the verdicts that its
+  statistics allow.
 
   Args:
     record: of the training, with one step or more.
@@ -45,15 +46,18 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     2.1 over 8 layers (R² 1.00): 2 at layer 7, 0.016 at layer 0
   """
   tapped, watched = record.having('tapped'), record.having('watched')
+  losses = record.having('losses')
   verdicts = []
   for rule, measured in (
     (_rules_finite.not_finite, record),
+    (_rules_conflict.left_out, losses),
     (_rules_finite.disconnected, tapped),
     (_rules_finite.no_gradient, tapped),
     (_rules_depth.trend_over_depth, tapped),
     (_rules_updates.dead_units, watched),
     (_rules_updates.update_sizes, watched),
     (_rules_updates.spikes, watched if len(watched) else tapped),
+    (_rules_conflict.losses_in_conflict, losses),
     (_rules_batch_norm.batch_norms, record),
   ):
     if len(measured):
@@ -63,7 +67,7 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     verdicts = [v for v in verdicts if v.kind != 'small updates']
   both = watched.having('tapped')
   if len(both) and not kinds & {'not finite', 'no gradient'}:
-    verdicts += _rules_finite.conflict(both)
+    verdicts += _rules_finite.contradiction(both)
   return verdicts
 
 
@@ -73,6 +77,7 @@ def without_verdict(record: _record.Record) -> str:
   counts = {
     'taps': len(record.having('tapped')),
     'a watched optimizer': len(record.having('watched')),
+    'several losses': len(record.having('losses')),
     'batch norms': np.any(of_norms, axis=(0, 2)).sum(),
   }
   found = [f'{n} with {what}' for what, n in counts.items() if n]

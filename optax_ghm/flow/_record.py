@@ -15,6 +15,7 @@ import optax
 from optax_ghm.flow import (
   _accepts,
   _batch_norms,
+  _losses,
   _record_file,
   _tap,
   _taps,
@@ -37,9 +38,9 @@ class Record:
   :meth:`add` does not wait for the device. It starts to copy the small results
   to the host, where they are read when they have arrived. The history is
   bounded: of steps older than its last quarter every second is kept, later
-  every fourth, and so on. Steps with taps or a watched optimizer are thinned
-  apart from steps without, and the first step with a non-finite number is
-  always kept.
+  every fourth, and so on. Steps with taps, a watched optimizer or losses that
+  are reconciled are thinned apart from steps without, and the first step with a
+  non-finite number is always kept.
 
   Args:
     params: the parameters, which name the rows of a watched optimizer. They are
@@ -90,6 +91,7 @@ class Record:
     self.leaves = () if params is None else _accepts.leaves(params)
     self.layers: tuple[_taps.Layer, ...] = ()
     self._knows_params = params is not None
+    self._losses = 0
     self._capacity = capacity
     # A stride for the steps with measurements (True), and one for the others:
     # a few measurements among many losses would otherwise be thinned away.
@@ -116,7 +118,8 @@ class Record:
     Args:
       step: number of the step, larger than all before.
       taps: the filled taps.
-      opt_state: a pytree that holds one state of :func:`optax_ghm.flow.watch`.
+      opt_state: a pytree that holds one state of :func:`optax_ghm.flow.watch`,
+        or of :func:`optax_ghm.conflict.reconciled_aggregate`, or one of each.
         It is copied, so that the next step may donate it. Give it only at steps
         that measured: at others it still holds the last measurement.
       batch_norm: a pytree of :class:`optax_ghm.flow.BatchNormStats`: the
@@ -131,8 +134,8 @@ class Record:
       ValueError: if the number is not larger, if a scalar is an array of
         several or one number, if the layers differ from those of the steps
         before, if taps or ``opt_state`` are those of replicas or of an
-        ensemble, or if ``opt_state`` does not hold exactly one watched state
-        that fits ``params``.
+        ensemble, or if ``opt_state`` holds no such state, or several of a
+        kind, or one that does not fit ``params`` or has other losses.
     """
     step = operator.index(step)
     for name, value in scalars.items():
@@ -140,10 +143,10 @@ class Record:
     last = [*self._steps[-1:], *self._pending][-1:]
     if last and step <= last[0].number:
       raise ValueError(f'step {step} comes after step {last[0].number}.')
-    tapped = histogram = watched = None
+    tapped = histogram = watched = losses = None
     if opt_state is not None:
       count = len(self.leaves) if self._knows_params else None
-      watched = _accepts.measured(opt_state, count)
+      watched, losses = _accepts.measured(opt_state, count, self._losses)
     if taps is not None:
       layers, order = _taps.depth_order(taps.layers, _accepts.stacks(taps))
       if self.layers and layers != self.layers:
@@ -156,19 +159,21 @@ class Record:
       tapped, histogram = _taps.gather(taps.stats, order)
     scalars |= _batch_norms.by_name(batch_norm)
     on_device = {k: v for k, v in scalars.items() if isinstance(v, jax.Array)}
-    copies = _copy((tapped, histogram, watched, on_device))
+    copies = _copy((tapped, histogram, watched, losses, on_device))
     for leaf in jax.tree.leaves(copies):
       leaf.copy_to_host_async()
-    tapped, histogram, watched, values = copies
+    tapped, histogram, watched, losses, values = copies
     scalars |= values
-    made = _record_file.Step(step, 0, tapped, histogram, watched, scalars)
-    self._append(self._pending, made)
+    numbers = tapped, histogram, watched, scalars, losses
+    self._append(self._pending, _record_file.Step(step, 0, *numbers))
     self._receive(wait=False)
 
   def _append(self, steps, step):
-    measured = _is_measured(step)
+    measured = step.is_measured
     steps.append(step._replace(index=self._added[measured]))
     self._added[measured] += 1
+    if step.losses is not None:
+      self._losses = len(step.losses)
 
   def until(self, step: int) -> 'Record':
     """The steps before a number, to go on from an older checkpoint.
@@ -196,10 +201,10 @@ class Record:
     return self.__dict__ | {'_writers': ()}
 
   def having(self, field: str) -> 'Record':
-    """The steps at which there were taps, or a watched optimizer.
+    """The steps at which there were taps, a watched optimizer, or losses.
 
     Args:
-      field: ``'tapped'`` or ``'watched'``.
+      field: ``'tapped'``, ``'watched'`` or ``'losses'``.
 
     Returns:
       A record of these steps only.
@@ -238,12 +243,12 @@ class Record:
       older = [
         s
         for s in older
-        if s is first_bad or s.index % self._stride[_is_measured(s)] == 0
+        if s is first_bad or s.index % self._stride[s.is_measured] == 0
       ]
       self._steps = older + newer
       if len(older) <= self._capacity // 2:
         return
-      measured = sum(map(_is_measured, older))
+      measured = sum(s.is_measured for s in older)
       self._stride[2 * measured > len(older)] *= 2
 
   def _named(self, step):
@@ -263,7 +268,7 @@ class Record:
       for i, leaf in enumerate(self.leaves):
         for name, values in stats.items():
           named[f'parameters/{name}/{leaf.name}'] = float(values[i])
-    return named
+    return named if step.losses is None else named | _losses.named(step.losses)
 
   @property
   def steps(self) -> np.ndarray:
@@ -304,6 +309,17 @@ class Record:
     return _columns(_watch.WatchState, self._stacked('watched'), _LEAF_STATS)
 
   @property
+  def loss_stats(self) -> dict[str, np.ndarray]:
+    """Statistics of reconciled losses by name, (steps, losses) each.
+
+    ``weight``, ``norm`` of the gradient, ``lowest_cosine`` with another loss
+    and ``non_finite``, how often it was left out, as in
+    :class:`optax_ghm.conflict.ReconciledAggregateState`; ``cosine``, of all
+    pairs, is (steps, losses, losses). NaN at steps without them.
+    """
+    return _losses.columns(self._stacked('losses'))
+
+  @property
   def batch_norms(self) -> tuple[str, ...]:
     """The names of the batch norms whose statistics were added."""
     return _batch_norms.names(self.scalars)
@@ -325,7 +341,8 @@ class Record:
     return self._stacked('histogram')
 
   def _stacked(self, field):
-    shape = _record_file.shapes(len(self.layers), len(self.leaves))[field]
+    counts = len(self.layers), len(self.leaves), self._losses
+    shape = _record_file.shapes(*counts)[field]
     return _record_file.stacked(self._all_steps(), field, shape)
 
   def save(self, path: str | os.PathLike) -> None:
@@ -375,10 +392,6 @@ def _columns(kind: Any, numbers, names):
   stats = kind(numbers.astype(np.float64), *missing)
   with np.errstate(all='ignore'):
     return {name: getattr(stats, name) for name in names}
-
-
-def _is_measured(step):
-  return step.tapped is not None or step.watched is not None
 
 
 def _is_finite(step):

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optax_ghm.flow import _tap, _taps, _watch
+from optax_ghm.flow import _losses, _tap, _taps, _watch
 
 FORMAT = 'optax_ghm.flow 1'
-"""The first entry of every file. A change of any entry needs a new number."""
+"""The first entry of every file. A change of any entry needs a new number;
+an entry more, without which a file can be read, does not."""
 
 
 class Step(NamedTuple):
@@ -24,6 +25,7 @@ class Step(NamedTuple):
     histogram: (layers, 64), or None.
     watched: (leaves, 10), as ``measured`` of :class:`WatchState`, or None.
     scalars: numbers by name.
+    losses: (losses, 3 + losses), as ``rows`` of ``_losses``, or None.
   """
 
   number: int
@@ -32,6 +34,13 @@ class Step(NamedTuple):
   histogram: Any
   watched: Any
   scalars: dict[str, Any]
+  losses: Any = None
+
+  @property
+  def is_measured(self) -> bool:
+    """Whether it has more than scalars."""
+    measured = self.tapped, self.watched, self.losses
+    return any(numbers is not None for numbers in measured)
 
 
 class Content(NamedTuple):
@@ -53,12 +62,13 @@ def stacked(
   return np.array(values, np.float32).reshape(len(values), *shape)
 
 
-def shapes(layers: int, leaves: int) -> dict[str, tuple[int, ...]]:
+def shapes(layers: int, leaves: int, losses: int) -> dict[str, tuple[int, ...]]:
   """The shapes of the fields of a step."""
   return {
     'tapped': (layers, len(_tap.COLUMNS)),
     'histogram': (layers, _tap.HISTOGRAM_CELLS),
     'watched': (leaves, len(_watch.COLUMNS)),
+    'losses': (losses, len(_losses.COLUMNS) + losses),
   }
 
 
@@ -66,18 +76,20 @@ def write(path: str | os.PathLike, content: Content) -> None:
   """Writes a file without pickles."""
   capacity, layers, leaves, steps = content
   names = list(dict.fromkeys(name for step in steps for name in step.scalars))
+  losses = next((len(s.losses) for s in steps if s.losses is not None), 0)
   about = {
     'format': FORMAT,
     'capacity': capacity,
     'layers': layers,
     'leaves': leaves,
+    'losses': losses,
     'scalars': names,
   }
   arrays = {
     'about': np.array(json.dumps(about)),
     'steps': np.array([step.number for step in steps], np.int64),
   }
-  for name, shape in shapes(len(layers), len(leaves)).items():
+  for name, shape in shapes(len(layers), len(leaves), losses).items():
     has = [getattr(step, name) is not None for step in steps]
     arrays[f'has_{name}'] = np.array(has, bool)
     if any(has):
@@ -136,7 +148,10 @@ def _content(about, archive):
     return _array(archive, name, kind, (len(steps), *shape))
 
   fields = {}
-  for name, shape in shapes(len(layers), len(leaves)).items():
+  losses = about.get('losses')  # which older files do not have
+  for name, shape in shapes(len(layers), len(leaves), losses or 0).items():
+    if name == 'losses' and losses is None:
+      continue
     has = column(f'has_{name}', 'b')
     values = column(name, 'f', shape) if has.any() else has
     fields[name] = [v if h else None for v, h in zip(values, has, strict=True)]
@@ -146,16 +161,12 @@ def _content(about, archive):
   ]
   steps = [
     Step(
-      int(number),
-      0,
-      tapped,
-      histogram,
-      watched,
-      {name: values[i] for name, values, has in scalars if has[i]},
+      number=int(number),
+      index=0,
+      scalars={name: values[i] for name, values, has in scalars if has[i]},
+      **{name: values[i] for name, values in fields.items()},
     )
-    for i, (number, tapped, histogram, watched) in enumerate(
-      zip(steps, *fields.values(), strict=True)
-    )
+    for i, number in enumerate(steps)
   ]
   return Content(capacity, layers, leaves, steps)
 

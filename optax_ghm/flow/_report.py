@@ -13,13 +13,14 @@ if TYPE_CHECKING:
   from rich.console import Console
 
 _RATIOS = ('gradient_norm', 'update_norm', 'parameter_norm', 'update_ratio')
+_OF_LOSSES = ('weight', 'norm', 'lowest_cosine', 'non_finite')
 
 
 def print_report(
   records: _record.Record | Mapping[str, _record.Record],
   console: 'Console | None' = None,
 ) -> None:
-  """Prints the layers, the parameters and the verdicts as tables.
+  """Prints the layers, parameters, losses and verdicts as tables.
 
   Every row shows the last measured step.
 
@@ -111,6 +112,15 @@ def _tables(record):
       rows.append([leaf.name, *(f'{last[k][i]:.2e}' for k in _RATIOS), dead])
     columns = ('parameter', 'gradient', 'update', 'parameter', 'ratio')
     yield 'parameters', (*columns, 'dead units'), rows
+  losses = record.having('losses')
+  if len(losses):
+    last = {k: v[-1] for k, v in losses.loss_stats.items()}
+    rows = [
+      [str(i), *(f'{last[k][i]:.2g}' for k in _OF_LOSSES)]
+      for i in range(len(last['weight']))
+    ]
+    columns = ('loss', 'weight', 'norm', 'lowest cosine', 'left out')
+    yield 'losses', columns, rows
   if record.batch_norms:
     rows = []
     for i, norm in enumerate(record.batch_norms):

@@ -180,7 +180,7 @@ def no_gradient(record):
   return verdicts
 
 
-def conflict(record):
+def contradiction(record):
   """Finds layers and parameters of which only one has a gradient."""
   recent = slice(-_verdict.RECENT_STEPS, None)
   # NaN is not 0 either.

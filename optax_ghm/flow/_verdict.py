@@ -12,7 +12,7 @@ RECENT_STEPS = 20
 
 
 MIN_STEPS = 10
-"""Recorded steps that a verdict about updates or batch norms needs."""
+"""Recorded steps that a verdict on updates, losses or batch norms needs."""
 
 
 SMALLEST_FLOAT32 = 2.0**-149
@@ -26,9 +26,10 @@ class Verdict:
   Attributes:
     kind: ``'not finite'``, ``'disconnected'``, ``'no gradient'``,
       ``'vanishing'``, ``'exploding'``, ``'dead units'``, ``'small updates'``,
-      ``'large updates'``, ``'spikes'``, ``'conflict'``, ``'constant features'``
-      or ``'running averages'``.
-    layers: names of the affected layers or parameters.
+      ``'large updates'``, ``'spikes'``, ``'conflict'``,
+      ``'losses in conflict'``, ``'constant features'`` or
+      ``'running averages'``.
+    layers: names of the affected layers, parameters or losses.
     since: number of the first recorded step from which on it has been wrong
       without interruption. For spikes and non-finite numbers, which come and
       go, it is the first step of all.

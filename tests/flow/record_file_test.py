@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optax_ghm import flow
-from optax_ghm.flow import _record_file, _tap, _watch
+from optax_ghm.flow import _losses, _record_file, _tap, _watch
 from tests.flow.record_test import (
   NAMES,
   PARAMS,
@@ -31,6 +31,7 @@ RECORDS = {
   'leaves but no steps': lambda: flow.Record(PARAMS),
   'taps': lambda: of_three({'taps': taps([1.0, None], NAMES)}),
   'watched': lambda: of_three({'opt_state': watched({}, {})}, params=PARAMS),
+  'losses': lambda: of_three({'losses': hand_made.losses(-0.5)}),
   'scalars': lambda: of_three({'loss': 0.1, 'accuracy': -1}),
   'a scalar at some steps': lambda: hand_made.record_of({}, {'a': 0.5}, {}),
 }
@@ -74,6 +75,7 @@ def test_the_columns_on_disk_are_those_of_the_format():
   assert _record_file.FORMAT == 'optax_ghm.flow 1'
   assert NUMBERS == _tap.COLUMNS
   assert MEASURED == _watch.COLUMNS
+  assert _losses.COLUMNS == ('weight', 'norm', 'non_finite')
 
 
 # Refused.
@@ -98,6 +100,7 @@ def saved(tmp_path_factory):
   step = {
     'taps': taps([1.0, 2.0], ['one', 'two'], histogram=hand_made.ONES),
     'opt_state': watched({}, {}),
+    'losses': hand_made.losses(-0.5),
     'loss': 1.0,
   }
   params = {'w': np.ones((2, 3), 'f'), 'b': np.ones(3, 'f')}
@@ -185,6 +188,8 @@ ABOUT = {
   'layers of a later version': {'layers': [['a', '', True, None, 5]] * 2},
   'leaves without a rank': {'leaves': [['a'], ['b']]},
   'one leaf too few': {'leaves': [['a', 1]]},
+  'one loss too many': {'losses': 3},
+  'losses of text': {'losses': 'two'},
   'scalars that are not there': {'scalars': ['loss', 'accuracy']},
   'scalars named by numbers': {'scalars': [1]},
 }
@@ -205,6 +210,9 @@ ARRAYS = {
   'no taps': {'tapped': None},
   'histograms of another size': {'histogram': np.ones((N, 2, 65))},
   'updates of one leaf': {'watched': np.ones((N, 1, 10), np.float32)},
+  'losses without cosines': {'losses': np.ones((N, 2, 3), np.float32)},
+  'no losses': {'losses': None},
+  'no marks of losses': {'has_losses': None},
   'no marks of taps': {'has_tapped': None},
   'marks of taps as numbers': {'has_tapped': np.ones(N)},
   'too few marks of taps': {'has_tapped': np.ones(N - 1, bool)},

@@ -22,7 +22,8 @@ def assert_same_records(actual, expected):
   assert actual.layers == expected.layers
   assert actual.leaves == expected.leaves
   np.testing.assert_array_equal(actual.steps, expected.steps)
-  for name in ('scalars', 'layer_stats', 'leaf_stats', 'batch_norm_stats'):
+  stats = 'layer_stats', 'leaf_stats', 'loss_stats', 'batch_norm_stats'
+  for name in ('scalars', *stats):
     one, other = getattr(actual, name), getattr(expected, name)
     assert list(one) == list(other)
     for key, values in one.items():

@@ -654,6 +654,18 @@ _FLOW = [
     'for median in list(medians.values())[:1]], axis=0)',
   ),
   Mutant(
+    'rules_conflict: a few steps make a conflict',
+    'flow/_rules_conflict.py',
+    'MIN_SHARE = 0.75',
+    'MIN_SHARE = 0.5',
+  ),
+  Mutant(
+    'accepts: other losses can follow',
+    'flow/_accepts.py',
+    'losses not in (0, len(state.weights))',
+    'losses < 0',
+  ),
+  Mutant(
     'rules_depth: a trend need not be a line',
     'flow/_rules_depth.py',
     ' or r2 < MIN_R2',

@@ -87,8 +87,23 @@ def watched(*rows):
   )
 
 
+def losses(cosine, weights=(0.5, 0.5), norms=(1.0, 1.0), non_finite=(0, 0)):
+  """Rows of losses; ``cosine`` is of all pairs, or a matrix."""
+  cosines = np.full((len(weights),) * 2, cosine)
+  np.fill_diagonal(cosines, 1)
+  columns = np.stack([weights, norms, non_finite], axis=1)
+  return np.concatenate([columns, cosines], axis=1).astype(np.float32)
+
+
 def add(
-  record, number, *, taps=None, opt_state=None, batch_norm=None, **scalars
+  record,
+  number,
+  *,
+  taps=None,
+  opt_state=None,
+  batch_norm=None,
+  losses=None,
+  **scalars,
 ):
   """``record.add``, without a program that copies from the device."""
   tapped = histogram = None
@@ -99,7 +114,8 @@ def add(
       histogram = np.stack([row.histogram for row in rows])
   watched = None if opt_state is None else opt_state.measured
   scalars |= _batch_norms.by_name(batch_norm)
-  step = _record_file.Step(number, 0, tapped, histogram, watched, scalars)
+  numbers = tapped, histogram, watched, scalars, losses
+  step = _record_file.Step(number, 0, *numbers)
   record._append(record._pending, step)
   record._receive(wait=False)
 
