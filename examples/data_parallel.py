@@ -66,7 +66,7 @@ def make_steps():
   from flax import linen as nn  # noqa: PLC0415
 
   import optax_ghm as ghm  # noqa: PLC0415
-  from optax_ghm import flow  # noqa: PLC0415
+  from optax_ghm import conflict, flow  # noqa: PLC0415
   from optax_ghm.linen import (  # noqa: PLC0415
     DomainBatchNorm,
     GradientReversal,
@@ -88,12 +88,14 @@ def make_steps():
             x, domain, mask=mask[:, None]
           )
         x = nn.relu(x)
+      if not self.plain:
+        x, for_domain = conflict.fork(x)
       logits = nn.Dense(CLASSES)(x)
       if self.plain:
         return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))
       known = mask & (domain == 0)
       logits = Harmonize(reduction=BATCH)(logits, mask=known)
-      x = GradientReversal()(x, 0.5)
+      x = GradientReversal()(for_domain, 0.5)
       return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))
 
   def losses(logits, domain_logits, labels, domain, mask):

@@ -47,6 +47,10 @@ HERE = pathlib.Path(__file__).parent
 BATCH, AVERAGING = 64, 0.99
 DEMO_STEPS = 300
 OPTIMIZER = optax.adam(1e-3, b1=0.5)
+HARMONIZED = {
+  'gh': conflict.gh_weights,
+  'gh++': conflict.gh_plus_plus_weights,
+}
 
 
 class Task(NamedTuple):
@@ -255,7 +259,8 @@ class Network(nn.Module):
       self.prepare(x), domain, train, self.method.own_affine
     )
     if self.method.conflict:
-      for_domain, for_class = conflict.fork(features, rule=self.method.conflict)
+      weights = HARMONIZED[self.method.conflict]
+      for_domain, for_class = conflict.fork(features, weights=weights)
     return features, for_domain, self.predictor(for_class)
 
   def prepare(self, x):

@@ -63,7 +63,8 @@ def reconciled_aggregate(
       parts of a batch before they come here.
 
   Returns:
-    A ``GradientTransformationExtraArgs``. A loss whose gradient holds NaN or
+    A ``GradientTransformationExtraArgs``; for ``optax.inject_hyperparams``,
+    ``losses`` and ``weights`` are static arguments. A loss whose gradient holds NaN or
     inf is left out and counted. Leaves that are not floating or complex pass
     unchanged.
 
@@ -122,7 +123,8 @@ def reconciled_aggregate(
       )
     gramian = _gramian.gramian(updates, axis_name=axis_name)
     now = _gramian.directions(gramian)
-    average = _averaged(gramian, now.finite, state.gramian, decay)
+    before = state.gramian.astype(gramian.dtype)
+    average = _averaged(gramian, now.finite, before, decay)
     left_out = ~_gramian.outer(now.finite, now.finite)
     used = jnp.where(left_out, jnp.nan, average)
     found = weights(used)

@@ -60,20 +60,27 @@ def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
 
   # The dual: minimize <g_w, mean> + c |mean| |g_w| over w >= 0 with sum 1, for
   # x = w |g|, in units of the shortest gradient.
-  def slope(x):
-    length = _length(of.cosines, x)
-    along = _gramian.multiply(of.cosines, x) / length
-    bent = (of.cosines - _gramian.outer(along, along)) / length
+  def slope(x, cosines, along_mean):
+    length = _length(cosines, x)
+    along = _gramian.multiply(cosines, x) / length
+    bent = (cosines - _gramian.outer(along, along)) / length
     return along_mean + c * along, c * bent
 
   start = jnp.ones_like(shorter) / jnp.maximum(jnp.sum(shorter), 1)
-  x = _minimum.minimum(slope, start, shorter, ITERATIONS)
+  arguments = of.cosines, along_mean
+  x = _minimum.minimum(slope, arguments, start, shorter, ITERATIONS)
   x = jnp.where(of.points, x, 0)
   x *= c * unit * size / _length(of.cosines, x)
   return of.shares + x / of.divisors
 
 
 def _length(cosines, x):
-  """The norm of the sum of unit vectors times x, and not quite 0."""
-  square = jnp.sum(x * _gramian.multiply(cosines, x))
-  return jnp.sqrt(jnp.maximum(square, 1e-12 * jnp.sum(x * x) + 1e-30))
+  """The norm of the sum of unit vectors times x, and not quite 0.
+
+  It is no less than any component, up to which the vectors may cancel.
+  """
+  components = _gramian.multiply(cosines, x)
+  square = jnp.sum(x * components)
+  least = 1e-12 * jnp.sum(x * x) + 1e-30
+  longest = jnp.maximum(jnp.max(jnp.square(components)), least)
+  return jnp.sqrt(jnp.maximum(square, longest))

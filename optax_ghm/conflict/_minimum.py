@@ -1,6 +1,7 @@
 """The minimum of a convex function over vectors without negative elements."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ TO_BOUNDARY = 0.99
 """The part of the way to the boundary that an iteration may go."""
 
 REGULARIZATION = 1e-6
-"""Of the Hessian, relative to its largest element: it slows directions in which
+"""Of the Hessian, relative to its trace: it slows directions in which
 the function is flat, and does not move the minimum."""
 
 SMALLEST = 1e-12
@@ -24,7 +25,8 @@ SMALLEST = 1e-12
 
 
 def minimum(
-  slope: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  slope: Callable[..., tuple[jax.Array, jax.Array]],
+  arguments: tuple[Any, ...],
   start: jax.Array,
   normal: jax.Array | None = None,
   iterations: int = ITERATIONS,
@@ -41,11 +43,13 @@ def minimum(
   once to predict how small μ can be, and once with a correction (Mehrotra 1992;
   Nocedal & Wright, Numerical Optimization, 2006, algorithm 16.4; Colombo &
   Gondzio 2008 for the length of the correction). Their number is fixed, so that
-  it can be compiled, batched and differentiated.
+  it can be compiled and batched. One step more, among the elements that are
+  not 0, gives the derivatives, and moves nothing.
 
   Args:
-    slope: from x to the gradient (m,) and the Hessian (m, m) at x. Gradients
-      and the scale of x are about 1.
+    slope: from x and the arguments to the gradient (m,) and the Hessian (m, m)
+      at x. Gradients and the scale of x are about 1.
+    arguments: of the function, with respect to which it is differentiable.
     start: (m,), positive, with :math:`n \cdot x = 1`.
     normal: (m,), n, not negative; None for x of any size.
     iterations: how many; a function that is not quadratic takes more.
@@ -53,25 +57,15 @@ def minimum(
   Returns:
     x, with exact zeros on the boundary.
   """
+  fixed = jax.lax.stop_gradient((arguments, normal))
 
   def iterate(carry, _):
     x, s, t = carry
-    gradient, hessian = slope(x)
-    if normal is not None:  # n n' is no change where n dx is what it must be
-      hessian += _gramian.outer(normal, normal)
-    diagonal = s / x + REGULARIZATION * jnp.max(jnp.diagonal(hessian))
-    solve = _solver(hessian + jnp.diag(diagonal))
+    gradient, hessian = slope(x, *fixed[0])
+    newton = _newton(x, hessian, s / x, fixed[1])
 
     def direction(products):
-      right = products / x - gradient + s
-      if normal is None:
-        dx, dt = solve(right), 0
-      else:
-        dx, along = solve(right + t * normal), solve(normal)
-        missing = 1 - jnp.sum(normal * x)
-        multiple = missing - jnp.sum(normal * dx)
-        multiple /= jnp.sum(normal * along)
-        dx, dt = dx + multiple * along, multiple - missing
+      dx, dt = newton(products / x - gradient + s, t)
       return dx, (products - s * dx) / x, dt
 
     dx, ds, _ = direction(-x * s)
@@ -86,9 +80,50 @@ def minimum(
     s = jnp.maximum(s + length * ds, SMALLEST)
     return (x, s, t + length * dt), None
 
-  s, t = jnp.ones_like(start), jnp.zeros_like(start[0])
-  (x, s, _), _ = jax.lax.scan(iterate, (start, s, t), length=iterations)
-  return jnp.where(x > s, x, 0)
+  begin = jax.lax.stop_gradient(start)
+  begin = begin, jnp.ones_like(begin), jnp.zeros_like(begin[0])
+  (x, s, t), _ = jax.lax.scan(iterate, begin, length=iterations)
+  inside = (x > s).astype(x.dtype)
+  x *= inside
+  gradient, hessian = slope(x, *arguments)
+  hessian = jax.lax.stop_gradient(hessian) * _gramian.outer(inside, inside)
+  if normal is not None:
+    normal *= inside
+  dx, _ = _newton(x, hessian, 1 - inside, normal)(-inside * gradient, t)
+  return x + dx - jax.lax.stop_gradient(dx)
+
+
+def quadratic(
+  matrix: jax.Array,
+  vector: jax.Array,
+  start: jax.Array,
+  normal: jax.Array | None = None,
+) -> jax.Array:
+  r"""The minimum of :math:`x^T M x / 2 + v^T x`, as :func:`minimum`."""
+
+  def slope(x, matrix, vector):
+    return _gramian.multiply(matrix, x) + vector, matrix
+
+  return minimum(slope, (matrix, vector), start, normal)
+
+
+def _newton(x, hessian, diagonal, normal):
+  """The step to solve H dx = right + (t + dt) n, with n (x + dx) = 1."""
+  if normal is not None:  # n n' is no change where n dx is what it must be
+    hessian += _gramian.outer(normal, normal)
+  diagonal += REGULARIZATION * jnp.trace(hessian)
+  solve = _solver(hessian + jnp.diag(diagonal))
+
+  def step(right, t):
+    if normal is None:
+      return solve(right), jnp.zeros_like(t)
+    dx, along = solve(right + t * normal), solve(normal)
+    missing = 1 - jnp.sum(normal * x)
+    multiple = missing - jnp.sum(normal * dx)
+    multiple /= jnp.sum(normal * along)
+    return dx + multiple * along, multiple - missing
+
+  return step
 
 
 def _solver(matrix):

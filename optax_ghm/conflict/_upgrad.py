@@ -47,10 +47,7 @@ def upgrad_weights(gramian: jax.Array) -> jax.Array:
   of = _gramian.directions(gramian)
   # In units of its length, gradient i gains x = argmin |u_i + sum_j x_j u_j|.
   gains = jax.vmap(
-    lambda cosines: _minimum.minimum(
-      lambda x: (_gramian.multiply(of.cosines, x) + cosines, of.cosines),
-      jnp.ones_like(cosines),
-    )
+    lambda own: _minimum.quadratic(of.cosines, own, jnp.ones_like(own))
   )(of.cosines)
   lengths = of.norms * of.shares
   added = _gramian.multiply(gains.T, lengths) / of.divisors

@@ -221,11 +221,40 @@ def _dense(given):
   return loss + other, state
 
 
-def _conflict(given):
+def _fork(given):
   one, other = conflict.fork(given.x)
-  two, another = conflict.fork(given.x, rule='gh++')
-  weights = conflict.conflict_weights(given.x, -given.x + 1)
-  return jnp.stack([one - 2 * other, 3 * two - another]), weights
+  two, another = conflict.fork(given.x, weights=conflict.gh_plus_plus_weights)
+  return jnp.stack([one - 2 * other, 3 * two - another])
+
+
+METHODS = [name for name in conflict.__all__ if name.endswith('_weights')]
+
+
+def _weights(given):
+  """By every method, at two gradients that conflict at every scale."""
+  gramian = conflict.gramian(given.x[:2] * jnp.array([[1.0], [-1.0]]))
+  return [getattr(conflict, name)(gramian) for name in METHODS]
+
+
+def _reconciled(given):
+  def losses_fn(x):
+    return {'near': jnp.sum(x**2), 'far': -jnp.sum(x)}
+
+  rows, params = given.x, given.x[0]
+  tx = conflict.reconciled_aggregate(4, conflict.mean_weights, decay=0.5)
+  step = conflict.reconciled_value_and_grad(losses_fn)
+  return tx.update(rows, tx.init(params), params), step(params)
+
+
+def _scalarizers(given):
+  losses = jnp.abs(given.x[:, 0])
+  return [
+    conflict.uncertainty_weighted(losses, jnp.zeros(4)),
+    conflict.geometric_mean(losses),
+    conflict.smooth_tchebycheff(losses),
+    conflict.famo_loss(losses, jnp.zeros(4)),
+    conflict.famo_logits_gradient(jnp.zeros(4), losses, losses + 1),
+  ]
 
 
 def _noise(given):
@@ -408,7 +437,18 @@ CASES = [
     differentiated(_priors),
   ),
   Case('loss_per_positive RunningPositives', differentiated(_dense)),
-  Case('fork conflict_weights', differentiated(_conflict)),
+  Case('fork', differentiated(_fork)),
+  Case(' '.join(['gramian', *METHODS]), _weights),
+  Case(
+    'reconciled_aggregate reconciled_value_and_grad Reconciliation'
+    ' ReconciledAggregateState',
+    _reconciled,
+  ),
+  Case(
+    'uncertainty_weighted geometric_mean smooth_tchebycheff famo_loss'
+    ' famo_logits_gradient',
+    _scalarizers,
+  ),
   Case('gradient_noise GradientNoise', _noise),
   Case(
     'dann_reversal_schedule dann_learning_rate_schedule renorm_schedules',

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import optax_ghm as ghm
-from optax_ghm import flow
+from optax_ghm import conflict, flow
 from tests.support.sharded import Case, check, parametrize
 
 PROGRAMS = 40
@@ -172,6 +172,16 @@ def of_examples(grads, mask, axis_name=None):
   }
 
 
+def of_losses(grads, axis_name=None):
+  """The axis of the losses comes first, and the leaves are split."""
+  tx = conflict.reconciled_aggregate(3, decay=0.5, axis_name=axis_name)
+  return tx.update(grads, tx.init(None))
+
+
+LOSSES = {'w': normal(3, N, 3), 'b': normal(3, N)}
+LOSSES['w'][2] -= LOSSES['w'][0]
+
+
 def examples():
   grads = {'w': normal(3, N, 2, 3), 'b': normal(3, N, 3)}
   sizes = 10 ** RNG.uniform(-2, 2, (3, N))
@@ -192,6 +202,14 @@ CASES = {
     sent=128,
     modes=('auto', 'explicit'),
     also=('all-gather', 'collective-permute'),
+  ),
+  'reconciled_aggregate': Case(
+    of_losses,
+    (LOSSES,),
+    P(None, 'd'),
+    (P('d'), P()),
+    sent=9,
+    scales=(1.0, 1e15, 1e-15),
   ),
   'aggregates': Case(
     *(of_examples, (examples(), MASK), (P(None, 'd'), P('d')), P(), [34])

@@ -162,26 +162,22 @@ def ghosts(x, mask, axis_name=None):
   return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, scale)
 
 
-def domains_and_conflicts(x, y, domain, weights, axis_name=None):
-  def fork(x):
-    one, other = conflict.fork(x, axis_name=axis_name)
-    return (jnp.square(one - 1) + jnp.sin(2 * other),)
-
-  return together(
-    {
-      'domain_loss': slope(
-        lambda x: (
-          ghm.domain_loss(x, domain, weights=weights, axis_name=axis_name),
-        ),
-        x,
-      ),
-      'conflict_weights': (
-        (),
-        conflict.conflict_weights(x, y, axis_name=axis_name),
-      ),
-      'fork': slope(fork, x),
-    }
+def domains(x, domain, weights, axis_name=None):
+  return slope(
+    lambda x: (
+      ghm.domain_loss(x, domain, weights=weights, axis_name=axis_name),
+    ),
+    x,
   )
+
+
+def several_losses(x, y, axis_name=None):
+  def fork(x):
+    one, other, third = conflict.fork(x, 3, axis_name=axis_name)
+    return (jnp.square(one - 1) + jnp.sin(2 * other) - third,)
+
+  gramian = conflict.gramian(jnp.stack([x, y]), axis_name=axis_name)
+  return together({'gramian': ((), gramian), 'fork': slope(fork, x)})
 
 
 def reversal(x, scale, axis_name=None):
@@ -269,13 +265,10 @@ CASES = {
   'ghost_batch_norm': Case(
     *(ghosts, (LOGITS, MASK), BATCH, ((P('d'), P()), P()))
   ),
-  'domain_loss, conflict_weights, fork': Case(
-    domains_and_conflicts,
-    (LOGITS, OTHERS, DOMAIN, np.abs(OTHERS[:, 0])),
-    BATCH,
-    OF_BATCH,
-    384,
+  'domain_loss': Case(
+    domains, (LOGITS, DOMAIN, np.abs(OTHERS[:, 0])), BATCH, OF_BATCH, 384
   ),
+  'gramian, fork': Case(several_losses, (LOGITS, OTHERS), BATCH, OF_BATCH, 9),
   'reverse_gradient': Case(
     *(reversal, (LOGITS, np.abs(OTHERS[:, 0])), BATCH, OF_BATCH, 0)
   ),
