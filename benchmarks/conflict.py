@@ -35,6 +35,7 @@ WEIGHTS = {
   )
 }
 OF_TWO = {
+  'mean_weights': conflict.mean_weights,
   'gh_weights': conflict.gh_weights,
   'gh_plus_plus_weights': conflict.gh_plus_plus_weights,
 }
@@ -57,8 +58,7 @@ def many_gramians(losses):
   return (jax.vmap(conflict.gramian)(rows(losses, 256)),)
 
 
-def weights_case(losses, many=False):
-  every = WEIGHTS | (OF_TWO if losses == 2 else {})
+def weights_case(losses, many=False, every=WEIGHTS):
   return harness.Case(
     {name: jax.vmap(f) if many else f for name, f in every.items()},
     functools.partial(many_gramians if many else one_gramian, losses),
@@ -156,6 +156,7 @@ def step_case(heads, *sizes, quick=False):
 
 CASES = {
   'weights': harness.Growth('losses', {m: weights_case(m) for m in (2, 8, 64)}),
+  'weights, of two losses alone': weights_case(2, every=OF_TWO),
   'weights, 256 Gramians': harness.Growth(
     'losses', {m: weights_case(m, many=True) for m in (2, 8)}
   ),
