@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
+TORCHJD ?= torchjd[full]==0.18.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -36,12 +37,12 @@ test-oldest test-newest:  ## PYTHON=python3.13 for the newest of all
 bench: setup  ## against what one would use instead; ONLY=clipping, QUICK=1
 	$(BIN)/python benchmarks $(if $(QUICK),--quick) --only '$(ONLY)'
 
-# in an environment that has PyTorch; TORCH=torch==... chooses which
+# in an environment that has PyTorch and TorchJD; TORCH=torch==... chooses which
 bench-torch: RUN := --only torch:
 bench-reference: RUN := --save reference
 bench-torch bench-reference:  ## against PyTorch; all, as in benchmarks/results
 	test -x $(VENV)-torch/bin/python || $(PYTHON) -m venv $(VENV)-torch
-	$(VENV)-torch/bin/python -m pip install --quiet --upgrade 'pip>=25.1' $(TORCH)
+	$(VENV)-torch/bin/python -m pip install --quiet --upgrade 'pip>=25.1' $(TORCH) '$(TORCHJD)'
 	$(VENV)-torch/bin/python -m pip install --quiet --editable '.[examples]'
 	$(VENV)-torch/bin/python benchmarks $(if $(QUICK),--quick) $(RUN)
 

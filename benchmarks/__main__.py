@@ -16,14 +16,16 @@ that ran in turn in one process (see harness.py); the columns are
   compile  seconds to trace and compile
 
 Written to benchmarks/results as NAME.json and NAME.png. PyTorch's programs take
-part where PyTorch is installed.
+part where PyTorch and TorchJD are installed.
 """
 
 import importlib.util
+import os
 
 import backward
 import batch_norm
 import clipping
+import conflict
 import domains
 import flow
 import losses
@@ -36,12 +38,15 @@ SUITES = {
   'per_example': per_example.CASES,
   'backward': backward.CASES,
   'domains': domains.CASES,
+  'conflict': conflict.CASES,
   'clipping': clipping.CASES,
   'norms': norms.CASES,
   'batch_norm': batch_norm.CASES,
   'flow': flow.CASES,
 }
-if importlib.util.find_spec('torch'):
+if all(map(importlib.util.find_spec, ('torch', 'torchjd'))):
+  # or its threads wait actively, and slow what runs after them
+  os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
   import torch_peers
 
   SUITES['torch'] = torch_peers.CASES

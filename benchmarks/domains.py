@@ -106,12 +106,11 @@ def pass_per_loss(params, x):
     return branches(params, features, features)[which]
 
   domain, task = (jax.value_and_grad(loss)(params, i) for i in (0, 1))
-  first, second = conflict.conflict_weights(
-    domain[1]['trunk'], task[1]['trunk']
+  rows = jax.tree.map(
+    lambda *leaves: jnp.stack(leaves), domain[1]['trunk'], task[1]['trunk']
   )
-  trunk = jax.tree.map(
-    lambda u, v: first * u + second * v, domain[1]['trunk'], task[1]['trunk']
-  )
+  first, second = conflict.gh_weights(conflict.gramian(rows))
+  trunk = jax.tree.map(lambda row: first * row[0] + second * row[1], rows)
   return domain[0] + task[0], {
     'trunk': trunk,
     'domain': domain[1]['domain'],
@@ -151,7 +150,13 @@ CASES = {
   'two branches, six layers of 512, batch 512': harness.Case(
     {
       'by hand: a backward pass per loss': pass_per_loss,
-      'conflict.fork': functools.partial(forked, conflict.fork),
+      'conflict.fork': functools.partial(
+        forked, functools.partial(conflict.fork, weights=conflict.gh_weights)
+      ),
+      'conflict.fork, GH++': functools.partial(
+        forked,
+        functools.partial(conflict.fork, weights=conflict.gh_plus_plus_weights),
+      ),
       'limit: nothing harmonized': functools.partial(forked, lambda x: (x, x)),
     },
     fork_data,

@@ -21,7 +21,7 @@ from rich.table import Table
 RESULTS = pathlib.Path(__file__).parent / 'results'
 WIDTH = 136
 COLUMNS = {
-  'ms': ('ms', '{:.2f}'),
+  'ms': ('ms', '{:.3f}'),
   'ratio': ('× first', '{:.2f}'),
   'spread': ('spread', '{0[0]:.2f}-{0[1]:.2f}'),
   'cpu_ratio': ('× CPU', '{:.2f}'),

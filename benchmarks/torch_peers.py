@@ -1,7 +1,9 @@
 """PyTorch, run eagerly, against JAX on the same numbers in the same process.
 
-Losses with their gradients, a clip in front of AdamW, batch norm. Both use all
-cores. PyTorch's batch norm gets its input channels last, as JAX's does.
+Losses with their gradients, a clip in front of AdamW, batch norm, and TorchJD's
+weights of several losses and training steps. Both use all cores. PyTorch's
+batch norm gets its input channels last, as JAX's does. TorchJD's Nash-MTL
+starts where its last call ended, and so solves one problem, not a sequence.
 """
 
 import functools
@@ -9,6 +11,7 @@ import math
 
 import batch_norm
 import clipping
+import conflict
 import harness
 import jax
 import losses
@@ -16,6 +19,7 @@ import numpy as np
 import optax
 import torch
 from torch.nn import functional
+from torchjd import aggregation, autojac
 
 import optax_ghm
 
@@ -156,11 +160,138 @@ def norm_case(shape):
   )
 
 
-CASES = {
-  'losses': harness.Growth(
-    'examples', {n: loss_case(n) for n in (10**5, 10**6, 10**7)}
-  ),
-  'transformer, 196 leaves': clip_case(clipping.transformer()),
-} | {
-  f'batch norm, {shape}': norm_case(shape) for shape in batch_norm.SHAPES[1:]
+def weighting(make):
+  """Weights of the Gramian, by TorchJD."""
+
+  def prepare(_, gramian):
+    method, gramian = make(), tensor(gramian)
+    return lambda: done(method(gramian))
+
+  return harness.Eager(prepare)
+
+
+def aggregator(make):
+  """The weighted sum of gradients, by what of TorchJD takes no Gramian."""
+
+  def prepare(rows, _):
+    method, rows = make(len(rows)), tensor(rows)
+    return lambda: done(method(rows))
+
+  return harness.Eager(prepare)
+
+
+TORCHJD = {
+  'upgrad': weighting(aggregation.UPGradWeighting),
+  'dualproj': weighting(aggregation.DualProjWeighting),
+  'mgda': weighting(aggregation.MGDAWeighting),
+  'cagrad': weighting(lambda: aggregation.CAGradWeighting(c=0.5)),
+  'nash_mtl': aggregator(aggregation.NashMTL),
+  'imtl_g': weighting(aggregation.IMTLGWeighting),
+  'config': aggregator(lambda _: aggregation.ConFIG()),
+  'aligned_mtl': weighting(aggregation.AlignedMTLWeighting),
+  'pcgrad': weighting(aggregation.PCGradWeighting),
 }
+
+
+def trained(reconciled):
+  """A step of Adam on the network of heads of the benchmark of conflicts."""
+
+  def prepare(params, x, labels):
+    trunk, *heads = (
+      [torch.nn.Parameter(tensor(w)) for w in layers]
+      for layers in (params['trunk'], *params['heads'])
+    )
+    x, labels = tensor(x), tensor(labels).long()
+    optimizer = torch.optim.Adam(
+      [w for layers in (trunk, *heads) for w in layers], 1e-3, fused=True
+    )
+    upgrad = aggregation.UPGrad()
+
+    def mlp(layers, x):
+      for w in layers[:-1]:
+        x = torch.relu(x @ w)
+      return x @ layers[-1]
+
+    def call():
+      optimizer.zero_grad()
+      features = torch.relu(mlp(trunk, x))
+      losses = [
+        functional.cross_entropy(mlp(head, features), of_head)
+        for head, of_head in zip(heads, labels, strict=True)
+      ]
+      if reconciled:
+        autojac.mtl_backward(losses, features)
+        autojac.jac_to_grad(trunk, upgrad)
+      else:
+        torch.stack(losses).sum().backward()
+      return done(optimizer.step())
+
+    return call
+
+  return harness.Eager(prepare)
+
+
+def rows_and_gramian(losses):
+  return conflict.rows(losses), *conflict.one_gramian(losses)
+
+
+def weights_case(method, losses):
+  ours = f'{method}_weights'
+  return harness.Case(
+    {
+      f'torchjd, {method}': TORCHJD[method],
+      ours: lambda _, gramian: conflict.WEIGHTS[ours](gramian),
+    },
+    functools.partial(rows_and_gramian, losses),
+    losses**2,
+    limit=ours,
+    quick=losses == 8 and method == 'upgrad',
+  )
+
+
+def conflict_case(heads):
+  """The trunk alone is reconciled by TorchJD and by the fork."""
+  programs = conflict.step_programs(heads)
+  ours = (conflict.SUM, 'conflict.fork', 'reconciled_value_and_grad')
+  return harness.Case(
+    {
+      'torch, the sum of the losses': trained(False),
+      'torchjd.autojac.mtl_backward, UPGrad': trained(True),
+      **{
+        name: functools.partial(conflict.step, *programs[name]) for name in ours
+      },
+    },
+    functools.partial(conflict.network_data, heads),
+    conflict.BATCH * heads,
+    init=functools.partial(conflict.start, programs),
+    quick=heads == 2,
+  )
+
+
+CASES = (
+  {
+    'losses': harness.Growth(
+      'examples', {n: loss_case(n) for n in (10**5, 10**6, 10**7)}
+    ),
+    'transformer, 196 leaves': clip_case(clipping.transformer()),
+  }
+  | {
+    f'batch norm, {shape}': norm_case(shape) for shape in batch_norm.SHAPES[1:]
+  }
+  | {
+    f'{method} of a Gramian': harness.Growth(
+      'losses',
+      # TorchJD's Nash-MTL of 64 losses takes minutes.
+      {
+        m: weights_case(method, m)
+        for m in ((2, 8) if method == 'nash_mtl' else (2, 8, 64))
+      },
+    )
+    for method in TORCHJD
+  }
+  | {
+    'training step, batch 256': harness.Growth(
+      'heads', {m: conflict_case(m) for m in (2, 8)}
+    )
+  }
+)
