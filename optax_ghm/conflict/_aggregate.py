@@ -64,9 +64,9 @@ def reconciled_aggregate(
 
   Returns:
     A ``GradientTransformationExtraArgs``; for ``optax.inject_hyperparams``,
-    ``losses`` and ``weights`` are static arguments. A loss whose gradient holds NaN or
-    inf is left out and counted. Leaves that are not floating or complex pass
-    unchanged.
+    ``losses`` and ``weights`` are static arguments. A loss whose gradient holds
+    NaN or inf is left out and counted. Leaves that are not floating or complex
+    pass unchanged.
 
   Raises:
     ValueError: if an argument is out of range; on update, if leaves do not have
@@ -101,11 +101,10 @@ def reconciled_aggregate(
 
   def init_fn(params):
     del params
-    square = jnp.zeros([losses, losses], jnp.float32)
     return ReconciledAggregateState(
-      gramian=square,
-      weights=square[0],
-      cosines=square,
+      gramian=jnp.zeros([losses, losses], jnp.float32),
+      weights=jnp.zeros([losses], jnp.float32),
+      cosines=jnp.zeros([losses, losses], jnp.float32),
       steps=jnp.zeros([], jnp.int32),
       conflicts=jnp.zeros([], jnp.int32),
       non_finite=jnp.zeros([losses], jnp.int32),

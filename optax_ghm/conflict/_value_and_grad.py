@@ -39,8 +39,12 @@ def reconciled_value_and_grad(
     \ell = f(\theta), \qquad g_i = \nabla_\theta \ell_i, \qquad
     \bar g = \sum_i w_i g_i
 
-  where w are the weights of the Gramian of all :math:`g_i`. The losses are
-  computed once, and pulled back m times.
+  where w are the weights of the Gramian of all :math:`g_i`. Call it under
+  ``jax.jit``: the losses are then computed once. Every leaf of the losses is
+  pulled back alone, and only through those parts of the model that it depends
+  on; the elements of one leaf are pulled back together. Return a dict of
+  scalars where every loss has a head of its own, and a vector where the losses
+  are many and have all parts in common.
 
   Args:
     losses_fn: function whose first argument is the pytree of parameters, and
@@ -49,8 +53,8 @@ def reconciled_value_and_grad(
     weights: one of the methods of this package, or any function from a Gramian,
       (m, m), to weights, (m,).
     has_aux: whether ``losses_fn`` returns a pair of the losses and other data.
-    batch_size: how many losses are pulled back at once. By default it is all of
-      them, which is fast, and takes m times the memory of one backward pass.
+    batch_size: how many elements of a vector of losses are pulled back at once.
+      By default it is all, which takes as many times the memory of one.
 
   Returns:
     A function with the arguments of ``losses_fn`` that returns
@@ -59,9 +63,8 @@ def reconciled_value_and_grad(
     - the reconciled gradient, as the parameters,
     - a :class:`Reconciliation`.
 
-    A loss whose gradient holds NaN or inf is left out. Since 0 times NaN is NaN
-    in JAX, a loss whose derivative at shared outputs is NaN takes the others
-    with it: the gradient is then 0. With :func:`fork`, it does not.
+    A loss whose gradient holds NaN or inf is left out. In a vector it may take
+    the others with it, since 0 times NaN is NaN: the gradient is then 0.
 
   Raises:
     ValueError: when it is called, if there is no loss, or no parameter that is
@@ -95,20 +98,24 @@ def reconciled_value_and_grad(
 
   @functools.wraps(losses_fn)
   def value_and_grad(params, *args, **kwargs):
-    def flat_losses(params):
+    def losses_of(params):
       out = losses_fn(params, *args, **kwargs)
-      losses = out[0] if has_aux else out
-      vector, unravel = ravel_pytree(losses)
-      return vector, (out, unravel)
+      return jax.tree.leaves(out[0] if has_aux else out)
 
-    vector, pull, (out, unravel) = jax.vjp(flat_losses, params, has_aux=True)
+    def rows_of(index):
+      losses, pull = jax.vjp(lambda p: losses_of(p)[index].ravel(), params)
+      basis = jnp.eye(losses.size, dtype=losses.dtype)
+      at_once = losses.size if batch_size is None else batch_size
+      return jax.lax.map(pull, basis, batch_size=at_once)[0]
+
+    out = losses_fn(params, *args, **kwargs)
+    vector, unravel = ravel_pytree(out[0] if has_aux else out)
     if not vector.size:
       raise ValueError('losses_fn must return one loss or more, got none.')
-    basis = jnp.eye(vector.size, dtype=vector.dtype)
-    if batch_size is None:
-      (rows,) = jax.vmap(pull)(basis)
-    else:
-      (rows,) = jax.lax.map(pull, basis, batch_size=batch_size)
+    # A leaf is pulled back alone, through what it depends on. What all of them
+    # compute on the way there is the same, and XLA keeps one copy of it.
+    rows = [rows_of(i) for i in range(len(losses_of(params)))]
+    rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
     gramian = _gramian.gramian(rows)
     found = weights(gramian)
     cosines = _gramian.directions(gramian).cosines
