@@ -131,8 +131,9 @@ def _newton(x, hessian, diagonal, normal):
       return solve(right), jnp.zeros_like(t)
     dx, along = solve(right + t * normal), solve(normal)
     missing = 1 - jnp.sum(normal * x)
+    size = jnp.sum(normal * along)
     multiple = missing - jnp.sum(normal * dx)
-    multiple /= jnp.sum(normal * along)
+    multiple /= jnp.where(size > 0, size, 1)
     return dx + multiple * along, multiple - missing
 
   return step

@@ -117,8 +117,10 @@ def smooth_tchebycheff(
     Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective
     Optimization <https://arxiv.org/abs/2402.19078>`_, 2024
   """
-  excess = jnp.asarray(weights) * (losses - ideal) / smoothing
-  return jax.nn.logsumexp(excess) * jnp.asarray(smoothing)
+  weights, ideal, smoothing = (
+    jnp.asarray(u, losses.dtype) for u in (weights, ideal, smoothing)
+  )
+  return smoothing * jax.nn.logsumexp(weights * (losses - ideal) / smoothing)
 
 
 def famo_loss(losses: jax.Array, logits: jax.Array) -> jax.Array:

@@ -80,7 +80,7 @@ SAMPLES = st.builds(
 def error(found, expected, rows):
   """Relative to the direction or, where it vanishes, to the shortest row."""
   shortest = np.linalg.norm(rows, axis=1).min()
-  size = max(np.linalg.norm(expected), 1e-2 * shortest)
+  size = max(np.linalg.norm(expected), 1e-1 * shortest)
   return np.linalg.norm(found - expected) / size
 
 

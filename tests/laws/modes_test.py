@@ -232,7 +232,7 @@ METHODS = [name for name in conflict.__all__ if name.endswith('_weights')]
 
 def _weights(given):
   """By every method, at two gradients that conflict at every scale."""
-  gramian = conflict.gramian(given.x[:2] * jnp.array([[1.0], [-1.0]]))
+  gramian = conflict.gramian(jnp.stack([given.x[0], -given.x[1]]))
   return [getattr(conflict, name)(gramian) for name in METHODS]
 
 
@@ -247,13 +247,13 @@ def _reconciled(given):
 
 
 def _scalarizers(given):
-  losses = jnp.abs(given.x[:, 0])
+  losses, zeros = jnp.abs(given.x[:, 0]), 0 * given.x[:, 1]
   return [
-    conflict.uncertainty_weighted(losses, jnp.zeros(4)),
+    conflict.uncertainty_weighted(losses, zeros),
     conflict.geometric_mean(losses),
     conflict.smooth_tchebycheff(losses),
-    conflict.famo_loss(losses, jnp.zeros(4)),
-    conflict.famo_logits_gradient(jnp.zeros(4), losses, losses + 1),
+    conflict.famo_loss(losses, zeros),
+    conflict.famo_logits_gradient(zeros, losses, losses + 1),
   ]
 
 
@@ -641,8 +641,9 @@ IN_FLOAT64 = {
     given.x,
     ghm.RunningMoments(given.x[0], jnp.square(given.x[1]) + 1, given.x[0]),
   ),
-  'conflict_weights': lambda given: conflict.conflict_weights(
-    given.x, 1 - given.x
+  'gramian': lambda given: conflict.gramian(given.x),
+  'upgrad_weights': lambda given: conflict.upgrad_weights(
+    conflict.gramian(given.x * jnp.array([[1.0], [2.0], [1.0], [1.0]]))
   ),
   'domain_loss': lambda given: ghm.domain_loss(given.x, given.labels),
   'entropy_weights': lambda given: ghm.entropy_weights(given.x),
