@@ -302,14 +302,6 @@ def tchebycheff(losses, known):
   return conflict.smooth_tchebycheff(losses, 1 / known.first, smoothing=0.1)
 
 
-def upgrad_of_units(gramian):
-  """UPGrad of gradients that have length 1: no scale of a loss matters."""
-  lengths = jnp.sqrt(jnp.diagonal(gramian))
-  lengths = jnp.where(lengths > 0, lengths, 1)
-  units = gramian / lengths / lengths[:, None]
-  return conflict.upgrad_weights(units) / lengths
-
-
 PLAIN, BASELINE = 'plain sum', 'tuned weighted sum'
 METHODS = {
   'sum': {
@@ -324,7 +316,7 @@ METHODS = {
   },
   'reconciled': {
     'UPGrad': conflict.upgrad_weights,
-    'UPGrad of units': upgrad_of_units,
+    'UPGrad of units': conflict.of_unit_gradients(conflict.upgrad_weights),
     'MGDA': conflict.mgda_weights,
     'CAGrad': conflict.cagrad_weights,
     'PCGrad': conflict.pcgrad_weights,  # in a fixed order

@@ -233,7 +233,9 @@ METHODS = [name for name in conflict.__all__ if name.endswith('_weights')]
 def _weights(given):
   """By every method, at two gradients that conflict at every scale."""
   gramian = conflict.gramian(jnp.stack([given.x[0], -given.x[1]]))
-  return [getattr(conflict, name)(gramian) for name in METHODS]
+  weights = [getattr(conflict, name) for name in METHODS]
+  weights += [conflict.of_unit_gradients(conflict.upgrad_weights)]
+  return [method(gramian) for method in weights]
 
 
 def _reconciled(given):
@@ -438,7 +440,7 @@ CASES = [
   ),
   Case('loss_per_positive RunningPositives', differentiated(_dense)),
   Case('fork', differentiated(_fork)),
-  Case(' '.join(['gramian', *METHODS]), _weights),
+  Case(' '.join(['gramian', 'of_unit_gradients', *METHODS]), _weights),
   Case(
     'reconciled_aggregate reconciled_value_and_grad Reconciliation'
     ' ReconciledAggregateState',
