@@ -86,11 +86,8 @@ def reconciled_aggregate(
     ...   return jnp.stack([(w[0] - 1) ** 2, 4 * w[0] + w[1] ** 2])
     >>> rows = jax.jacrev(losses_fn)(params)
     >>> updates, state = tx.update(rows, tx.init(params), params)
-    >>> print(
-    ...   np.float64(updates['w']).round(4),
-    ...   np.float64(state[0].cosines[0, 1]).round(4),
-    ... )
-    [ 0.01 -0.12] -0.8944
+    >>> print(np.float64(updates['w']).round(4), state[0].weights)
+    [ 0.01 -0.12] [2.5 0.6]
 
   References:
     Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization

@@ -32,11 +32,8 @@ def uncertainty_weighted(
     >>> import numpy as np
     >>> from optax_ghm import conflict
     >>> losses = jnp.array([1.0, 100.0])
-    >>> print(
-    ...   np.float64(
-    ...     conflict.uncertainty_weighted(losses, jnp.log(losses))
-    ...   ).round(4)
-    ... )
+    >>> loss = conflict.uncertainty_weighted(losses, jnp.log(losses))
+    >>> print(np.float64(loss).round(4))
     3.3026
 
   References:
@@ -65,9 +62,8 @@ def geometric_mean(losses: jax.Array) -> jax.Array:
     >>> import jax.numpy as jnp
     >>> import numpy as np
     >>> from optax_ghm import conflict
-    >>> print(
-    ...   np.float64(conflict.geometric_mean(jnp.array([1.0, 100.0]))).round(4)
-    ... )
+    >>> loss = conflict.geometric_mean(jnp.array([1.0, 100.0]))
+    >>> print(np.float64(loss).round(4))
     10.0
 
   References:
@@ -108,9 +104,8 @@ def smooth_tchebycheff(
     >>> import numpy as np
     >>> from optax_ghm import conflict
     >>> losses = jnp.array([1.0, 3.0])
-    >>> print(
-    ...   np.float64(jax.grad(conflict.smooth_tchebycheff)(losses)).round(4)
-    ... )
+    >>> gradient = jax.grad(conflict.smooth_tchebycheff)(losses)
+    >>> print(np.float64(gradient).round(4))
     [0.1192 0.8808]
 
   References:

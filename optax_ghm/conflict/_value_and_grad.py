@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
+import numpy as np
 
 from optax_ghm._core import per_example
 from optax_ghm.conflict import _gramian
@@ -17,7 +17,7 @@ class Reconciliation(NamedTuple):
   """How the gradients of several losses were reconciled.
 
   Attributes:
-    weights: of the losses, in their structure.
+    weights: of the losses, in their structure and in float32.
     cosines: (m, m), of the angles between their gradients, in the order of
       ``jax.tree.leaves``. It is 0 for a gradient that is 0 or not finite.
   """
@@ -71,6 +71,7 @@ def reconciled_value_and_grad(
       a floating or complex array.
 
   Examples:
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> import numpy as np
     >>> import optax
@@ -79,16 +80,12 @@ def reconciled_value_and_grad(
     ...   return {'left': (w[0] - 1) ** 2, 'right': 4 * w[0] + w[1] ** 2}
     >>> params = jnp.array([0.5, 1.0])
     >>> tx = optax.sgd(0.1)
-    >>> losses, grads, how = conflict.reconciled_value_and_grad(losses_fn)(
-    ...   params
-    ... )
+    >>> value_and_grad = conflict.reconciled_value_and_grad(losses_fn)
+    >>> losses, grads, how = jax.jit(value_and_grad)(params)
     >>> print(losses['left'], losses['right'], np.float64(grads).round(4))
     0.25 3.0 [-0.1  1.2]
-    >>> print(
-    ...   np.float64(how.weights['left']).round(4),
-    ...   np.float64(how.cosines[0, 1]).round(4),
-    ... )
-    2.5 -0.8944
+    >>> print(np.float64(how.cosines[0]).round(4), how.weights['left'])
+    [ 1.     -0.8944] 2.5
     >>> updates, _ = tx.update(grads, tx.init(params))
 
   References:
@@ -98,28 +95,35 @@ def reconciled_value_and_grad(
 
   @functools.wraps(losses_fn)
   def value_and_grad(params, *args, **kwargs):
-    def losses_of(params):
+    out = losses_fn(params, *args, **kwargs)
+    losses, structure = jax.tree.flatten(out[0] if has_aux else out)
+    if not sum(map(jnp.size, losses)):
+      raise ValueError('losses_fn must return one loss or more, got none.')
+
+    def leaf_of(params, index):
       out = losses_fn(params, *args, **kwargs)
-      return jax.tree.leaves(out[0] if has_aux else out)
+      return jax.tree.leaves(out[0] if has_aux else out)[index].ravel()
 
     def rows_of(index):
-      losses, pull = jax.vjp(lambda p: losses_of(p)[index].ravel(), params)
-      basis = jnp.eye(losses.size, dtype=losses.dtype)
-      at_once = losses.size if batch_size is None else batch_size
+      leaf, pull = jax.vjp(functools.partial(leaf_of, index=index), params)
+      at_once = leaf.size if batch_size is None else batch_size
+      basis = jnp.eye(leaf.size, dtype=leaf.dtype)
       return jax.lax.map(pull, basis, batch_size=at_once)[0]
 
-    out = losses_fn(params, *args, **kwargs)
-    vector, unravel = ravel_pytree(out[0] if has_aux else out)
-    if not vector.size:
-      raise ValueError('losses_fn must return one loss or more, got none.')
     # A leaf is pulled back alone, through what it depends on. What all of them
     # compute on the way there is the same, and XLA keeps one copy of it.
-    rows = [rows_of(i) for i in range(len(losses_of(params)))]
+    rows = [rows_of(index) for index in range(len(losses))]
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
     gramian = _gramian.gramian(rows)
     found = weights(gramian)
-    cosines = _gramian.directions(gramian).cosines
     grads = per_example.weighted_sum(rows, found)
-    return out, grads, Reconciliation(unravel(found), cosines)
+    ends = np.cumsum([jnp.size(leaf) for leaf in losses])
+    of_leaves = [
+      part.reshape(jnp.shape(leaf))
+      for part, leaf in zip(jnp.split(found, ends[:-1]), losses, strict=True)
+    ]
+    cosines = _gramian.directions(gramian).cosines
+    how = Reconciliation(jax.tree.unflatten(structure, of_leaves), cosines)
+    return out, grads, how
 
   return value_and_grad
