@@ -40,7 +40,7 @@ OF_TWO = {
   'gh_plus_plus_weights': conflict.gh_plus_plus_weights,
 }
 SUM = 'by hand: the sum of the losses'
-ONE_BY_ONE = 'reconciled_value_and_grad, one by one'
+VECTOR = 'reconciled_value_and_grad, of a vector'
 
 
 def rows(losses, *batch):
@@ -93,25 +93,27 @@ def mlp(weights, x):
 
 
 def losses_of(params, x, labels, fork=None):
-  """The cross-entropy of every head, (m,)."""
+  """The cross-entropies of all heads, in a list."""
   heads = params['heads']
   features = jax.nn.relu(mlp(params['trunk'], x))
   copies = fork(features, len(heads)) if fork else [features] * len(heads)
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-  return jnp.stack(
-    [
-      cross_entropy(mlp(head, copy), of_head).mean()
-      for head, copy, of_head in zip(heads, copies, labels, strict=True)
-    ]
-  )
+  return [
+    cross_entropy(mlp(head, copy), of_head).mean()
+    for head, copy, of_head in zip(heads, copies, labels, strict=True)
+  ]
+
+
+def vector_of(*args):
+  return jnp.stack(losses_of(*args))
 
 
 def sum_gradient(fork=None):
-  return jax.grad(lambda *args: losses_of(*args, fork=fork).sum())
+  return jax.grad(lambda *args: sum(losses_of(*args, fork=fork)))
 
 
-def reconciled(batch_size=None):
-  pulled = conflict.reconciled_value_and_grad(losses_of, batch_size=batch_size)
+def reconciled(losses_fn):
+  pulled = conflict.reconciled_value_and_grad(losses_fn)
   return lambda *args: pulled(*args)[1]
 
 
@@ -122,15 +124,15 @@ def step_programs(heads):
   return {
     SUM: (sum_gradient(), adam),
     'conflict.fork': (sum_gradient(conflict.fork), adam),
-    'reconciled_value_and_grad': (reconciled(), adam),
-    ONE_BY_ONE: (reconciled(batch_size=1), adam),
-    'jax.jacrev, reconciled_aggregate': (jax.jacrev(losses_of), aggregate),
+    'reconciled_value_and_grad': (reconciled(losses_of), adam),
+    VECTOR: (reconciled(vector_of), adam),
+    'jax.jacrev, reconciled_aggregate': (jax.jacrev(vector_of), aggregate),
   }
 
 
 def start(programs, name, data):
   params = jax.tree.map(jnp.copy, data[0])
-  return params, jax.jit(programs[name][1].init)(params)
+  return params, programs[name][1].init(params)
 
 
 def step(gradient, tx, carry, _, x, labels):

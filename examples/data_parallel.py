@@ -88,9 +88,10 @@ def make_steps():
             x, domain, mask=mask[:, None]
           )
         x = nn.relu(x)
+      for_class = for_domain = x
       if not self.plain:
-        x, for_domain = conflict.fork(x)
-      logits = nn.Dense(CLASSES)(x)
+        for_class, for_domain = conflict.fork(x)
+      logits = nn.Dense(CLASSES)(for_class)
       if self.plain:
         return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))
       known = mask & (domain == 0)

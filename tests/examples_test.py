@@ -154,3 +154,26 @@ def test_a_detector_learns_with_the_default_weighting():
   trained = example.train(method, train, 120, seed=0)
   assert score(example.initial_params(jax.random.key(0))) < 0.02
   assert score(trained) > 0.25
+
+
+@pytest.mark.slow
+def test_a_badly_scaled_loss_does_not_starve_the_other():
+  example = load('many_losses')
+  unit = 'UPGrad of units'
+  few = {name: example.METHODS['reconciled'][name] for name in ('UPGrad', unit)}
+  example.METHODS['reconciled'] = few  # the others take long to compile
+  problems = example.stack(example.DIGITS, 'test', range(2))
+  problems = problems._replace(batches=problems.batches[:, :200])
+
+  def worst(name, weights=(1.0, 1.0)):
+    scores = example.run_method(
+      example.SCALED, name, problems, (0.01,), weights
+    )
+    return scores[0, :, -1]
+
+  balanced = worst('plain sum', (1.0, 0.01))
+  assert balanced.min() > 60
+  assert worst(unit).min() > 60
+  # Reconciling protects from conflicts, and not from the scale of a loss.
+  for name in ('plain sum', 'UPGrad'):
+    assert worst(name).max() < balanced.min() - 20

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from optax_ghm._core import arrays
 from optax_ghm._core.norms import norm
 
+FEW = 8
+"""So many rows are added one by one: a matrix product would copy them."""
+
 MADE_BY = {
   'batch': 'Make them with jax.vmap(jax.grad(...)).',
   'loss': 'Make them with jax.jacrev(...).',
@@ -89,9 +92,15 @@ def weighted_sum(
   def over_examples(update):
     if not arrays.is_inexact(update):
       return update
-    counts = jnp.expand_dims(weights != 0, range(1, update.ndim))
-    numbers = arrays.widen(jnp.where(counts, update, 0))
-    total = arrays.contract(weights.astype(numbers.dtype), numbers)
+    if len(weights) <= FEW:  # one loop over all rows, without a copy of them
+      total = sum(
+        jnp.where(weight != 0, arrays.multiply(arrays.widen(row), weight), 0)
+        for weight, row in zip(weights, update, strict=True)
+      )
+    else:
+      counts = jnp.expand_dims(weights != 0, range(1, update.ndim))
+      numbers = arrays.widen(jnp.where(counts, update, 0))
+      total = arrays.contract(weights.astype(numbers.dtype), numbers)
     return arrays.psum(total, axis_name).astype(update.dtype)
 
   return jax.tree.map(over_examples, updates)

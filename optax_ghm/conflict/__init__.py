@@ -23,6 +23,7 @@ from optax_ghm.conflict._scalarizers import (
   smooth_tchebycheff,
   uncertainty_weighted,
 )
+from optax_ghm.conflict._unit_gradients import of_unit_gradients
 from optax_ghm.conflict._upgrad import upgrad_weights
 from optax_ghm.conflict._value_and_grad import (
   Reconciliation,
@@ -48,6 +49,7 @@ __all__ = [
   'mean_weights',
   'mgda_weights',
   'nash_mtl_weights',
+  'of_unit_gradients',
   'pcgrad_weights',
   'reconciled_aggregate',
   'reconciled_value_and_grad',

@@ -64,9 +64,9 @@ def reconciled_aggregate(
 
   Returns:
     A ``GradientTransformationExtraArgs``; for ``optax.inject_hyperparams``,
-    ``losses`` and ``weights`` are static arguments. A loss whose gradient holds NaN or
-    inf is left out and counted. Leaves that are not floating or complex pass
-    unchanged.
+    ``losses`` and ``weights`` are static arguments. A loss whose gradient holds
+    NaN or inf is left out and counted. Leaves that are not floating or complex
+    pass unchanged.
 
   Raises:
     ValueError: if an argument is out of range; on update, if leaves do not have
@@ -86,11 +86,8 @@ def reconciled_aggregate(
     ...   return jnp.stack([(w[0] - 1) ** 2, 4 * w[0] + w[1] ** 2])
     >>> rows = jax.jacrev(losses_fn)(params)
     >>> updates, state = tx.update(rows, tx.init(params), params)
-    >>> print(
-    ...   np.float64(updates['w']).round(4),
-    ...   np.float64(state[0].cosines[0, 1]).round(4),
-    ... )
-    [ 0.01 -0.12] -0.8944
+    >>> print(np.float64(updates['w']).round(4), state[0].weights)
+    [ 0.01 -0.12] [2.5 0.6]
 
   References:
     Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
@@ -101,11 +98,10 @@ def reconciled_aggregate(
 
   def init_fn(params):
     del params
-    square = jnp.zeros([losses, losses], jnp.float32)
     return ReconciledAggregateState(
-      gramian=square,
-      weights=square[0],
-      cosines=square,
+      gramian=jnp.zeros([losses, losses], jnp.float32),
+      weights=jnp.zeros([losses], jnp.float32),
+      cosines=jnp.zeros([losses, losses], jnp.float32),
       steps=jnp.zeros([], jnp.int32),
       conflicts=jnp.zeros([], jnp.int32),
       non_finite=jnp.zeros([losses], jnp.int32),

@@ -14,8 +14,10 @@ def config_weights(gramian: jax.Array) -> jax.Array:
     \langle u, g_i \rangle / \lVert g_i \rVert \;\text{equal for all } i,
       \qquad \lVert u \rVert = 1
 
-  The authors made it for physics-informed networks. It has the direction of
-  :func:`imtl_g_weights`, and the length that the gradients have along it.
+  A small step against it lowers every loss, where the gradients are
+  independent. The authors made it for physics-informed networks. Its direction
+  is that of :func:`imtl_g_weights` or the opposite one, and its length is that
+  of the gradients along it.
 
   Args:
     gramian: (m, m), inner products of the losses' gradients. For more losses

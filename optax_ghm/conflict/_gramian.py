@@ -1,5 +1,6 @@
 """The inner products of several losses' gradients, and their angles."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,14 +54,22 @@ def gramian(rows: Any, *, axis_name: arrays.AxisName = None) -> jax.Array:
 
 
 def _products(rows):
+  if len(rows) > per_example.FEW:
+    return _products_with(rows, rows)
+  # A matrix product would transpose a copy of all rows, if they have axes.
+  return jax.lax.map(functools.partial(_products_with, rows), rows)
+
+
+def _products_with(rows, others):
   axes = tuple(range(1, rows.ndim))
-  whole = jax.typeof(rows).sharding.update(spec=PartitionSpec(None, None))
+  theirs = tuple(range(others.ndim - len(axes), others.ndim))
+  whole = PartitionSpec(*[None] * (1 + others.ndim - len(axes)))
   return jax.lax.dot_general(
     rows,
-    rows,
-    ((axes, axes), ((), ())),
+    others,
+    ((axes, theirs), ((), ())),
     precision=jax.lax.Precision.HIGHEST,
-    out_sharding=whole,
+    out_sharding=jax.typeof(rows).sharding.update(spec=whole),
   )
 
 

@@ -13,8 +13,10 @@ def imtl_g_weights(gramian: jax.Array) -> jax.Array:
     \langle d, g_i \rangle / \lVert g_i \rVert \;\text{equal for all } i,
       \qquad d = \sum_i w_i g_i, \qquad \sum_i w_i = 1
 
-  Losses of any scale progress alike. Weights may be negative, and where the
-  gradients almost depend on one another they are large.
+  Losses of any scale progress alike. Weights may be negative. For three losses
+  or more, the components may be negative, too: a step then raises every loss,
+  where :func:`config_weights` has the opposite direction. Where the gradients
+  almost depend on one another, the weights are large.
 
   Args:
     gramian: (m, m), inner products of the losses' gradients. The method is not

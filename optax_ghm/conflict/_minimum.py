@@ -1,5 +1,6 @@
 """The minimum of a convex function over vectors without negative elements."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 
+from optax_ghm._core import trees
 from optax_ghm.conflict import _gramian
 
 ITERATIONS = 20
@@ -22,6 +24,10 @@ the function is flat, and does not move the minimum."""
 
 SMALLEST = 1e-12
 """What an element is at least, so that none is stuck at the boundary."""
+
+
+UNROLLED = 3
+"""Up to so many unknowns, calls of LAPACK would cost more than the work."""
 
 
 def minimum(
@@ -76,9 +82,14 @@ def minimum(
     # The correction is as long as the step that was found possible.
     dx, ds, dt = direction(target - x * s - length**2 * dx * ds)
     length = jnp.minimum(1, TO_BOUNDARY * _length(x, dx, s, ds))
-    x = jnp.maximum(x + length * dx, SMALLEST)
-    s = jnp.maximum(s + length * ds, SMALLEST)
-    return (x, s, t + length * dt), None
+    new = (
+      jnp.maximum(x + length * dx, SMALLEST),
+      jnp.maximum(s + length * ds, SMALLEST),
+      t + length * dt,
+    )
+    # Where gradients cancel, rounding may leave a matrix without a root.
+    fine = jnp.all(jnp.isfinite(new[0]))
+    return trees.select(fine, new, carry), None
 
   begin = jax.lax.stop_gradient(start)
   begin = begin, jnp.ones_like(begin), jnp.zeros_like(begin[0])
@@ -90,6 +101,7 @@ def minimum(
   if normal is not None:
     normal *= inside
   dx, _ = _newton(x, hessian, 1 - inside, normal)(-inside * gradient, t)
+  dx = jnp.where(jnp.isfinite(dx), dx, 0)
   return x + dx - jax.lax.stop_gradient(dx)
 
 
@@ -119,8 +131,9 @@ def _newton(x, hessian, diagonal, normal):
       return solve(right), jnp.zeros_like(t)
     dx, along = solve(right + t * normal), solve(normal)
     missing = 1 - jnp.sum(normal * x)
+    size = jnp.sum(normal * along)
     multiple = missing - jnp.sum(normal * dx)
-    multiple /= jnp.sum(normal * along)
+    multiple /= jnp.where(size > 0, size, 1)
     return dx + multiple * along, multiple - missing
 
   return step
@@ -129,8 +142,39 @@ def _newton(x, hessian, diagonal, normal):
 def _solver(matrix):
   """Solves linear equations, with the matrix scaled to a diagonal of 1."""
   scale = jax.lax.rsqrt(jnp.diagonal(matrix))
-  factor = jnp.linalg.cholesky(matrix * _gramian.outer(scale, scale))
-  return lambda right: scale * cho_solve((factor, True), scale * right)
+  matrix *= _gramian.outer(scale, scale)
+  if len(matrix) <= UNROLLED:
+    solve = _unrolled_solver(matrix)
+  else:
+    factor = jnp.linalg.cholesky(matrix)
+    solve = functools.partial(cho_solve, (factor, True))
+  return lambda right: scale * solve(scale * right)
+
+
+def _unrolled_solver(matrix):
+  """By Cholesky's factors, number by number, so that XLA makes one loop."""
+  m = len(matrix)
+  lower, inverse = [[] for _ in range(m)], []
+
+  def without(number, ones, others):
+    return number - sum(a * b for a, b in zip(ones, others, strict=True))
+
+  for j in range(m):
+    inverse.append(jax.lax.rsqrt(without(matrix[j, j], lower[j], lower[j])))
+    for i in range(j + 1, m):
+      rest = without(matrix[i, j], lower[i], lower[j])
+      lower[i].append(rest * inverse[j])
+
+  def solve(right):
+    y, x = [], []
+    for i in range(m):
+      y.append(without(right[i], lower[i], y) * inverse[i])
+    for i in reversed(range(m)):
+      column = [lower[k][i] for k in reversed(range(i + 1, m))]
+      x.append(without(y[i], column, x) * inverse[i])
+    return jnp.stack(x[::-1])
+
+  return solve
 
 
 def _length(x, dx, s, ds):

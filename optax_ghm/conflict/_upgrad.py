@@ -17,7 +17,9 @@ def upgrad_weights(gramian: jax.Array) -> jax.Array:
   and the weights are those with :math:`d = \sum_i w_i g_i`. A small step
   against d raises no loss. Where no two gradients conflict, d is their mean;
   for two losses, it is half of what PCGrad and GH give. A loss that is scaled
-  by c scales its own part of d by c, and nothing else.
+  by c scales its own part of d by c, and nothing else: one that is a hundred
+  times too large drowns the others here as in a sum. Scale the losses, or
+  take :func:`of_unit_gradients` of this.
 
   Args:
     gramian: (m, m), inner products of the losses' gradients.

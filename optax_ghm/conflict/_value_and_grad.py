@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
+import numpy as np
 
 from optax_ghm._core import per_example
 from optax_ghm.conflict import _gramian
@@ -17,7 +17,7 @@ class Reconciliation(NamedTuple):
   """How the gradients of several losses were reconciled.
 
   Attributes:
-    weights: of the losses, in their structure.
+    weights: of the losses, in their structure and in float32.
     cosines: (m, m), of the angles between their gradients, in the order of
       ``jax.tree.leaves``. It is 0 for a gradient that is 0 or not finite.
   """
@@ -39,8 +39,12 @@ def reconciled_value_and_grad(
     \ell = f(\theta), \qquad g_i = \nabla_\theta \ell_i, \qquad
     \bar g = \sum_i w_i g_i
 
-  where w are the weights of the Gramian of all :math:`g_i`. The losses are
-  computed once, and pulled back m times.
+  where w are the weights of the Gramian of all :math:`g_i`. Call it under
+  ``jax.jit``: the losses are then computed once. Every leaf of the losses is
+  pulled back alone, and only through those parts of the model that it depends
+  on; the elements of one leaf are pulled back together. Return a dict of
+  scalars where every loss has a head of its own, and a vector where the losses
+  are many and have all parts in common.
 
   Args:
     losses_fn: function whose first argument is the pytree of parameters, and
@@ -49,8 +53,8 @@ def reconciled_value_and_grad(
     weights: one of the methods of this package, or any function from a Gramian,
       (m, m), to weights, (m,).
     has_aux: whether ``losses_fn`` returns a pair of the losses and other data.
-    batch_size: how many losses are pulled back at once. By default it is all of
-      them, which is fast, and takes m times the memory of one backward pass.
+    batch_size: how many elements of a vector of losses are pulled back at once.
+      By default it is all, which takes as many times the memory of one.
 
   Returns:
     A function with the arguments of ``losses_fn`` that returns
@@ -59,15 +63,15 @@ def reconciled_value_and_grad(
     - the reconciled gradient, as the parameters,
     - a :class:`Reconciliation`.
 
-    A loss whose gradient holds NaN or inf is left out. Since 0 times NaN is NaN
-    in JAX, a loss whose derivative at shared outputs is NaN takes the others
-    with it: the gradient is then 0. With :func:`fork`, it does not.
+    A loss whose gradient holds NaN or inf is left out. In a vector it may take
+    the others with it, since 0 times NaN is NaN: the gradient is then 0.
 
   Raises:
     ValueError: when it is called, if there is no loss, or no parameter that is
       a floating or complex array.
 
   Examples:
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> import numpy as np
     >>> import optax
@@ -76,16 +80,12 @@ def reconciled_value_and_grad(
     ...   return {'left': (w[0] - 1) ** 2, 'right': 4 * w[0] + w[1] ** 2}
     >>> params = jnp.array([0.5, 1.0])
     >>> tx = optax.sgd(0.1)
-    >>> losses, grads, how = conflict.reconciled_value_and_grad(losses_fn)(
-    ...   params
-    ... )
+    >>> value_and_grad = conflict.reconciled_value_and_grad(losses_fn)
+    >>> losses, grads, how = jax.jit(value_and_grad)(params)
     >>> print(losses['left'], losses['right'], np.float64(grads).round(4))
     0.25 3.0 [-0.1  1.2]
-    >>> print(
-    ...   np.float64(how.weights['left']).round(4),
-    ...   np.float64(how.cosines[0, 1]).round(4),
-    ... )
-    2.5 -0.8944
+    >>> print(np.float64(how.cosines[0]).round(4), how.weights['left'])
+    [ 1.     -0.8944] 2.5
     >>> updates, _ = tx.update(grads, tx.init(params))
 
   References:
@@ -95,24 +95,35 @@ def reconciled_value_and_grad(
 
   @functools.wraps(losses_fn)
   def value_and_grad(params, *args, **kwargs):
-    def flat_losses(params):
-      out = losses_fn(params, *args, **kwargs)
-      losses = out[0] if has_aux else out
-      vector, unravel = ravel_pytree(losses)
-      return vector, (out, unravel)
-
-    vector, pull, (out, unravel) = jax.vjp(flat_losses, params, has_aux=True)
-    if not vector.size:
+    out = losses_fn(params, *args, **kwargs)
+    losses, structure = jax.tree.flatten(out[0] if has_aux else out)
+    if not sum(map(jnp.size, losses)):
       raise ValueError('losses_fn must return one loss or more, got none.')
-    basis = jnp.eye(vector.size, dtype=vector.dtype)
-    if batch_size is None:
-      (rows,) = jax.vmap(pull)(basis)
-    else:
-      (rows,) = jax.lax.map(pull, basis, batch_size=batch_size)
+
+    def leaf_of(params, index):
+      out = losses_fn(params, *args, **kwargs)
+      return jax.tree.leaves(out[0] if has_aux else out)[index].ravel()
+
+    def rows_of(index):
+      leaf, pull = jax.vjp(functools.partial(leaf_of, index=index), params)
+      at_once = leaf.size if batch_size is None else batch_size
+      basis = jnp.eye(leaf.size, dtype=leaf.dtype)
+      return jax.lax.map(pull, basis, batch_size=at_once)[0]
+
+    # A leaf is pulled back alone, through what it depends on. What all of them
+    # compute on the way there is the same, and XLA keeps one copy of it.
+    rows = [rows_of(index) for index in range(len(losses))]
+    rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
     gramian = _gramian.gramian(rows)
     found = weights(gramian)
-    cosines = _gramian.directions(gramian).cosines
     grads = per_example.weighted_sum(rows, found)
-    return out, grads, Reconciliation(unravel(found), cosines)
+    ends = np.cumsum([jnp.size(leaf) for leaf in losses])
+    of_leaves = [
+      part.reshape(jnp.shape(leaf))
+      for part, leaf in zip(jnp.split(found, ends[:-1]), losses, strict=True)
+    ]
+    cosines = _gramian.directions(gramian).cosines
+    how = Reconciliation(jax.tree.unflatten(structure, of_leaves), cosines)
+    return out, grads, how
 
   return value_and_grad

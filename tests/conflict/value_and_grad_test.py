@@ -116,8 +116,8 @@ def test_training_lowers_a_loss_that_the_sum_would_raise():
 
 def test_a_loss_with_a_bad_gradient_is_left_out():
   def losses_fn(params, x):
-    too_large = 1e30 * jnp.sum(jnp.square(params['w']))
-    return {**three(params, x), 'bad': too_large}
+    bad = jnp.sqrt(jnp.sum(0 * outputs(params, x)))  # the derivative is NaN
+    return {**three(params, x), 'bad': bad}
 
   _, grads, how = jax.jit(conflict.reconciled_value_and_grad(losses_fn))(
     PARAMS, X
@@ -125,6 +125,24 @@ def test_a_loss_with_a_bad_gradient_is_left_out():
   _, expected, _ = jax.jit(conflict.reconciled_value_and_grad(three))(PARAMS, X)
   assert how.weights['bad'] == 0
   chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_of_16_bits_and_vectors_among_them():
+  def losses_fn(params, x):
+    losses = three(params, x)
+    pair = jnp.stack([losses['down'], losses['apart']])
+    return {'a': losses['up'].astype(jnp.bfloat16), 'b': pair}
+
+  losses, grads, how = jax.jit(conflict.reconciled_value_and_grad(losses_fn))(
+    PARAMS, X
+  )
+  rows = rows_of(three, PARAMS, X)[[2, 1, 0]]  # up, down, apart
+  assert losses['a'].dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    flat(grads), oracles.upgrad(rows), rtol=1e-2, atol=1e-2
+  )
+  assert how.weights['a'].shape == () and how.weights['b'].shape == (2,)
+  assert how.weights['a'].dtype == np.float32
 
 
 def test_wrong_arguments_are_named():

@@ -46,6 +46,9 @@ def gramian(rows):
   return conflict.gramian(rows)
 
 
+of_units = jax.jit(conflict.of_unit_gradients(conflict.upgrad_weights))
+
+
 def directions(rows):
   """The direction of every method, in float64."""
   weights = every(gramian(rows))
@@ -80,7 +83,7 @@ SAMPLES = st.builds(
 def error(found, expected, rows):
   """Relative to the direction or, where it vanishes, to the shortest row."""
   shortest = np.linalg.norm(rows, axis=1).min()
-  size = max(np.linalg.norm(expected), 1e-2 * shortest)
+  size = max(np.linalg.norm(expected), 1e-1 * shortest)
   return np.linalg.norm(found - expected) / size
 
 
@@ -208,6 +211,18 @@ def test_a_scaled_loss_scales_its_own_part(rows, seed):
   for name in ('mean', 'upgrad', 'pcgrad'):
     distance = found[0][name] + found[1][name] - found[2][name]
     assert np.linalg.norm(distance) < 1e-4 * lengths.max(), name
+
+
+@pytest.mark.device
+@given(rows=SAMPLES, seed=st.integers(0, 99))
+def test_of_unit_gradients_no_scale_matters(rows, seed):
+  scales = 10 ** np.random.default_rng(seed).uniform(-2, 2, (len(rows), 1))
+  units = np.float64(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+  expected, size = directions(np.float32(units))['upgrad'], len(rows)
+  for scaled in (rows, rows * np.float32(scales)):
+    weights = of_units(gramian(scaled))
+    found = np.float64(weights) @ np.float64(scaled)
+    assert np.linalg.norm(found - expected) < 1e-3 * size
 
 
 @pytest.mark.device

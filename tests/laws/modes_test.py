@@ -232,8 +232,10 @@ METHODS = [name for name in conflict.__all__ if name.endswith('_weights')]
 
 def _weights(given):
   """By every method, at two gradients that conflict at every scale."""
-  gramian = conflict.gramian(given.x[:2] * jnp.array([[1.0], [-1.0]]))
-  return [getattr(conflict, name)(gramian) for name in METHODS]
+  gramian = conflict.gramian(jnp.stack([given.x[0], -given.x[1]]))
+  weights = [getattr(conflict, name) for name in METHODS]
+  weights += [conflict.of_unit_gradients(conflict.upgrad_weights)]
+  return [method(gramian) for method in weights]
 
 
 def _reconciled(given):
@@ -247,13 +249,13 @@ def _reconciled(given):
 
 
 def _scalarizers(given):
-  losses = jnp.abs(given.x[:, 0])
+  losses, zeros = jnp.abs(given.x[:, 0]), 0 * given.x[:, 1]
   return [
-    conflict.uncertainty_weighted(losses, jnp.zeros(4)),
+    conflict.uncertainty_weighted(losses, zeros),
     conflict.geometric_mean(losses),
     conflict.smooth_tchebycheff(losses),
-    conflict.famo_loss(losses, jnp.zeros(4)),
-    conflict.famo_logits_gradient(jnp.zeros(4), losses, losses + 1),
+    conflict.famo_loss(losses, zeros),
+    conflict.famo_logits_gradient(zeros, losses, losses + 1),
   ]
 
 
@@ -438,7 +440,7 @@ CASES = [
   ),
   Case('loss_per_positive RunningPositives', differentiated(_dense)),
   Case('fork', differentiated(_fork)),
-  Case(' '.join(['gramian', *METHODS]), _weights),
+  Case(' '.join(['gramian', 'of_unit_gradients', *METHODS]), _weights),
   Case(
     'reconciled_aggregate reconciled_value_and_grad Reconciliation'
     ' ReconciledAggregateState',
@@ -641,8 +643,9 @@ IN_FLOAT64 = {
     given.x,
     ghm.RunningMoments(given.x[0], jnp.square(given.x[1]) + 1, given.x[0]),
   ),
-  'conflict_weights': lambda given: conflict.conflict_weights(
-    given.x, 1 - given.x
+  'gramian': lambda given: conflict.gramian(given.x),
+  'upgrad_weights': lambda given: conflict.upgrad_weights(
+    conflict.gramian(given.x * jnp.array([[1.0], [2.0], [1.0], [1.0]]))
   ),
   'domain_loss': lambda given: ghm.domain_loss(given.x, given.labels),
   'entropy_weights': lambda given: ghm.entropy_weights(given.x),

@@ -338,8 +338,8 @@ _CONFLICT = [
   Mutant(
     'minimum: what is at the boundary stays a little inside',
     'conflict/_minimum.py',
-    'return jnp.where(x > s, x, 0)',
-    'return x',
+    'inside = (x > s).astype(x.dtype)',
+    'inside = jnp.ones_like(x)',
   ),
   Mutant(
     'upgrad: gains go to the wrong gradients',
