@@ -18,6 +18,12 @@ MADE_BY = {
 """Where gradients with a leading axis come from."""
 
 
+def are_few(rows: jax.Array) -> bool:
+  """Whether so few rows are better taken one by one."""
+  count = rows.shape[0]  # no integer, if an export leaves it open
+  return isinstance(count, int) and count <= FEW
+
+
 def leading(
   updates: Any, params: Any = None, what: str = 'batch'
 ) -> list[jax.Array]:
@@ -92,7 +98,7 @@ def weighted_sum(
   def over_examples(update):
     if not arrays.is_inexact(update):
       return update
-    if len(weights) <= FEW:  # one loop over all rows, without a copy of them
+    if are_few(weights):  # one loop over all rows, without a copy of them
       total = sum(
         jnp.where(weight != 0, arrays.multiply(arrays.widen(row), weight), 0)
         for weight, row in zip(weights, update, strict=True)

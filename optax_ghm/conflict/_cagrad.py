@@ -59,16 +59,25 @@ def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
   shorter = of.shortness
 
   # The dual: minimize <g_w, mean> + c |mean| |g_w| over w >= 0 with sum 1, for
-  # x = w |g|, in units of the shortest gradient.
-  def slope(x, cosines, along_mean):
-    length = _length(cosines, x)
-    along = _gramian.multiply(cosines, x) / length
-    bent = (cosines - _gramian.outer(along, along)) / length
-    return along_mean + c * along, c * bent
+  # x = w |g|, in units of the shortest gradient. The norm is the least value of
+  # (|g_w|² / r + r) / 2, so that r is one unknown more and all is smooth.
+  def slope(x_and_r, cosines, along_mean):
+    x, r = x_and_r[:-1], x_and_r[-1]
+    inner = _gramian.multiply(cosines, x) / r
+    square = jnp.sum(inner * x) / r
+    gradient = jnp.append(along_mean + c * inner, c / 2 * (1 - square))
+    mixed, of_r = -c * inner / r, c * square / r
+    above = jnp.concatenate([c * cosines / r, mixed[:, None]], axis=1)
+    return gradient, jnp.concatenate([above, jnp.append(mixed, of_r)[None]])
 
-  start = jnp.ones_like(shorter) / jnp.maximum(jnp.sum(shorter), 1)
-  arguments = of.cosines, along_mean
-  x = _minimum.minimum(slope, arguments, start, shorter, ITERATIONS)
+  start = jnp.ones_like(shorter) / jnp.sum(shorter)
+  x = _minimum.minimum(
+    slope,
+    (of.cosines, along_mean),
+    jnp.append(start, jnp.ones_like(size)),
+    jnp.append(shorter, jnp.zeros_like(size)),
+    ITERATIONS,
+  )[:-1]
   x = jnp.where(of.points, x, 0)
   x *= c * unit * size / _length(of.cosines, x)
   return of.shares + x / of.divisors

@@ -54,10 +54,9 @@ def gramian(rows: Any, *, axis_name: arrays.AxisName = None) -> jax.Array:
 
 
 def _products(rows):
-  if len(rows) > per_example.FEW:
-    return _products_with(rows, rows)
-  # A matrix product would transpose a copy of all rows, if they have axes.
-  return jax.lax.map(functools.partial(_products_with, rows), rows)
+  if per_example.are_few(rows):  # a matrix product would transpose a copy
+    return jax.lax.map(functools.partial(_products_with, rows), rows)
+  return _products_with(rows, rows)
 
 
 def _products_with(rows, others):
@@ -99,9 +98,13 @@ class Directions(NamedTuple):
 
   @property
   def shortness(self) -> jax.Array:
-    """The shortest norm that is not 0 over every norm; 0 without direction."""
+    """The shortest norm that is not 0 over every norm.
+
+    It is 0 for a gradient without direction, or 1 if none has any.
+    """
     shortest = jnp.min(jnp.where(self.points, self.norms, jnp.inf))
-    return jnp.where(self.points, shortest / self.divisors, 0)
+    ratios = jnp.where(self.points, shortest / self.divisors, 0)
+    return jnp.where(jnp.any(self.points), ratios, 1)
 
   @property
   def shares(self) -> jax.Array:

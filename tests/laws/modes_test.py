@@ -242,8 +242,8 @@ def _reconciled(given):
   def losses_fn(x):
     return {'near': jnp.sum(x**2), 'far': -jnp.sum(x)}
 
-  rows, params = given.x, given.x[0]
-  tx = conflict.reconciled_aggregate(4, conflict.mean_weights, decay=0.5)
+  rows, params = jnp.stack([given.x[0], -given.x[1]]), given.x[0]
+  tx = conflict.reconciled_aggregate(2, conflict.mean_weights, decay=0.5)
   step = conflict.reconciled_value_and_grad(losses_fn)
   return tx.update(rows, tx.init(params), params), step(params)
 
