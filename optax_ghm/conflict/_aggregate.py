@@ -50,6 +50,9 @@ def reconciled_aggregate(
   ``jax.jacrev`` makes them, and gives updates shaped as the parameters. With
   ``mean_weights``, it only measures.
 
+  Frozen parameters are None among the rows, or masked behind this: around it,
+  ``optax.masked`` would let rows pass as they are.
+
   With a decay δ, small batches do not decide alone which losses conflict. The
   step then hurts no loss on the average, which does not hold for each batch.
 
@@ -69,9 +72,10 @@ def reconciled_aggregate(
     pass unchanged.
 
   Raises:
+    TypeError: if ``losses`` is no integer.
     ValueError: if an argument is out of range; on update, if leaves do not have
       the m losses along their first axis, or do not have the shape of
-      ``params`` behind it.
+      ``params`` behind it, or if ``weights`` does not return (m,).
 
   Examples:
     >>> import jax
@@ -93,6 +97,7 @@ def reconciled_aggregate(
     Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
     <https://arxiv.org/abs/2406.16232>`_, 2024, for the default
   """
+  counters.check_type('losses', losses, int)
   counters.check_range('losses', losses, 1, float('inf'))
   counters.check_range('decay', decay, 0, 1)
 
@@ -123,7 +128,7 @@ def reconciled_aggregate(
     average = _averaged(gramian, now.finite, before, decay)
     left_out = ~_gramian.outer(now.finite, now.finite)
     used = jnp.where(left_out, jnp.nan, average)
-    found = weights(used)
+    found = _gramian.weigh(weights, used)
     return per_example.weighted_sum(updates, found), ReconciledAggregateState(
       gramian=average.astype(jnp.float32),
       weights=found.astype(jnp.float32),

@@ -6,7 +6,12 @@ import jax.numpy as jnp
 from optax_ghm._core import counters
 from optax_ghm.conflict import _gramian, _minimum
 
-ITERATIONS = 28
+HALVINGS = 24
+"""From ten decades to rounding. Each solves a quadratic program."""
+
+SHORTEST = 1e-4
+"""The least norm of g_w, in units of the shortest gradient: of less, only
+rounding would be left."""
 
 
 def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
@@ -59,37 +64,43 @@ def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
   shorter = of.shortness
 
   # The dual: minimize <g_w, mean> + c |mean| |g_w| over w >= 0 with sum 1, for
-  # x = w |g|, in units of the shortest gradient. The norm is the least value of
-  # (|g_w|² / r + r) / 2, so that r is one unknown more and all is smooth.
-  def slope(x_and_r, cosines, along_mean):
-    x, r = x_and_r[:-1], x_and_r[-1]
-    inner = _gramian.multiply(cosines, x) / r
-    square = jnp.sum(inner * x) / r
-    gradient = jnp.append(along_mean + c * inner, c / 2 * (1 - square))
-    mixed, of_r = -c * inner / r, c * square / r
-    above = jnp.concatenate([c * cosines / r, mixed[:, None]], axis=1)
-    return gradient, jnp.concatenate([above, jnp.append(mixed, of_r)[None]])
+  # x = w |g|, in units of the shortest gradient. The norm of g_w is not smooth
+  # where it is 0. With k |g_w|² / 2 in its place, the minimum is the same for
+  # that k with k |g_w| = c, and k |g_w| never falls as k grows.
+  fixed = jax.lax.stop_gradient((of.cosines, along_mean, shorter))
 
-  start = jnp.ones_like(shorter) / jnp.sum(shorter)
-  x = _minimum.minimum(
-    slope,
-    (of.cosines, along_mean),
-    jnp.append(start, jnp.ones_like(size)),
-    jnp.append(shorter, jnp.zeros_like(size)),
-    ITERATIONS,
-  )[:-1]
+  def solved(k):
+    cosines, along_mean, shorter = fixed
+    scale = 1 / (1 + k)  # keeps the numbers near 1
+    return _minimum.quadratic(scale * k * cosines, scale * along_mean, shorter)
+
+  def halve(bracket, _):
+    low, high = bracket
+    middle = jnp.sqrt(low) * jnp.sqrt(high)
+    enough = middle * _length(fixed[0], solved(middle)) > c
+    return (
+      jnp.where(enough, low, middle),
+      jnp.where(enough, middle, high),
+    ), None
+
+  least = jnp.min(jnp.where(of.points, fixed[2], 1))
+  bracket = c * least / 2, c / SHORTEST * jnp.ones_like(size)
+  (_, k), _ = jax.lax.scan(halve, bracket, length=HALVINGS)
+
+  def slope(x, cosines, along_mean):
+    length = _length(cosines, x)
+    along = _gramian.multiply(cosines, x) / length
+    bent = (cosines - _gramian.outer(along, along)) / length
+    return along_mean + c * along, c * bent
+
+  arguments = of.cosines, along_mean
+  x = _minimum.at_minimum(slope, arguments, solved(k), shorter)
   x = jnp.where(of.points, x, 0)
-  x *= c * unit * size / _length(of.cosines, x)
+  x *= c * unit * size / jnp.maximum(_length(of.cosines, x), SHORTEST)
   return of.shares + x / of.divisors
 
 
 def _length(cosines, x):
-  """The norm of the sum of unit vectors times x, and not quite 0.
-
-  It is no less than any component, up to which the vectors may cancel.
-  """
-  components = _gramian.multiply(cosines, x)
-  square = jnp.sum(x * components)
-  least = 1e-12 * jnp.sum(x * x) + 1e-30
-  longest = jnp.maximum(jnp.max(jnp.square(components)), least)
-  return jnp.sqrt(jnp.maximum(square, longest))
+  """The norm of the sum of unit vectors times x, and not quite 0."""
+  square = jnp.sum(x * _gramian.multiply(cosines, x))
+  return jnp.sqrt(jnp.maximum(square, 1e-12 * jnp.sum(x * x) + 1e-30))

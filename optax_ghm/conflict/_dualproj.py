@@ -47,5 +47,5 @@ def dualproj_weights(gramian: jax.Array) -> jax.Array:
   unit = jnp.max(lengths)
   unit = jnp.where(unit > 0, unit, 1)
   mean = _gramian.multiply(of.cosines, lengths / unit)
-  gains = _minimum.quadratic(of.cosines, mean, jnp.ones_like(mean))
+  gains = _minimum.quadratic(of.cosines, mean)
   return of.shares + jnp.where(of.points, unit * gains / of.divisors, 0)

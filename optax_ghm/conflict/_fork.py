@@ -52,7 +52,9 @@ def fork(
     loss does not use has a gradient of 0.
 
   Raises:
-    ValueError: if there is no branch.
+    TypeError: if ``branches`` is no integer.
+    ValueError: if there is no branch; in the backward pass, if ``weights`` does
+      not return (m,).
 
   Examples:
     >>> import jax
@@ -73,6 +75,7 @@ def fork(
     <https://arxiv.org/abs/1810.04650>`_, 2018, for the gradients at the
     features; the methods' own papers for the weights
   """
+  counters.check_type('branches', branches, int)
   counters.check_range('branches', branches, 1, float('inf'))
   copies = (x,) * branches
   return _fork((weights, axis_name), copies) if enabled else copies
@@ -92,7 +95,8 @@ def _fork(how, cotangents):
   rows = jax.tree.map(stack, *cotangents, is_leaf=lambda leaf: leaf is None)
   reconciled = None
   if jax.tree.leaves(rows):
-    found = weights(_gramian.gramian(rows, axis_name=axis_name))
+    gramian = _gramian.gramian(rows, axis_name=axis_name)
+    found = _gramian.weigh(weights, gramian)
     reconciled = per_example.weighted_sum(rows, found)
   # The sum is the cotangent of the first branch, so that it is rounded once.
   return ((reconciled,) + (None,) * (len(cotangents) - 1),)

@@ -72,6 +72,21 @@ def _products_with(rows, others):
   )
 
 
+def weigh(weights: Weights, gramian: jax.Array) -> jax.Array:
+  """The weights of a Gramian, checked.
+
+  Raises:
+    ValueError: if they do not have the shape of the losses.
+  """
+  found = weights(gramian)
+  if jnp.shape(found) != gramian.shape[:1]:
+    raise ValueError(
+      f'weights must return an array of shape {gramian.shape[:1]} for a Gramian'
+      f' of shape {gramian.shape}, got {found!r}.'
+    )
+  return jnp.asarray(found)
+
+
 class Directions(NamedTuple):
   """A Gramian, taken apart into lengths and angles.
 

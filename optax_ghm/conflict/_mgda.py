@@ -45,8 +45,7 @@ def mgda_weights(gramian: jax.Array) -> jax.Array:
   of = _gramian.directions(gramian)
   shorter = of.shortness
   # For x = w |g|, in units of the shortest gradient.
-  start = jnp.ones_like(shorter) / jnp.sum(shorter)
-  x = _minimum.quadratic(of.cosines, jnp.zeros_like(start), start, shorter)
+  x = _minimum.quadratic(of.cosines, jnp.zeros_like(shorter), shorter)
   vanished = (of.finite & ~of.points).astype(x.dtype)
   weights = jnp.where(jnp.any(vanished > 0), vanished, shorter * x)
   total = jnp.sum(weights)

@@ -1,4 +1,4 @@
-"""The minimum of a convex function over vectors without negative elements."""
+"""The minimum of a quadratic function where no element is negative."""
 
 import functools
 from collections.abc import Callable
@@ -12,63 +12,94 @@ from optax_ghm._core import trees
 from optax_ghm.conflict import _gramian
 
 ITERATIONS = 20
-"""Twelve reach rounding for most quadratic functions, and twenty for all that
-were tried: up to 64 losses, with norms that span six decades."""
+"""Twelve reach rounding for most matrices, and twenty for all that were tried:
+up to 64 losses, with norms that span six decades."""
 
 TO_BOUNDARY = 0.99
 """The part of the way to the boundary that an iteration may go."""
 
 REGULARIZATION = 1e-6
-"""Of the Hessian, relative to its trace: it slows directions in which
-the function is flat, and does not move the minimum."""
+"""Of the Hessian, relative to its trace: it slows directions in which the
+function is flat, and does not move the minimum."""
 
 SMALLEST = 1e-12
 """What an element is at least, so that none is stuck at the boundary."""
-
 
 UNROLLED = 3
 """Up to so many unknowns, calls of LAPACK would cost more than the work."""
 
 
-def minimum(
-  slope: Callable[..., tuple[jax.Array, jax.Array]],
-  arguments: tuple[Any, ...],
-  start: jax.Array,
+def quadratic(
+  matrix: jax.Array,
+  vector: jax.Array,
   normal: jax.Array | None = None,
-  iterations: int = ITERATIONS,
 ) -> jax.Array:
-  r"""The minimum of a convex function f over :math:`x \ge 0`.
+  r"""The minimum of :math:`f = x^T M x / 2 + v^T x` over :math:`x \ge 0`.
 
   With a normal n, it is the minimum where also :math:`n \cdot x = 1`. Its
   conditions, with multipliers s and t, are
 
   .. math::
-    \nabla f(x) - t n = s, \qquad x_i s_i = 0, \qquad x, s \ge 0 .
+    M x + v - t n = s, \qquad x_i s_i = 0, \qquad x, s \ge 0 .
 
   Every iteration is a step of Newton's method towards :math:`x_i s_i = \mu`,
   once to predict how small μ can be, and once with a correction (Mehrotra 1992;
   Nocedal & Wright, Numerical Optimization, 2006, algorithm 16.4; Colombo &
   Gondzio 2008 for the length of the correction). Their number is fixed, so that
-  it can be compiled and batched. One step more, among the elements that are
-  not 0, gives the derivatives, and moves nothing.
+  it can be compiled and batched.
 
   Args:
-    slope: from x and the arguments to the gradient (m,) and the Hessian (m, m)
-      at x. Gradients and the scale of x are about 1.
-    arguments: of the function, with respect to which it is differentiable.
-    start: (m,), positive, with :math:`n \cdot x = 1`.
+    matrix: (m, m), M, positive semidefinite, with elements of about 1.
+    vector: (m,), v, of about 1.
     normal: (m,), n, not negative; None for x of any size.
-    iterations: how many; a function that is not quadratic takes more.
 
   Returns:
-    x, with exact zeros on the boundary.
+    x, with exact zeros on the boundary, differentiable as :func:`at_minimum`.
   """
-  fixed = jax.lax.stop_gradient((arguments, normal))
 
+  def slope(x, matrix, vector):
+    return _gramian.multiply(matrix, x) + vector, matrix
+
+  fixed = jax.lax.stop_gradient((matrix, vector, normal))
+  x = at_minimum(slope, (matrix, vector), _solved(*fixed), normal)
+  return x
+
+
+def at_minimum(
+  slope: Callable[..., tuple[jax.Array, jax.Array]],
+  arguments: tuple[Any, ...],
+  x: jax.Array,
+  normal: jax.Array | None,
+) -> jax.Array:
+  """A minimum x, with the derivatives that a step of Newton's method has.
+
+  Args:
+    slope: from x and the arguments to the gradient and the Hessian of the
+      function at x.
+    arguments: those of the function, by which x is differentiable.
+    x: (m,), where the function is least, with zeros on the boundary.
+    normal: (m,), with which x has the product 1; None for x of any size.
+
+  Returns:
+    x.
+  """
+  x = jax.lax.stop_gradient(x)
+  inside = (x > 0).astype(x.dtype)
+  gradient, hessian = slope(x, *arguments)
+  hessian = jax.lax.stop_gradient(hessian) * _gramian.outer(inside, inside)
+  t = jax.lax.stop_gradient(jnp.sum(x * gradient))
+  if normal is not None:
+    normal *= inside
+  dx, _ = _newton(x, hessian, 1 - inside, normal)(-inside * gradient, t)
+  dx = jnp.where(jnp.isfinite(dx), dx, 0)
+  return x + dx - jax.lax.stop_gradient(dx)
+
+
+def _solved(matrix, vector, normal):
   def iterate(carry, _):
     x, s, t = carry
-    gradient, hessian = slope(x, *fixed[0])
-    newton = _newton(x, hessian, s / x, fixed[1])
+    gradient = _gramian.multiply(matrix, x) + vector
+    newton = _newton(x, matrix, s / x, normal)
 
     def direction(products):
       dx, dt = newton(products / x - gradient + s, t)
@@ -91,32 +122,11 @@ def minimum(
     fine = jnp.all(jnp.isfinite(new[0]))
     return trees.select(fine, new, carry), None
 
-  begin = jax.lax.stop_gradient(start)
-  begin = begin, jnp.ones_like(begin), jnp.zeros_like(begin[0])
-  (x, s, t), _ = jax.lax.scan(iterate, begin, length=iterations)
-  inside = (x > s).astype(x.dtype)
-  x *= inside
-  gradient, hessian = slope(x, *arguments)
-  hessian = jax.lax.stop_gradient(hessian) * _gramian.outer(inside, inside)
-  if normal is not None:
-    normal *= inside
-  dx, _ = _newton(x, hessian, 1 - inside, normal)(-inside * gradient, t)
-  dx = jnp.where(jnp.isfinite(dx), dx, 0)
-  return x + dx - jax.lax.stop_gradient(dx)
-
-
-def quadratic(
-  matrix: jax.Array,
-  vector: jax.Array,
-  start: jax.Array,
-  normal: jax.Array | None = None,
-) -> jax.Array:
-  r"""The minimum of :math:`x^T M x / 2 + v^T x`, as :func:`minimum`."""
-
-  def slope(x, matrix, vector):
-    return _gramian.multiply(matrix, x) + vector, matrix
-
-  return minimum(slope, (matrix, vector), start, normal)
+  ones = jnp.ones_like(vector)
+  start = ones if normal is None else ones / jnp.sum(normal)
+  carry = start, ones, jnp.zeros_like(ones[0])
+  (x, s, _), _ = jax.lax.scan(iterate, carry, length=ITERATIONS)
+  return jnp.where(x > s, x, 0)
 
 
 def _newton(x, hessian, diagonal, normal):

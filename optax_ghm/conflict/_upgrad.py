@@ -27,8 +27,9 @@ def upgrad_weights(gramian: jax.Array) -> jax.Array:
   Returns:
     (m,), the weights, 1 / m or more; float32, or float64 for such a Gramian. A
     loss whose gradient is not finite has weight 0, and does not count in m. A
-    gradient of 0 changes only m. Accurate to about 1e-6 of d, or, where the
-    gradients almost cancel, of what cancels.
+    gradient of 0 changes only m. Accurate to about 1e-6 of d; where the
+    parts that it adds up cancel to less than a hundredth, only to about 1e-4 of
+    these.
 
   Raises:
     ValueError: if ``gramian`` is not a square matrix.
@@ -48,9 +49,7 @@ def upgrad_weights(gramian: jax.Array) -> jax.Array:
   """
   of = _gramian.directions(gramian)
   # In units of its length, gradient i gains x = argmin |u_i + sum_j x_j u_j|.
-  gains = jax.vmap(
-    lambda own: _minimum.quadratic(of.cosines, own, jnp.ones_like(own))
-  )(of.cosines)
+  gains = jax.vmap(lambda own: _minimum.quadratic(of.cosines, own))(of.cosines)
   lengths = of.norms * of.shares
   added = _gramian.multiply(gains.T, lengths) / of.divisors
   return of.shares + jnp.where(of.points, added, 0)

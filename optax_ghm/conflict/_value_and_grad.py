@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_ghm._core import per_example
 from optax_ghm.conflict import _gramian
@@ -19,7 +18,8 @@ class Reconciliation(NamedTuple):
   Attributes:
     weights: of the losses, in their structure and in float32.
     cosines: (m, m), of the angles between their gradients, in the order of
-      ``jax.tree.leaves``. It is 0 for a gradient that is 0 or not finite.
+      ``jax.tree.leaves``. A gradient that is 0 or not finite has a cosine of 0
+      with all others.
   """
 
   weights: Any
@@ -47,9 +47,11 @@ def reconciled_value_and_grad(
   are many and have all parts in common.
 
   Args:
-    losses_fn: function whose first argument is the pytree of parameters, and
-      which returns the losses: a vector of them, or a pytree of scalars such as
-      a dict. With ``shard_map``, they are means over all devices.
+    losses_fn: pure function whose first argument is the pytree of parameters,
+      and which returns the losses: one vector of them, or a pytree of scalars
+      such as a dict. It is traced more than once: of a Flax NNX model, give the
+      parameters, and merge a copy of the model inside. With ``shard_map``, the
+      losses are means over all devices.
     weights: one of the methods of this package, or any function from a Gramian,
       (m, m), to weights, (m,).
     has_aux: whether ``losses_fn`` returns a pair of the losses and other data.
@@ -67,8 +69,11 @@ def reconciled_value_and_grad(
     the others with it, since 0 times NaN is NaN: the gradient is then 0.
 
   Raises:
-    ValueError: when it is called, if there is no loss, or no parameter that is
-      a floating or complex array.
+    TypeError: when it is called, if a loss is no real floating number, or if
+      with ``has_aux`` there is no pair.
+    ValueError: when it is called, if there is no loss, if there are several
+      vectors, if no parameter is a floating or complex array, or if ``weights``
+      does not return (m,).
 
   Examples:
     >>> import jax
@@ -96,13 +101,18 @@ def reconciled_value_and_grad(
   @functools.wraps(losses_fn)
   def value_and_grad(params, *args, **kwargs):
     out = losses_fn(params, *args, **kwargs)
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
+      raise TypeError(
+        'with has_aux, losses_fn must return a pair of losses and other data,'
+        f' got {out!r}.'
+      )
     losses, structure = jax.tree.flatten(out[0] if has_aux else out)
-    if not sum(map(jnp.size, losses)):
-      raise ValueError('losses_fn must return one loss or more, got none.')
+    _check(losses)
 
     def leaf_of(params, index):
       out = losses_fn(params, *args, **kwargs)
-      return jax.tree.leaves(out[0] if has_aux else out)[index].ravel()
+      leaf = jax.tree.leaves(out[0] if has_aux else out)[index]
+      return jnp.atleast_1d(leaf)
 
     def rows_of(index):
       leaf, pull = jax.vjp(functools.partial(leaf_of, index=index), params)
@@ -115,15 +125,31 @@ def reconciled_value_and_grad(
     rows = [rows_of(index) for index in range(len(losses))]
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
     gramian = _gramian.gramian(rows)
-    found = weights(gramian)
+    found = _gramian.weigh(weights, gramian)
     grads = per_example.weighted_sum(rows, found)
-    ends = np.cumsum([jnp.size(leaf) for leaf in losses])
+    of_leaves = list(found) if len(losses) > 1 else [found]
     of_leaves = [
-      part.reshape(jnp.shape(leaf))
-      for part, leaf in zip(jnp.split(found, ends[:-1]), losses, strict=True)
+      weight.reshape(jnp.shape(loss))
+      for weight, loss in zip(of_leaves, losses, strict=True)
     ]
     cosines = _gramian.directions(gramian).cosines
     how = Reconciliation(jax.tree.unflatten(structure, of_leaves), cosines)
     return out, grads, how
 
   return value_and_grad
+
+
+def _check(losses):
+  shapes = [jnp.shape(loss) for loss in losses]
+  if not losses or (0,) in shapes:
+    raise ValueError('losses_fn must return one loss or more, got none.')
+  if any(shapes) and (len(shapes) > 1 or len(shapes[0]) > 1):
+    raise ValueError(
+      'losses_fn must return scalars, or one vector of losses, got shapes'
+      f' {shapes}. With other data beside the losses, set has_aux.'
+    )
+  if not all(jnp.issubdtype(jnp.result_type(u), jnp.floating) for u in losses):
+    raise TypeError(
+      'losses must be real, floating numbers, got'
+      f' {[jnp.result_type(u).name for u in losses]}.'
+    )

@@ -94,6 +94,8 @@ def test_the_mean_only_measures():
 
 
 def test_wrong_arguments_are_named():
+  with pytest.raises(TypeError, match='losses must be a int'):
+    conflict.reconciled_aggregate(conflict.upgrad_weights)
   with pytest.raises(ValueError, match='losses must be from 1'):
     conflict.reconciled_aggregate(0)
   with pytest.raises(ValueError, match='decay must be from 0 to 1'):

@@ -330,15 +330,9 @@ _CONFLICT = [
     'count = jnp.ones_like(self.norms)',
   ),
   Mutant(
-    'minimum: no correction',
-    'conflict/_minimum.py',
-    '- length**2 * dx * ds)',
-    ')',
-  ),
-  Mutant(
     'minimum: what is at the boundary stays a little inside',
     'conflict/_minimum.py',
-    'inside = (x > s).astype(x.dtype)',
+    'inside = (x > 0).astype(x.dtype)',
     'inside = jnp.ones_like(x)',
   ),
   Mutant(
