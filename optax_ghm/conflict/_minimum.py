@@ -61,8 +61,7 @@ def quadratic(
     return _gramian.multiply(matrix, x) + vector, matrix
 
   fixed = jax.lax.stop_gradient((matrix, vector, normal))
-  x = at_minimum(slope, (matrix, vector), _solved(*fixed), normal)
-  return x
+  return at_minimum(slope, (matrix, vector), _solved(*fixed), normal)
 
 
 def at_minimum(

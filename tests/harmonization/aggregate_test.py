@@ -99,7 +99,7 @@ def test_wrong_updates_are_named():
     return np.ones(shape, np.float32)
 
   state, averaged = TX.init({}), {'w': ones(8, 2)}
-  with pytest.raises(ValueError, match=r'per-example.*\(8, 2\) for \(8, 2\)'):
+  with pytest.raises(ValueError, match=r'batch axis.*\(8, 2\) for \(8, 2\)'):
     TX.update(averaged, state, averaged)
   with pytest.raises(ValueError, match=r'updates.*\(4, 2\).*\(3,\)'):
     TX.update({'a': ones(4, 2), 'b': ones(3)}, state)

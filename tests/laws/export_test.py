@@ -13,7 +13,7 @@ from tests.support.oracles_harmonization import published
 from tests.support.public import public_names
 from tests.support.registry import ENTRIES
 
-PROGRAMS = 90
+PROGRAMS = 110
 
 OF_FIXED_SIZE = {entry.name for entry in ENTRIES} | {
   'harmony_weights',  # with ExactDensity among the densities
