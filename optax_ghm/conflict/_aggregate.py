@@ -126,7 +126,7 @@ def reconciled_aggregate(
     now = _gramian.directions(gramian)
     before = state.gramian.astype(gramian.dtype)
     average = _averaged(gramian, now.finite, before, decay)
-    left_out = ~_gramian.outer(now.finite, now.finite)
+    left_out = ~jnp.outer(now.finite, now.finite)
     used = jnp.where(left_out, jnp.nan, average)
     found = _gramian.weigh(weights, used)
     return per_example.weighted_sum(updates, found), ReconciledAggregateState(
@@ -145,5 +145,5 @@ def _averaged(gramian, finite, average, decay):
   """The moving average; it begins with the first gradient that is not 0."""
   begun = jnp.diagonal(average) > 0
   moved = average + (1 - decay) * (gramian - average)
-  moved = jnp.where(_gramian.outer(begun, begun), moved, gramian)
-  return jnp.where(_gramian.outer(finite, finite), moved, average)
+  moved = jnp.where(jnp.outer(begun, begun), moved, gramian)
+  return jnp.where(jnp.outer(finite, finite), moved, average)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from optax_ghm._core import arrays
 from optax_ghm.conflict import _gramian
 
 
@@ -46,12 +47,10 @@ def aligned_mtl_weights(gramian: jax.Array) -> jax.Array:
   of = _gramian.directions(gramian)
   unit = jnp.max(of.divisors)
   lengths = of.norms / unit
-  values, vectors = jnp.linalg.eigh(
-    of.cosines * _gramian.outer(lengths, lengths)
-  )
+  values, vectors = jnp.linalg.eigh(of.cosines * jnp.outer(lengths, lengths))
   known = values > len(values) * jnp.finfo(values.dtype).eps * values[-1]
   smallest = jnp.min(jnp.where(known, values, jnp.inf))
   ratios = jnp.where(known, smallest / jnp.where(known, values, 1), 0)
-  along = _gramian.multiply(vectors.T, of.shares)
-  weights = _gramian.multiply(vectors, jnp.sqrt(ratios) * along)
+  along = arrays.contract(vectors.T, of.shares)
+  weights = arrays.contract(vectors, jnp.sqrt(ratios) * along)
   return jnp.where(of.points, weights, 0)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optax_ghm._core import counters
+from optax_ghm._core import arrays, counters
 from optax_ghm.conflict import _gramian, _minimum
 
 HALVINGS = 24
@@ -60,7 +60,7 @@ def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
   unit = jnp.where(longest > 0, longest, 1)
   parts = of.norms * of.shares / unit
   size = _length(of.cosines, parts)  # of the mean, in units of the longest
-  along_mean = _gramian.multiply(of.cosines, parts) / size
+  along_mean = arrays.contract(of.cosines, parts) / size
   shorter = of.shortness
 
   # The dual: minimize <g_w, mean> + c |mean| |g_w| over w >= 0 with sum 1, for
@@ -89,8 +89,8 @@ def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
 
   def slope(x, cosines, along_mean):
     length = _length(cosines, x)
-    along = _gramian.multiply(cosines, x) / length
-    bent = (cosines - _gramian.outer(along, along)) / length
+    along = arrays.contract(cosines, x) / length
+    bent = (cosines - jnp.outer(along, along)) / length
     return along_mean + c * along, c * bent
 
   arguments = of.cosines, along_mean
@@ -102,5 +102,5 @@ def cagrad_weights(gramian: jax.Array, *, c: float = 0.5) -> jax.Array:
 
 def _length(cosines, x):
   """The norm of the sum of unit vectors times x, and not quite 0."""
-  square = jnp.sum(x * _gramian.multiply(cosines, x))
+  square = jnp.sum(x * arrays.contract(cosines, x))
   return jnp.sqrt(jnp.maximum(square, 1e-12 * jnp.sum(x * x) + 1e-30))

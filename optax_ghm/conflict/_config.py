@@ -21,7 +21,8 @@ def config_weights(gramian: jax.Array) -> jax.Array:
 
   Args:
     gramian: (m, m), inner products of the losses' gradients. For more losses
-      than parameters, the angles are equal as far as they can be.
+      than parameters, the angles are equal as far as they can be. It is not
+      differentiable where two eigenvalues of the cosines are equal.
 
   Returns:
     (m,), the weights; float32, or float64 for such a Gramian. A loss whose

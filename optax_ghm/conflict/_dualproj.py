@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from optax_ghm._core import arrays
 from optax_ghm.conflict import _gramian, _minimum
 
 
@@ -46,6 +47,6 @@ def dualproj_weights(gramian: jax.Array) -> jax.Array:
   lengths = of.norms * of.shares
   unit = jnp.max(lengths)
   unit = jnp.where(unit > 0, unit, 1)
-  mean = _gramian.multiply(of.cosines, lengths / unit)
+  mean = arrays.contract(of.cosines, lengths / unit)
   gains = _minimum.quadratic(of.cosines, mean)
   return of.shares + jnp.where(of.points, unit * gains / of.divisors, 0)

@@ -145,19 +145,9 @@ def directions(gramian: jax.Array) -> Directions:
   points = finite & (squares > 0)
   divisors = jnp.sqrt(jnp.where(points, squares, 1))
   norms = jnp.where(points, divisors, 0)
-  known = outer(points, points) & ~jnp.eye(len(gramian), dtype=bool)
+  known = jnp.outer(points, points) & ~jnp.eye(len(gramian), dtype=bool)
   # The parts that do not count are replaced before the division, so that no
   # derivative is NaN.
-  cosines = jnp.where(known, gramian, 0) / outer(divisors, divisors)
+  cosines = jnp.where(known, gramian, 0) / jnp.outer(divisors, divisors)
   cosines = jnp.clip(cosines, -1, 1) + jnp.eye(len(gramian), dtype=norms.dtype)
   return Directions(norms, cosines, finite)
-
-
-def outer(one: jax.Array, other: jax.Array) -> jax.Array:
-  """All products of two vectors' elements, (m, m)."""
-  return one[:, None] * other[None, :]
-
-
-def multiply(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-  """The product of a small matrix and a vector, in full precision."""
-  return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)

@@ -20,7 +20,8 @@ def imtl_g_weights(gramian: jax.Array) -> jax.Array:
 
   Args:
     gramian: (m, m), inner products of the losses' gradients. The method is not
-      defined for more losses than parameters; the weights are finite there.
+      defined for more losses than parameters; the weights are finite there. It
+      is not differentiable where two eigenvalues of the cosines are equal.
 
   Returns:
     (m,), the weights, with sum 1; float32, or float64 for such a Gramian. A

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 
-from optax_ghm._core import trees
-from optax_ghm.conflict import _gramian
+from optax_ghm._core import arrays, trees
 
 ITERATIONS = 20
 """Twelve reach rounding for most matrices, and twenty for all that were tried:
@@ -58,7 +57,7 @@ def quadratic(
   """
 
   def slope(x, matrix, vector):
-    return _gramian.multiply(matrix, x) + vector, matrix
+    return arrays.contract(matrix, x) + vector, matrix
 
   fixed = jax.lax.stop_gradient((matrix, vector, normal))
   return at_minimum(slope, (matrix, vector), _solved(*fixed), normal)
@@ -85,7 +84,7 @@ def at_minimum(
   x = jax.lax.stop_gradient(x)
   inside = (x > 0).astype(x.dtype)
   gradient, hessian = slope(x, *arguments)
-  hessian = jax.lax.stop_gradient(hessian) * _gramian.outer(inside, inside)
+  hessian = jax.lax.stop_gradient(hessian) * jnp.outer(inside, inside)
   t = jax.lax.stop_gradient(jnp.sum(x * gradient))
   if normal is not None:
     normal *= inside
@@ -97,7 +96,7 @@ def at_minimum(
 def _solved(matrix, vector, normal):
   def iterate(carry, _):
     x, s, t = carry
-    gradient = _gramian.multiply(matrix, x) + vector
+    gradient = arrays.contract(matrix, x) + vector
     newton = _newton(x, matrix, s / x, normal)
 
     def direction(products):
@@ -131,7 +130,7 @@ def _solved(matrix, vector, normal):
 def _newton(x, hessian, diagonal, normal):
   """The step to solve H dx = right + (t + dt) n, with n (x + dx) = 1."""
   if normal is not None:  # n n' is no change where n dx is what it must be
-    hessian += _gramian.outer(normal, normal)
+    hessian += jnp.outer(normal, normal)
   diagonal += REGULARIZATION * jnp.trace(hessian)
   solve = _solver(hessian + jnp.diag(diagonal))
 
@@ -151,7 +150,7 @@ def _newton(x, hessian, diagonal, normal):
 def _solver(matrix):
   """Solves linear equations, with the matrix scaled to a diagonal of 1."""
   scale = jax.lax.rsqrt(jnp.diagonal(matrix))
-  matrix *= _gramian.outer(scale, scale)
+  matrix *= jnp.outer(scale, scale)
   if len(matrix) <= UNROLLED:
     solve = _unrolled_solver(matrix)
   else:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 
+from optax_ghm._core import arrays
 from optax_ghm.conflict import _gramian
 
 ITERATIONS = 20
@@ -55,8 +56,8 @@ def nash_mtl_weights(gramian: jax.Array) -> jax.Array:
   # Newton's method for the minimum of x C x / 2 - sum log x, with x = w |g|,
   # damped where it is far (Boyd & Vandenberghe, 2004, section 9.6).
   def iterate(x, _):
-    slope = x * _gramian.multiply(of.cosines, x) - 1
-    factor = jnp.linalg.cholesky(_gramian.outer(x, x) * of.cosines + eye)
+    slope = x * arrays.contract(of.cosines, x) - 1
+    factor = jnp.linalg.cholesky(jnp.outer(x, x) * of.cosines + eye)
     change = -cho_solve((factor, True), slope)
     decrement = -jnp.sum(slope * change)  # squared
     far = decrement > 1 / 16
@@ -64,7 +65,7 @@ def nash_mtl_weights(gramian: jax.Array) -> jax.Array:
     damping = jnp.where(far, 1 / (1 + root), 1)
     return jnp.minimum(x * (1 + damping * change), LARGEST), None
 
-  total = jnp.maximum(jnp.mean(of.cosines @ jnp.ones_like(of.norms)), 1e-3)
-  start = jnp.full_like(of.norms, 1) / jnp.sqrt(total)
+  total = jnp.maximum(jnp.mean(jnp.sum(of.cosines, axis=1)), 1e-3)
+  start = jnp.ones_like(of.norms) / jnp.sqrt(total)
   x, _ = jax.lax.scan(iterate, start, length=ITERATIONS)
   return jnp.where(of.points, x / of.divisors, 0)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from optax_ghm._core import arrays
 from optax_ghm.conflict import _gramian
 
 
@@ -17,13 +18,13 @@ def of_ones(of: _gramian.Directions) -> tuple[jax.Array, jax.Array]:
     gradients without a direction, and everywhere if x has no influence.
   """
   ones = of.points.astype(of.norms.dtype)
-  values, vectors = jnp.linalg.eigh(of.cosines * _gramian.outer(ones, ones))
-  along = _gramian.multiply(vectors.T, ones)
+  values, vectors = jnp.linalg.eigh(of.cosines * jnp.outer(ones, ones))
+  along = arrays.contract(vectors.T, ones)
   rounding = len(ones) * jnp.finfo(ones.dtype).eps
   known = values > rounding * values[-1]
   along = jnp.where(known, along, 0)
   # Opposite gradients: what is left of the ones is rounding.
   solvable = jnp.sum(along**2) > rounding * jnp.sum(ones)
   along = jnp.where(solvable, along, 0)
-  solution = _gramian.multiply(vectors, along / jnp.where(known, values, 1))
-  return ones * solution, ones * _gramian.multiply(vectors, along)
+  solution = arrays.contract(vectors, along / jnp.where(known, values, 1))
+  return ones * solution, ones * arrays.contract(vectors, along)

@@ -1,6 +1,7 @@
 """Any method, blind to the scales of the losses."""
 
 import jax
+import jax.numpy as jnp
 
 from optax_ghm._core import arrays
 from optax_ghm.conflict import _gramian
@@ -39,7 +40,7 @@ def of_unit_gradients(weights: _gramian.Weights) -> _gramian.Weights:
 
   def of_units(gramian: jax.Array) -> jax.Array:
     lengths = _gramian.directions(gramian).divisors
-    units = arrays.widen(gramian) / _gramian.outer(lengths, lengths)
+    units = arrays.widen(gramian) / jnp.outer(lengths, lengths)
     return weights(units) / lengths
 
   return of_units

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from optax_ghm._core import arrays
 from optax_ghm.conflict import _gramian, _minimum
 
 
@@ -51,5 +52,5 @@ def upgrad_weights(gramian: jax.Array) -> jax.Array:
   # In units of its length, gradient i gains x = argmin |u_i + sum_j x_j u_j|.
   gains = jax.vmap(lambda own: _minimum.quadratic(of.cosines, own))(of.cosines)
   lengths = of.norms * of.shares
-  added = _gramian.multiply(gains.T, lengths) / of.divisors
+  added = arrays.contract(gains.T, lengths) / of.divisors
   return of.shares + jnp.where(of.points, added, 0)
