@@ -403,6 +403,22 @@ def _range_test(given):
   return test.losses, test.gradient_norms
 
 
+def _model_selection(given):
+  mixed = reversal.mix_examples(jax.random.key(0), given.x, given.x)
+  sums = reversal.prediction_sums(given.x, given.mask)
+  ratios = reversal.density_ratios(given.x, given.x[:2], given.x)
+  losses = given.x[:, 0]
+  return (
+    reversal.prediction_entropy(sums),
+    reversal.mutual_information(sums),
+    reversal.mano(sums),
+    reversal.soft_neighborhood_density(given.x, given.mask),
+    reversal.importance_weighted_risk(losses, ratios),
+    reversal.deep_embedded_validation(losses, ratios),
+    reversal.mixval(mixed.x, mixed),
+  )
+
+
 DENSITY = ghm.BinnedDensity(bins=4, momentum=0.5)
 CLIPPED = ghm.in_backward(ghm.clip_by_norm(1.0))
 CASES = [
@@ -410,6 +426,14 @@ CASES = [
     'domain_loss entropy_weights multilinear_map multilinear_projections'
     ' randomized_multilinear_map',
     differentiated(_adaptation),
+  ),
+  Case(
+    'reversal.prediction_sums reversal.PredictionSums'
+    ' reversal.prediction_entropy reversal.mutual_information reversal.mano'
+    ' reversal.soft_neighborhood_density reversal.density_ratios'
+    ' reversal.importance_weighted_risk reversal.deep_embedded_validation'
+    ' reversal.mix_examples reversal.MixedExamples reversal.mixval',
+    _model_selection,
   ),
   Case(
     'batch_norm batch_renorm ghost_batch_norm domain_batch_norm'

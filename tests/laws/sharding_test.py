@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import optax_ghm as ghm
-from optax_ghm import conflict, flow
+from optax_ghm import conflict, flow, reversal
 from tests.support.oracles_harmonization import published
 from tests.support.sharded import Case, check, mesh_of, parametrize
 
@@ -171,6 +171,12 @@ def domains(x, domain, weights, axis_name=None):
   )
 
 
+def predictions(x, mask, axis_name=None):
+  sums = reversal.prediction_sums(x, mask, axis_name=axis_name)
+  scores = reversal.prediction_entropy, reversal.mutual_information
+  return sums, tuple(score(sums) for score in (*scores, reversal.mano))
+
+
 def several_losses(x, y, axis_name=None):
   def fork(x):
     one, other, third = conflict.fork(x, 3, axis_name=axis_name)
@@ -180,7 +186,7 @@ def several_losses(x, y, axis_name=None):
   return together({'gramian': ((), gramian), 'fork': slope(fork, x)})
 
 
-def reversal(x, scale, axis_name=None):
+def reversed_gradient(x, scale, axis_name=None):
   """Nothing is sent."""
   del axis_name
   reverse = ghm.reverse_gradient
@@ -268,9 +274,12 @@ CASES = {
   'domain_loss': Case(
     domains, (LOGITS, DOMAIN, np.abs(OTHERS[:, 0])), BATCH, OF_BATCH, 384
   ),
+  'prediction_sums': Case(
+    predictions, (LOGITS, MASK[:, 0]), BATCH, (P(), P()), sent=10
+  ),
   'gramian, fork': Case(several_losses, (LOGITS, OTHERS), BATCH, OF_BATCH, 9),
   'reverse_gradient': Case(
-    *(reversal, (LOGITS, np.abs(OTHERS[:, 0])), BATCH, OF_BATCH, 0)
+    *(reversed_gradient, (LOGITS, np.abs(OTHERS[:, 0])), BATCH, OF_BATCH, 0)
   ),
   'tap': Case(tapped, (LOGITS,), BATCH, OF_BATCH),
   'tap of examples': Case(
