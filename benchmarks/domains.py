@@ -3,7 +3,8 @@
 Every row is a forward and backward pass: the cross-entropy of the domains
 against Optax's, the multilinear maps against a broadcast product by hand, and,
 in a network with two branches, the fork against one backward pass per loss as
-in the paper. The limit of the fork is the network without it.
+in the paper. The limit of the fork is the network without it. The scores
+without labels have no backward pass; beside them is the entropy of predictions.
 """
 
 import functools
@@ -118,6 +119,31 @@ def pass_per_loss(params, x):
   }
 
 
+def prediction_data():
+  keys = jax.random.split(jax.random.key(0), 3)
+  source, target = jax.random.normal(keys[0], (2, 10_000, 100))
+  return 3 * jax.random.normal(keys[1], (10_000, 10)), source, target + 0.1
+
+
+def entropy_by_hand(logits, source, target):
+  log_p = jax.nn.log_softmax(logits)
+  return -jnp.sum(jnp.exp(log_p) * log_p, 1).mean()
+
+
+SCORES = {
+  'by hand: entropy of the softmax': entropy_by_hand,
+  'reversal.prediction_sums': lambda logits, source, target: (
+    reversal.prediction_sums(logits)
+  ),
+  'reversal.soft_neighborhood_density': lambda logits, source, target: (
+    reversal.soft_neighborhood_density(logits)
+  ),
+  'reversal.density_ratios': lambda logits, source, target: (
+    reversal.density_ratios(source, target, source)
+  ),
+}
+
+
 CASES = {
   'cross-entropy of two domains': harness.Growth(
     'examples',
@@ -163,5 +189,8 @@ CASES = {
     BATCH * WIDTH,
     limit='limit: nothing harmonized',
     quick=True,
+  ),
+  'scores of 10,000 examples of 10 classes, 100 features': harness.Case(
+    SCORES, prediction_data, 10_000, quick=True
   ),
 }

@@ -402,17 +402,25 @@ def predict(network, variables, x, domain):
 # Scores without a label of the target.
 
 
-def scores(task, predict, known, seed):
+def scores(task, network, known, seed):
   """All scores of a network; ``known`` are features that it was trained on."""
-  features, logits = predict(task.x_held_out, 0)
-  target, target_logits = predict(task.x_target, 1)
+  features, logits = network(task.x_held_out, 0)
+  target, target_logits = network(task.x_target, 1)
+  # The same mixtures of examples for every network.
   mixed = mix(jax.random.key(seed), as_floats(task.x_target), target_logits)
-  mixed_logits = predict(np.asarray(mixed.x), 1)[1]
-  labels = task.y_held_out
-  values = _scores(
-    *(known, target, features, logits, target_logits, labels),
-    *(mixed, mixed_logits),
+  mixed_logits = network(np.asarray(mixed.x), 1)[1]
+  values = scores_of_predictions(
+    known=known,
+    target=target,
+    held_out=features,
+    losses=optax.softmax_cross_entropy_with_integer_labels(
+      logits, task.y_held_out
+    ),
+    target_logits=target_logits,
+    mixed=mixed,
+    mixed_logits=mixed_logits,
   )
+  values['source accuracy'] = accuracy(logits, task.y_held_out) / 100
   return {name: float(values[name]) for name in LARGER_IS_BETTER}
 
 
@@ -420,19 +428,17 @@ mix = jax.jit(reversal.mix_examples)
 
 
 @jax.jit
-def _scores(
-  known, target, features, logits, target_logits, labels, mixed, mixed_logits
+def scores_of_predictions(
+  *, known, target, held_out, losses, target_logits, mixed, mixed_logits
 ):
   sums = reversal.prediction_sums(target_logits)
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  ratios = reversal.density_ratios(known, target, features)
+  ratios = reversal.density_ratios(known, target, held_out)
   return {
     'mutual information': reversal.mutual_information(sums),
-    'MaNo': reversal.mano(sums, threshold=0),
+    'MaNo': reversal.mano(sums),
     'entropy': reversal.prediction_entropy(sums),
     'neighbor density': reversal.soft_neighborhood_density(target_logits),
     'MixVal': reversal.mixval(mixed_logits, mixed),
-    'source accuracy': jnp.mean(logits.argmax(1) == labels),
     'weighted risk': reversal.importance_weighted_risk(losses, ratios),
     'DEV': reversal.deep_embedded_validation(losses, ratios),
   }
@@ -442,12 +448,13 @@ def _scores(
 
 
 class Trained(NamedTuple):
-  """One network of one seed: what it is, its scores, and how good it is."""
+  """One network of one seed: its scores, and what it makes of test data."""
 
   name: str
   scores: dict
-  accuracy: float
-  features: list
+  accuracy: float  # on the target, in %
+  probabilities: np.ndarray
+  features: list  # of some examples of the source, and of the target
 
 
 def run(task, methods, seed, steps, log=lambda text: None):
@@ -455,31 +462,42 @@ def run(task, methods, seed, steps, log=lambda text: None):
   trained = []
   for name, method in methods.items():
     start = time.monotonic()
-    for step, predict in train(task, method, seed, steps):
-      known, _ = predict(task.x_source[:5000], 0)
-      features, logits = predict(task.x_test, 1)
-      accuracy = np.mean(logits.argmax(1) == task.y_test)
+    for step, network in train(task, method, seed, steps):
+      known, _ = network(task.x_source[:5000], 0)
+      features, logits = network(task.x_test, 1)
       trained.append(
         Trained(
           f'{name}, {step} steps',
-          scores(task, predict, known, seed),
-          100 * accuracy,
+          scores(task, network, known, seed),
+          accuracy(logits, task.y_test),
+          np.asarray(jax.nn.softmax(logits)),
           [known[:400], features[:400]],
         )
       )
     log(
-      f'{name}, seed {seed}: {accuracy:.1%} on the target,'
+      f'{name}, seed {seed}: {trained[-1].accuracy:.1f} % on the target,'
       f' {time.monotonic() - start:.0f} s'
     )
   return trained
 
 
-def chosen(trained, score):
+def accuracy(predictions, labels):
+  return 100 * np.mean(predictions.argmax(1) == labels)
+
+
+def by_score(trained, score):
+  """The networks, the best by this score first."""
   sign = 1 if LARGER_IS_BETTER[score] else -1
-  return max(trained, key=lambda t: sign * t.scores[score])
+  return sorted(trained, key=lambda t: -sign * t.scores[score])
 
 
-def report(title, by_seed):
+def vote(trained, labels):
+  """The accuracy of three together, the best by the mutual information."""
+  best = by_score(trained, 'mutual information')[:3]
+  return accuracy(np.mean([t.probabilities for t in best], 0), labels)
+
+
+def report(title, by_seed, votes):
   """Two tables: of all networks with their scores, and of the scores."""
   networks = Table(title=f'{title}: means over the seeds, best first')
   networks.add_column('network', no_wrap=True)
@@ -507,23 +525,31 @@ def report(title, by_seed):
   ):
     choices.add_column(name, justify='left' if name == 'score' else 'right')
   best = np.array([max(t.accuracy for t in seed) for seed in by_seed])
+
+  def add(name, correlation, accuracies):
+    choices.add_row(
+      name,
+      correlation,
+      f'{np.mean(accuracies):.1f} ± {np.std(accuracies):.1f}',
+      f'{np.mean(best - accuracies):.1f}',
+      f'{np.max(best - accuracies):.1f}',
+    )
+
   for name, larger in LARGER_IS_BETTER.items():
-    taken = np.array([chosen(seed, name).accuracy for seed in by_seed])
+    ranked = [by_score(seed, name) for seed in by_seed]
     correlation = [
       stats.spearmanr(
-        [(1 if larger else -1) * t.scores[name] for t in seed],
-        [t.accuracy for t in seed],
+        -np.arange(len(seed)), [t.accuracy for t in seed]
       ).statistic
-      for seed in by_seed
+      for seed in ranked
     ]
-    choices.add_row(
+    add(
       f'{"largest" if larger else "smallest"} {name}',
       f'{np.mean(correlation):.2f}',
-      f'{taken.mean():.1f} ± {taken.std():.1f}',
-      f'{np.mean(best - taken):.1f}',
-      f'{np.max(best - taken):.1f}',
+      np.array([seed[0].accuracy for seed in ranked]),
     )
-  choices.add_row('labels of the target', '1', f'{best.mean():.1f}', '0', '0')
+  add('vote of three, by mutual information', '', np.array(votes))
+  add('labels of the target', '', best)
   return networks, choices
 
 
@@ -535,8 +561,8 @@ def plot(trained, path):
   import matplotlib.pyplot as plt  # noqa: PLC0415
 
   figure, axes = plt.subplots(1, 4, figsize=(18, 4.3), layout='constrained')
-  of_source = chosen(trained, 'source accuracy')
-  of_target = chosen(trained, 'mutual information')
+  of_source = by_score(trained, 'source accuracy')[0]
+  of_target = by_score(trained, 'mutual information')[0]
   for axis, network in zip(axes, (of_source, of_target), strict=False):
     both = np.concatenate(network.features)
     center = both.mean(0)
@@ -626,12 +652,13 @@ def main():
   console.width = max(console.width, 130)
   by_seed = []
   for target, load in tasks.items():
-    by_seed = []
+    by_seed, votes = [], []
     for seed in range(args.seeds or (3 if args.full else 1)):
       task = load(seed)
       steps = args.steps or (task.steps if args.full else DEMO_STEPS)
       by_seed.append(run(task, methods, seed, steps, console.log))
-    for table in report(target, by_seed):
+      votes.append(vote(by_seed[-1], task.y_test))
+    for table in report(target, by_seed, votes):
       console.print(table)
   plot(by_seed[0], args.output)  # of the last target, where there are several
   console.print(f'picture: {args.output}')

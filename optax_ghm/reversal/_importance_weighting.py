@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_ghm._core import counters, masks
+from optax_ghm._core import arrays, counters, masks
 
 
 def density_ratios(
@@ -26,9 +26,13 @@ def density_ratios(
 
   A logistic regression tells the domains apart, with the cross-entropy
   :math:`\ell_i` of every example. It is fitted anew, since the adversary of a
-  domain-adversarial training was kept from telling them apart. Its ratios mean
-  little if it separates the domains without error, and it sees linear
+  domain-adversarial training was kept from telling them apart. It sees linear
   differences only.
+
+  The ratios mean little where the regression separates the domains: few
+  examples then have all the weight. :math:`(\sum_i r_i)^2 / \sum_i r_i^2` is
+  how many examples they amount to; if that is small, take a larger penalty. The
+  fit is by Newton's method, with a matrix (F, F), and is not differentiable.
 
   Args:
     source: floating, :math:`(N_S, F)`, features of examples of the source that
@@ -36,15 +40,16 @@ def density_ratios(
     target: floating, :math:`(N_T, F)`, features of examples of the target.
     features: floating, (N, F), of the labeled source examples to be weighted,
       which the model was not trained on.
-    penalty: λ, of the scale of the features squared.
+    penalty: λ. Standardize the features, or give a λ that goes with the square
+      of their scale.
 
   Returns:
     float32, (N,). Examples where a feature is not finite are left out of the
-    fit, and have ratio 0.
+    fit and of the numbers of examples, and have ratio 0: NaN serves as padding.
 
   Raises:
-    ValueError: if the arrays are not of shapes (N, F) with one F, or if
-      ``penalty`` is negative.
+    ValueError: if the arrays are not of shapes (N, F) with one F, ``source`` or
+      ``target`` is empty, or ``penalty`` is negative.
 
   Examples:
     >>> import jax
@@ -64,14 +69,23 @@ def density_ratios(
   counters.check_range('penalty', penalty, 0, float('inf'))
   given = {'source': source, 'target': target, 'features': features}
   shapes = {name: jnp.shape(x) for name, x in given.items()}
-  if {len(shape) for shape in shapes.values()} != {2} or (
-    len({shape[1:] for shape in shapes.values()}) > 1
+  if (
+    {len(shape) for shape in shapes.values()} != {2}
+    or len({shape[1:] for shape in shapes.values()}) > 1
+    or 0 in (*shapes['source'], *shapes['target'])
   ):
     raise ValueError(
-      f'source, target and features must be of shapes (N, F), got {shapes}.'
+      'source, target and features must be of shapes (N, F), with examples and'
+      f' one F, got {shapes}.'
     )
   source, target, features = (_with_one(x) for x in given.values())
   x = jnp.concatenate([source, target])
+  # About the mean, which the bias makes up for; the 1 of the bias stays.
+  known = x[:, -1:]
+  mean = jnp.sum(x, 0, keepdims=True) / jnp.maximum(jnp.sum(known), 1)
+  mean = mean.at[0, -1].set(0)
+  x = (x - mean) * known
+  features = (features - mean) * features[:, -1:]
   label = (jnp.arange(len(x)) >= len(source)).astype(jnp.float32)
   label *= x[:, -1]  # an example that is left out is a row of zeros
   ridge = penalty * jnp.ones_like(x[0]).at[-1].set(0)
@@ -90,22 +104,24 @@ def density_ratios(
     parts = jnp.append(0.5 ** jnp.arange(10.0, dtype=x.dtype), 0)
     values = jax.lax.map(lambda part: objective(w - part * step), parts)
     part = parts[jnp.argmax(values <= values[-1] * (1 + 1e-6))]
-    return w - part * step, jnp.max(jnp.abs(part * step)), count + 1
+    # What the step gains, as far as a part of it does: Newton's decrement.
+    gain = part * jnp.sum(gradient * step) / jnp.maximum(values[-1], 1)
+    return w - part * step, gain, count + 1
 
   def unfinished(carry):
-    w, step, count = carry
-    return (step > 1e-6 * jnp.max(jnp.abs(w))) & (count < 50)
+    _, gain, count = carry
+    return (gain > 1e-7) & (count < 50)
 
   start = jnp.zeros_like(x[0]), jnp.full_like(x[0, 0], jnp.inf), 0
   w, *_ = jax.lax.while_loop(unfinished, newton, start)
   z = jnp.clip(_logits(features, w), -80, 80)  # so that ratios are finite
-  ratios = len(source) / len(target) * jnp.exp(z)
-  return ratios * features[:, -1]
+  size = jnp.sum(source[:, -1]) / jnp.maximum(jnp.sum(target[:, -1]), 1)
+  return size * jnp.exp(z) * features[:, -1]
 
 
 def _with_one(x: jax.Array) -> jax.Array:
   """float32 features and a 1 for the bias; a row of zeros if not finite."""
-  x = jnp.asarray(x, jnp.float32)
+  x = arrays.replicated(jnp.asarray(x, jnp.float32))
   x = jnp.append(x, jnp.ones_like(x[:, :1]), 1)
   return jnp.where(jnp.all(jnp.isfinite(x), 1, keepdims=True), x, 0)
 
@@ -125,17 +141,17 @@ def importance_weighted_risk(losses: jax.Array, ratios: jax.Array) -> jax.Array:
   keeps the risk of a loss of at most 1 at most 1.
 
   Args:
-    losses: floating, (N,), of labeled source examples that were not trained on:
-      the cross-entropy, or the error as 0 or 1.
+    losses: (N,), of labeled source examples that were not trained on: the
+      cross-entropy, or the error as 0 or 1.
     ratios: (N,), their :func:`density_ratios`. Negative numbers and NaN count
-      as 0.
+      as 0, inf as the largest float32.
 
   Returns:
     float32, a scalar; inf if the loss of an example with a ratio above 0 is NaN
     or inf, or if no ratio is above 0.
 
   Raises:
-    TypeError: if ``losses`` are not floating or ``ratios`` not real numbers.
+    TypeError: if ``ratios`` are bool or complex.
     ValueError: if the shapes are not (N,) both.
 
   Examples:
@@ -149,9 +165,8 @@ def importance_weighted_risk(losses: jax.Array, ratios: jax.Array) -> jax.Array:
     Sugiyama et al., `Covariate Shift Adaptation by Importance Weighted Cross
     Validation <https://jmlr.org/papers/v8/sugiyama07a.html>`_, 2007
   """
-  losses, ratios, sound = _known(losses, ratios)
-  risk = jnp.sum(ratios * losses) / jnp.where(sound, jnp.sum(ratios), 1)
-  return jnp.where(sound, risk, jnp.inf)
+  losses, ratios, _ = _known(losses, ratios)
+  return _weighted_mean(losses, ratios)
 
 
 def deep_embedded_validation(losses: jax.Array, ratios: jax.Array) -> jax.Array:
@@ -164,20 +179,22 @@ def deep_embedded_validation(losses: jax.Array, ratios: jax.Array) -> jax.Array:
 
   The mean of the ratios is known to be 1, and its error tells that of the risk:
   the ratios are a control variate. **Lower is better**, and an estimate below 0
-  is possible. The ratios are those of the model's own features, which makes the
-  risks of two models comparable only as far as both logistic regressions fit.
+  is possible: far below where a few ratios are much larger than all others. The
+  ratios are those of the model's own features, which makes the risks of two
+  models comparable only as far as both logistic regressions fit.
 
   Args:
-    losses: floating, (N,), of labeled source examples that were not trained on.
+    losses: (N,), of labeled source examples that were not trained on, without
+      padding.
     ratios: (N,), their :func:`density_ratios`. Negative numbers and NaN count
-      as 0.
+      as 0, inf as the largest float32.
 
   Returns:
     float32, a scalar; inf if the loss of an example with a ratio above 0 is NaN
     or inf, or if no ratio is above 0.
 
   Raises:
-    TypeError: if ``losses`` are not floating or ``ratios`` not real numbers.
+    TypeError: if ``ratios`` are bool or complex.
     ValueError: if the shapes are not (N,) both.
 
   Examples:
@@ -191,34 +208,40 @@ def deep_embedded_validation(losses: jax.Array, ratios: jax.Array) -> jax.Array:
     You et al., `Towards Accurate Model Selection in Deep Unsupervised Domain
     Adaptation <https://proceedings.mlr.press/v97/you19a.html>`_, 2019
   """
-  losses, ratios, sound = _known(losses, ratios)
-  # Relative to the largest, so that no square overflows.
-  relative = ratios / jnp.where(sound, jnp.max(ratios, initial=0), 1)
-  deviation = relative - jnp.mean(relative)
+  losses, ratios, largest = _known(losses, ratios)
+  mean = _weighted_mean(losses, ratios)
+  # The formula is linear in the losses, and right for a constant one.
+  centered = jnp.where(jnp.isfinite(mean), losses - mean, 0)
+  deviation = ratios - jnp.mean(ratios)
   variance = jnp.mean(jnp.square(deviation))
-  covariance = jnp.mean(deviation * relative * losses)
-  eta = jnp.where(
-    variance > 0, -covariance / jnp.where(variance > 0, variance, 1), 0
-  )
-  risk = jnp.mean(ratios * losses) + eta * (jnp.mean(ratios) - 1)
-  return jnp.where(sound, risk, jnp.inf)
+  covariance = jnp.mean(deviation * ratios * centered)
+  eta = -covariance / jnp.where(variance > 0, variance, 1)
+  risk = mean + eta * (jnp.mean(ratios) * largest - 1)
+  return jnp.where(jnp.isfinite(risk), risk, jnp.inf)
 
 
 def _known(
   losses: ArrayLike, ratios: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Both in float32, and whether they make a risk; losses of ratio 0 are 0."""
+  """Losses, 0 for ratio 0; ratios as shares of the largest; the largest."""
   losses = jnp.asarray(losses)
-  if not jnp.issubdtype(losses.dtype, jnp.floating):
-    raise TypeError(f'losses must be floating, got dtype {losses.dtype}.')
   if losses.ndim != 1 or jnp.shape(ratios) != losses.shape:
     raise ValueError(
       'losses and ratios must be of shape (N,) both, got'
       f' {losses.shape} and {jnp.shape(ratios)}.'
     )
   weights: Any = masks.broadcast_weights(ratios, losses.shape, 'ratios')
-  counted = weights > 0
-  finite = jnp.isfinite(losses)
-  sound = jnp.any(counted) & jnp.all(finite | ~counted)
-  losses = jnp.where(counted & finite, losses, 0).astype(jnp.float32)
-  return losses, weights, sound
+  weights = jnp.minimum(weights, jnp.finfo(jnp.float32).max)
+  losses = losses.astype(jnp.float32)
+  losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+  largest = jnp.max(weights, initial=0)
+  relative = weights / jnp.where(largest > 0, largest, 1)
+  return jnp.where(weights > 0, losses, 0), relative, largest
+
+
+def _weighted_mean(losses: jax.Array, ratios: jax.Array) -> jax.Array:
+  """The mean, or inf if a loss is not finite or no ratio is above 0."""
+  sound = jnp.any(ratios > 0) & jnp.all(jnp.isfinite(losses))
+  total = jnp.where(sound, jnp.sum(ratios), 1)
+  mean = jnp.sum(ratios * jnp.where(sound, losses, 0)) / total
+  return jnp.where(sound, mean, jnp.inf)

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_ghm._core import arrays, masks
+from optax_ghm._core import arrays, counters, masks
 
 
 class PredictionSums(NamedTuple):
   r"""Sums over predictions, from :func:`prediction_sums`.
 
-  The sums of two batches add up to those of both:
-  ``jax.tree.map(jnp.add, sums, more)``.
+  The sums of two batches add up to those of both: ``sums + more``.
 
   Attributes:
     count: int32, the number of examples.
@@ -25,8 +24,8 @@ class PredictionSums(NamedTuple):
     probabilities: (C,), the sum of the class probabilities.
     surprise: the sum of the mean over the classes of :math:`-\log p`.
     softmax_powers: the sum of the fourth powers of the probabilities.
-    taylor_powers: the same with the Taylor expansion in the place of the
-      exponential function; see :func:`mano`.
+    taylor_powers: the same with the polynomial of :func:`mano` in the place of
+      the exponential function.
   """
 
   count: jax.Array
@@ -35,6 +34,11 @@ class PredictionSums(NamedTuple):
   surprise: jax.Array
   softmax_powers: jax.Array
   taylor_powers: jax.Array
+
+  # pyrefly: ignore[bad-override]
+  def __add__(self, other: 'PredictionSums') -> 'PredictionSums':
+    counters.check_type('other', other, PredictionSums)
+    return jax.tree.map(jnp.add, self, other)
 
 
 def prediction_sums(
@@ -56,20 +60,19 @@ def prediction_sums(
     axis_name: mapped axis, or axes, over which the examples are split.
 
   Returns:
-    :class:`PredictionSums` in float32. Those of several batches are added by
-    ``jax.tree.map(jnp.add, sums, more)``.
+    :class:`PredictionSums` in float32. Those of several batches add up:
+    ``sums + more``.
 
   Raises:
     TypeError: if ``logits`` are not floating or ``mask`` is not bool.
     ValueError: if the shapes do not fit.
 
   Examples:
-    >>> import jax
     >>> import jax.numpy as jnp
     >>> from optax_ghm import reversal
     >>> sums = reversal.prediction_sums(jnp.array([[9.0, 0.0], [9.0, 0.0]]))
     >>> more = reversal.prediction_sums(jnp.array([[0.0, 9.0], [0.0, 0.0]]))
-    >>> both = jax.tree.map(jnp.add, sums, more)
+    >>> both = sums + more
     >>> both.count, f'{reversal.prediction_entropy(both):.3f}'
     (Array(4, dtype=int32), '0.174')
   """
@@ -129,6 +132,7 @@ def prediction_entropy(sums: PredictionSums) -> jax.Array:
     Morerio et al., `Minimal-Entropy Correlation Alignment for Unsupervised Deep
     Domain Adaptation <https://arxiv.org/abs/1711.10288>`_, 2018
   """
+  counters.check_type('sums', sums, PredictionSums)
   return sums.entropy / sums.count.astype(jnp.float32)
 
 
@@ -165,28 +169,31 @@ def mutual_information(sums: PredictionSums) -> jax.Array:
     Shi and Sha, `Information-Theoretical Learning of Discriminative Clusters
     for Unsupervised Domain Adaptation <https://arxiv.org/abs/1206.6438>`_, 2012
   """
-  mean = sums.probabilities / sums.count.astype(jnp.float32)
-  return entropy(mean) - prediction_entropy(sums)
+  unsure = prediction_entropy(sums)
+  mean = sums.probabilities / sums.count.astype(jnp.float32)[..., None]
+  return entropy(mean) - unsure
 
 
-def mano(sums: PredictionSums, threshold: ArrayLike = 5.0) -> jax.Array:
+def mano(sums: PredictionSums, threshold: ArrayLike = 0.0) -> jax.Array:
   r"""The norm of the matrix of normalized logits: MaNo.
 
   .. math::
     \left(\frac{1}{N C} \sum_{i, c} q_{ic}^4\right)^{1/4}, \qquad
     q_{ic} = \frac{v(z_{ic})}{\sum_k v(z_{ik})}
 
-  The prediction q is the softmax, v(z) = exp z, if it is calibrated, which is
-  told by :math:`\Phi = -\frac{1}{N C} \sum_{i, c} \log p_{ic}` beyond the
-  threshold. If it is not, :math:`v(z) = 1 + z + z^2 / 2`, less its smallest
-  value in the example. From 1 / C to :math:`C^{-1/4}`; **higher is better**.
-  Models on either side of the threshold have scores of two kinds: give the
-  threshold 0 or inf if that happens.
+  With the threshold 0, q is the softmax: v(z) = exp z. From 1 / C to
+  :math:`C^{-1/4}`; **higher is better**.
+
+  The paper takes the softmax only if it is calibrated, which is told by
+  :math:`\Phi = -\frac{1}{N C} \sum_{i, c} \log p_{ic}` beyond a threshold of 5,
+  and else :math:`v(z) = 1 + z + z^2 / 2`, less its smallest value in the
+  example. Models on either side of the threshold then have scores that cannot
+  be compared, and with two classes all models below it have the same.
 
   Args:
     sums: of the predictions on the target, from :func:`prediction_sums`.
-    threshold: the largest Φ for which the Taylor expansion is taken; 0 takes
-      the softmax for every model.
+    threshold: the largest Φ for which the polynomial is taken; the paper's is
+      5.
 
   Returns:
     float32, a scalar; NaN without any example.
@@ -203,10 +210,11 @@ def mano(sums: PredictionSums, threshold: ArrayLike = 5.0) -> jax.Array:
     Estimation Under Distribution Shifts <https://arxiv.org/abs/2405.18979>`_,
     2024
   """
+  counters.check_type('sums', sums, PredictionSums)
   count = sums.count.astype(jnp.float32)
   calibrated = sums.surprise / count > threshold
   powers = jnp.where(calibrated, sums.softmax_powers, sums.taylor_powers)
-  return (powers / (count * sums.probabilities.size)) ** 0.25
+  return (powers / (count * sums.probabilities.shape[-1])) ** 0.25
 
 
 def check_logits(logits: jax.Array, name: str = 'logits') -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_ghm._core import masks
+from optax_ghm._core import arrays, masks
 from optax_ghm.reversal import _predictions
 
 
@@ -32,14 +32,15 @@ def soft_neighborhood_density(
       256 examples at a time. An example where a logit is not finite is nobody's
       neighbor and adds 0.
     mask: bool, (N,), which examples count.
-    temperature: T.
+    temperature: T, above 0.
 
   Returns:
-    float32, a scalar, in nats; NaN without any example.
+    float32, a scalar, in nats; NaN if the mask leaves no example.
 
   Raises:
     TypeError: if ``logits`` are not floating or ``mask`` is not bool.
-    ValueError: if the shapes do not fit.
+    ValueError: if the shapes do not fit, there is no example, or
+      ``temperature`` is not positive.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -54,7 +55,11 @@ def soft_neighborhood_density(
     Adaptation via Soft Neighborhood Density
     <https://arxiv.org/abs/2108.10860>`_, 2021
   """
-  logits = _predictions.check_logits(logits)
+  if not temperature > 0:
+    raise ValueError(f'temperature must be positive, got {temperature}.')
+  logits = arrays.replicated(_predictions.check_logits(logits))
+  if not len(logits):
+    raise ValueError('logits must have an example, got none.')
   mask = masks.broadcast_mask(mask, logits.shape[:1])
   known = jnp.all(jnp.isfinite(logits), 1)
   counted = jnp.ones_like(known) if mask is None else mask

@@ -374,7 +374,7 @@ _CONFLICT = [
   Mutant(
     'aggregate: the average begins at 0',
     'conflict/_aggregate.py',
-    'moved = jnp.where(_gramian.outer(begun, begun), moved, gramian)',
+    'moved = jnp.where(jnp.outer(begun, begun), moved, gramian)',
     'moved = moved',
   ),
   Mutant(
@@ -445,6 +445,42 @@ _REVERSAL = [
     'reversal/_schedules.py',
     'count = count.astype(jnp.int32)',
     'count = count.astype(jnp.float32)',
+  ),
+  Mutant(
+    'predictions: what the mask hides is summed',
+    'reversal/_predictions.py',
+    'jnp.sum(x, 0, where=jnp.expand_dims(mask, range(1, x.ndim)))',
+    'jnp.sum(x, 0)',
+  ),
+  Mutant(
+    'predictions: a broken model looks sure',
+    'reversal/_predictions.py',
+    'jnp.where(finite, logits, 0).astype',
+    'jnp.where(finite, logits, jnp.arange(logits.shape[1]) * 99.0).astype',
+  ),
+  Mutant(
+    'soft neighborhood density: an example is its own neighbor',
+    'reversal/_soft_neighborhood_density.py',
+    ' & (index != i)',
+    '',
+  ),
+  Mutant(
+    'importance weighting: no control variate',
+    'reversal/_importance_weighting.py',
+    ' + eta * (jnp.mean(ratios) - 1)',
+    '',
+  ),
+  Mutant(
+    'importance weighting: the bias is penalized',
+    'reversal/_importance_weighting.py',
+    '.at[-1].set(0)',
+    '',
+  ),
+  Mutant(
+    'mixval: both kinds of mixtures are one',
+    'reversal/_mixval.py',
+    'jnp.stack([mixed.same_class, ~mixed.same_class])',
+    'jnp.ones((2, *mixed.same_class.shape), bool)',
   ),
 ]
 

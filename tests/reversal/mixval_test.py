@@ -16,23 +16,31 @@ KEY = jax.random.key(0)
 
 
 @jax.jit
-def mixed_and_score(x, logits, matrix, share=0.55):
-  mixed = reversal.mix_examples(KEY, x, logits, share=share)
+def mixed_and_score(x, logits, matrix, share=0.55, mask=None):
+  mixed = reversal.mix_examples(KEY, x, logits, mask, share=share)
   return mixed, reversal.mixval(mixed.x @ matrix, mixed)
 
 
-def test_every_example_is_mixed_with_one_other_of_the_same_batch():
+def test_every_example_is_mixed_with_one_other_of_those_that_count():
   rng = np.random.default_rng(0)
   x, logits = rng.normal(size=(2, 50, 3)).astype(np.float32)
-  mixed, _ = mixed_and_score(x, logits, np.eye(3, dtype=np.float32))
-  other = (np.float64(mixed.x) - 0.55 * x) / 0.45
+  mask = rng.uniform(size=50) < 0.8
+  junk, matrix = np.where(mask[:, None], x, np.nan), np.eye(3, dtype=np.float32)
+  mixed, score = mixed_and_score(junk, logits, matrix, mask=mask)
+  x, logits = x[mask], logits[mask]
+  other = (np.float64(mixed.x[mask]) - 0.55 * x) / 0.45
   distance = np.abs(other[:, None] - x[None]).max(-1)
   index = distance.argmin(1)
   assert distance.min(1).max() < 1e-5
-  np.testing.assert_array_equal(np.sort(index), np.arange(50))
-  np.testing.assert_array_equal(mixed.label, logits.argmax(1))
-  same = logits.argmax(1) == logits.argmax(1)[index]
-  np.testing.assert_array_equal(mixed.same_class, same)
+  np.testing.assert_array_equal(np.sort(index), np.arange(len(x)))
+  assert (index != np.arange(len(x))).all()
+  label = logits.argmax(1)
+  np.testing.assert_array_equal(mixed.label[mask], label)
+  same = label == label[index]
+  np.testing.assert_array_equal(mixed.same_class[mask], same)
+  right = np.asarray(mixed.x[mask]).argmax(1) == label
+  expected = (right[same].mean() + right[~same].mean()) / 2
+  np.testing.assert_allclose(score, expected, rtol=1e-6)
 
 
 def test_a_model_agrees_with_itself_about_examples_that_are_not_mixed():
@@ -49,7 +57,7 @@ def test_a_model_agrees_with_itself_about_examples_that_are_not_mixed():
 def of_skada(logits, mixed_logits, permutation):
   label = jnp.argmax(logits, 1)
   same = label == label[permutation]
-  examples = reversal.MixedExamples(mixed_logits, label, same)
+  examples = reversal.MixedExamples(mixed_logits, label, same, same | ~same)
   return reversal.mixval(mixed_logits, examples)
 
 
