@@ -142,7 +142,7 @@ def qk_clip(
 
   def update_fn(updates, state, params=None, *, max_logits=None, **extra_args):
     del extra_args
-    if max_logits is None:
+    if max_logits is None and updates is not None:
       raise ValueError(f'max_logits must be given to update(). {_HOW}')
     if params is None and updates is not None:
       raise ValueError('params must be given to update(), and were None.')
