@@ -104,6 +104,12 @@ def test_logits_are_those_of_the_step_times_gamma(kv_heads):
         for tree in (updates, steps)
       )
       chex.assert_trees_all_equal(one, other)
+    old, step, new = (
+      tree['attention']['key']['bias'] for tree in (params, steps, updates)
+    )
+    np.testing.assert_allclose(
+      old + new, np.sqrt(least)[:, None] * (old + step), rtol=1e-3, atol=1e-5
+    )
     others = [updates.pop('head'), updates['attention']['value']]
     chex.assert_trees_all_equal(
       others, [steps['head'], steps['attention']['value']]
