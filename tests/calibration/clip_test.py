@@ -89,6 +89,18 @@ def test_spikes_are_clipped_as_the_paper_says(name, factor):
   assert states.skipped[-1] == 0
 
 
+def median_of_past():
+  return optax_ghm.clip_by_percentile(50.0)
+
+
+@pytest.mark.parametrize('make', ['zscore', 'norm_ema', median_of_past])
+@pytest.mark.parametrize('factor', [10, 100])
+def test_twenty_spikes_do_not_become_the_baseline(make, factor):
+  calm, spiky = stream(), stream([(t, factor) for t in range(100, 120)])
+  ratio = run(make, spiky)[1].threshold / run(make, calm)[1].threshold
+  assert 0.9 < ratio[101:].min() and ratio[101:].max() < 1.1
+
+
 @every_clip
 @pytest.mark.parametrize('bad', [np.nan, 1e30, 3e38, 0.0])
 @pytest.mark.parametrize('at', [10, 100])
