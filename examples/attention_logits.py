@@ -96,25 +96,28 @@ class Method(NamedTuple):
   normalize_qk: bool = False
 
 
+DECAYS = 0.01, 0.1, 1.0, 10.0
 METHODS = {
-  'AdamW': Method(adamw, (1e-2, 1e-4, 0.1)),
+  'AdamW': Method(adamw, DECAYS),
   'constant clip': Method(
-    lambda norm: optax.chain(ghm.clip_by_norm(norm), adamw()), (0.1, 0.3, 1.0)
+    lambda norm: optax.chain(ghm.clip_by_norm(norm), adamw()),
+    (0.3, 0.03, 0.1, 1.0),
   ),
   'calibrated (clip_by_zscore)': Method(
-    lambda z: ghm.calibrated(adamw(), ghm.clip_by_zscore(z)), (2.5, 1.0, 0.3)
+    lambda z: ghm.calibrated(adamw(), ghm.clip_by_zscore(z)),
+    (1.0, 0.1, 0.3, 2.5),
   ),
   'skip_spikes': Method(
-    lambda k: ghm.skip_spikes(adamw(), sigmas=k), (6.0, 3.0, 2.0)
+    lambda k: ghm.skip_spikes(adamw(), sigmas=k), (3.0, 1.5, 2.0, 6.0)
   ),
   'clip_by_rms behind the moments': Method(
-    lambda rms: adamw(clip_update=ghm.clip_by_rms(rms)), (0.1, 0.3, 1.0)
+    lambda rms: adamw(clip_update=ghm.clip_by_rms(rms)), (0.1, 0.01, 0.03, 0.3)
   ),
   'qk_clip': Method(
     lambda threshold: optax.chain(adamw(), qk_clip(threshold)),
-    (10.0, 30.0, 3.0),
+    (3.0, 1.0, 10.0, 30.0),
   ),
-  'normalized queries': Method(adamw, (1e-2, 1e-4, 0.1), normalize_qk=True),
+  'normalized queries': Method(adamw, DECAYS, normalize_qk=True),
 }
 
 
