@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 RATE, FASTER = 0.003, 30.0
 TUNING_SEEDS = (100, 101)
-DEMO = 'AdamW', 'calibrated (clip_by_zscore)', 'qk_clip', 'normalized queries'
+DEMO = 'calibrated (clip_by_zscore)', 'qk_clip', 'normalized queries'
 HERE = pathlib.Path(__file__).parent
 
 
