@@ -22,6 +22,7 @@ part where PyTorch and TorchJD are installed.
 import importlib.util
 import os
 
+import attention
 import backward
 import batch_norm
 import clipping
@@ -40,6 +41,7 @@ SUITES = {
   'domains': domains.CASES,
   'conflict': conflict.CASES,
   'clipping': clipping.CASES,
+  'attention': attention.CASES,
   'norms': norms.CASES,
   'batch_norm': batch_norm.CASES,
   'flow': flow.CASES,

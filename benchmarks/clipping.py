@@ -128,17 +128,26 @@ def optimizers():
 
 
 def of_updates():
-  """Adam, its updates clipped behind the moments."""
+  """Adam, its updates clipped behind the moments, by itself and guarded."""
   before = {
     'optax.clip_by_block_rms': optax.clip_by_block_rms(1.0),
     LIMIT: optax.identity(),
+    'the norm is taken, nothing done': measured_only(),
+    'optax.clip_by_global_norm': optax.clip_by_global_norm(1.0),
     'clip_by_rms': optax_ghm.clip_by_rms(),
+    'clip_by_norm': optax_ghm.clip_by_norm(1.0),
+    'clip_by_zscore': optax_ghm.clip_by_zscore(),
   }
-  return {
+  every = {
     name: optax.chain(
       optax.scale_by_adam(), tx, optax.scale_by_learning_rate(1e-4)
     )
     for name, tx in before.items()
+  }
+  return every | {
+    'calibrated, nothing behind': optax_ghm.calibrated(every[LIMIT]),
+    'calibrated, clip_by_rms': optax_ghm.calibrated(every['clip_by_rms']),
+    'calibrated, clip_by_zscore': optax_ghm.calibrated(every['clip_by_zscore']),
   }
 
 
@@ -198,6 +207,7 @@ CASES = {
   }.items()
 } | {
   'behind the moments, ResNet-50': case(resnet_50(), of_updates()),
+  'behind the moments, transformer': case(transformer(), of_updates()),
   'normalization, ResNet-50': case(resnet_50(), normalized()),
   'leaves of 2M parameters': harness.Growth(
     'leaves',

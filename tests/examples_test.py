@@ -81,6 +81,21 @@ def test_an_adaptive_clip_saves_a_training_from_bad_batches():
 
 
 @pytest.mark.slow
+def test_qk_clip_holds_the_logits(monkeypatch):
+  monkeypatch.syspath_prepend(EXAMPLES)  # for the text of spikes
+  example = load('attention_logits')
+  text = example.make_text(22_000)
+  texts = jnp.asarray(text[:20_000]), jnp.asarray(text[20_000:])
+  largest = {}
+  for name in ('AdamW', 'qk_clip'):
+    method = example.METHODS[name]
+    number = method.choices[0]
+    _, (_, logits) = example.train(method, number, 60, texts, [0])
+    largest[name] = logits[0, -1]
+  assert largest['AdamW'] > 20 * largest['qk_clip']
+
+
+@pytest.mark.slow
 def test_the_report_tells_why_a_deep_network_does_not_learn(tmp_path):
   example = load('gradient_flow')
   data, records = example.load(0), {}

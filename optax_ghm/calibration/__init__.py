@@ -1,6 +1,9 @@
 """Calibrated gradients: clips, guards, normalizations and the learning rate."""
 
 from optax_ghm._core.scopes import Groups, Units, flax_unit_axes
+from optax_ghm.calibration._attention import (
+  dot_product_attention_with_max_logits,
+)
 from optax_ghm.calibration._calibrated import CalibratedState, calibrated
 from optax_ghm.calibration._clip import ClipState
 from optax_ghm.calibration._fixed_clips import (
@@ -29,6 +32,11 @@ from optax_ghm.calibration._percentile import (
   WindowPercentile,
   clip_by_percentile,
 )
+from optax_ghm.calibration._qk_clip import (
+  QKClipState,
+  flax_qk_powers,
+  qk_clip,
+)
 from optax_ghm.calibration._range_test import (
   RangeTest,
   learning_rate_range_test,
@@ -53,6 +61,7 @@ __all__ = [
   'NormalizeState',
   'PastNorms',
   'PercentileEstimator',
+  'QKClipState',
   'QuantileEstimate',
   'RangeTest',
   'RecentSteps',
@@ -68,11 +77,14 @@ __all__ = [
   'clip_by_percentile',
   'clip_by_rms',
   'clip_by_zscore',
+  'dot_product_attention_with_max_logits',
+  'flax_qk_powers',
   'flax_unit_axes',
   'gradient_noise',
   'learning_rate_range_test',
   'noise_scale_aggregate',
   'normalize_by_norm',
+  'qk_clip',
   'skip_spikes',
   'standardize',
 ]

@@ -35,9 +35,10 @@ def calibrated(
 
   The optimizer itself can make NaN of a gradient that is finite. With float16
   gradients, parameters or moments it often does, because Adam's eps of 1e-8 is
-  0 there: such a step is left out and counted, too. In wider floats it takes an
-  eps of 0, or a learning rate that is not finite. To look for it would cost
-  more than the rest of the step: :func:`~optax_ghm.flow.diagnose` names it.
+  0 there: such a step is left out and counted as skipped, too. In wider floats
+  it takes an eps of 0, or a learning rate that is not finite. To look for it
+  would cost more than the rest of the step:
+  :func:`~optax_ghm.flow.diagnose` names it.
 
   All gradients that come in count in the norm, those of frozen leaves, too.
   With ``optax.partition`` the clip belongs inside,

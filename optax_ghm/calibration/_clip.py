@@ -36,6 +36,10 @@ class ClipState(NamedTuple):
       with NaN or inf, or with a norm beyond float32 or 1e37 times the
       threshold, becomes 0. A step that is all zero stays 0. An outlier, whose
       norm is more than 10,000 times the reference norm, is clipped.
+    nan_steps: int32, number of these steps that held NaN.
+    inf_steps: int32, number of these steps that held inf and no NaN, or had a
+      norm beyond float32.
+    outliers: int32, number of these steps that were outliers.
     outliers_in_a_row: int32, number of outliers since the last other step;
       after 20 the statistics are reset.
     statistics: what the clip remembers of the norms.
@@ -46,6 +50,9 @@ class ClipState(NamedTuple):
   factor: jax.Array
   clipped: jax.Array
   skipped: jax.Array
+  nan_steps: jax.Array
+  inf_steps: jax.Array
+  outliers: jax.Array
   outliers_in_a_row: jax.Array
   statistics: Any
 
@@ -103,13 +110,20 @@ def clip_by_rule(
 
   def init_fn(params):
     shape = scopes.scoped(scope, params).shape
+
+    def none():
+      return jnp.zeros(shape, jnp.int32)
+
     return ClipState(
       norm=jnp.zeros(shape, jnp.float32),
       threshold=jnp.full(shape, jnp.inf, jnp.float32),
       factor=jnp.ones(shape, jnp.float32),
-      clipped=jnp.zeros(shape, jnp.int32),
-      skipped=jnp.zeros(shape, jnp.int32),
-      outliers_in_a_row=jnp.zeros(shape, jnp.int32),
+      clipped=none(),
+      skipped=none(),
+      nan_steps=none(),
+      inf_steps=none(),
+      outliers=none(),
+      outliers_in_a_row=none(),
       statistics=init(shape),
     )
 
@@ -135,22 +149,26 @@ def clip_by_rule(
     factor = jnp.where(above | outlier, target, seen) / seen
     factor = jnp.where(finite & (factor > 0), factor, 0)
 
+    outlier &= finite
     good = (factor > 0) & (norm > 0) & ~outlier
     outliers_in_a_row = jnp.where(
-      finite & outlier, optax.safe_increment(state.outliers_in_a_row), 0
+      outlier, optax.safe_increment(state.outliers_in_a_row), 0
     )
     reset = outliers_in_a_row >= RESET_AFTER
-    norm, threshold, statistics = trees.select(
+    good_norm, threshold, statistics = trees.select(
       good,
       (norm, threshold, limit.statistics),
       (state.norm, state.threshold, state.statistics),
     )
     return scoped.scale(updates, factor), ClipState(
-      norm=norm,
+      norm=good_norm,
       threshold=threshold,
       factor=factor,
       clipped=counters.count_if(above & good, state.clipped),
       skipped=counters.count_if(~good, state.skipped),
+      nan_steps=counters.count_if(jnp.isnan(norm), state.nan_steps),
+      inf_steps=counters.count_if(jnp.isinf(norm), state.inf_steps),
+      outliers=counters.count_if(outlier, state.outliers),
       outliers_in_a_row=jnp.where(reset, 0, outliers_in_a_row),
       statistics=trees.select(reset, init(scoped.shape), statistics),
     )

@@ -1,5 +1,6 @@
 """Clips with a given limit: a constant, or the norm of the parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,8 @@ def clip_by_norm(
     <https://arxiv.org/abs/1211.5063>`_, 2012
   """
   if callable(max_norm):
-    return _clip_by_schedule(max_norm, scope, axis_name)
+    clip = functools.partial(clip_by_norm, scope=scope, axis_name=axis_name)
+    return _clip_by_schedule(clip, max_norm)
   counters.check_range('max_norm', max_norm, 0, np.inf)
 
   def rule(step, statistics):
@@ -66,19 +68,16 @@ def clip_by_norm(
   return _clip.clip_by_rule(rule, scope=scope, axis_name=axis_name)
 
 
-def _clip_by_schedule(schedule, scope, axis_name):
+def _clip_by_schedule(clip_at, schedule):
   """The clip whose statistics are the number of updates, bad ones included."""
 
-  def at(max_norm):
-    return clip_by_norm(max_norm, scope=scope, axis_name=axis_name)
-
   def init_fn(params):
-    state: Any = at(np.inf).init(params)
+    state: Any = clip_at(np.inf).init(params)
     return state._replace(statistics=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None, **extra_args):
     count = state.statistics
-    clip, state = at(schedule(count)), state._replace(statistics=())
+    clip, state = clip_at(schedule(count)), state._replace(statistics=())
     clipping: Any = clip.update(updates, state, params, **extra_args)
     updates, state = clipping
     return updates, state._replace(statistics=optax.safe_increment(count))
@@ -151,7 +150,7 @@ def clip_by_parameter_norm(
 
 
 def clip_by_rms(
-  max_rms: ArrayLike = 1.0,
+  max_rms: ArrayLike | Callable[[jax.Array], ArrayLike] = 1.0,
   *,
   scope: scopes.Scope = 'leaf',
   axis_name: arrays.AxisName = None,
@@ -173,7 +172,8 @@ def clip_by_rms(
   good. Put a guard around both, as the example does.
 
   Args:
-    max_rms: d, the largest root mean square that is not clipped.
+    max_rms: d, the largest root mean square that is not clipped, or a schedule
+      of it, as for :func:`clip_by_norm`.
     scope: what is clipped together; see :func:`clip_by_norm`. The papers clip
       every ``'leaf'``.
     axis_name: mapped axis, or axes, over which the updates are split.
@@ -209,6 +209,9 @@ def clip_by_rms(
     Wortsman et al., `Stable and low-precision training for large-scale
     vision-language models <https://arxiv.org/abs/2304.13013>`_, 2023
   """
+  if callable(max_rms):
+    clip = functools.partial(clip_by_rms, scope=scope, axis_name=axis_name)
+    return _clip_by_schedule(clip, max_rms)
   counters.check_range('max_rms', max_rms, 0, np.inf)
 
   def rule(step, statistics):

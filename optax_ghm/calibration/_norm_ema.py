@@ -44,6 +44,10 @@ def clip_by_norm_ema(
   :math:`\hat g_t = g_t \min(1, c / \lVert g_t \rVert_{\text{global}})`, and γ
   is the smallest clipped norm so far.
 
+  The authors' program of 2026 has the same rule, with a ratio of 1.04 and a
+  decay of 0.99. There a leaf whose gradient is all 0 once in the first steps
+  has a γ of 0, and never moves; here such a step does not count.
+
   Args:
     ratio: λ, the largest ratio of a norm to its average that is not clipped.
     decay: β, the decay rate of the average, from 0 to 1.

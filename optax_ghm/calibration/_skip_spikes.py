@@ -81,6 +81,12 @@ class SkipState(NamedTuple):
     value_threshold: threshold of the loss in the last step; the largest float32
       while none is known.
     skipped: int32, number of steps that were left out.
+    nan_steps: int32, number of these steps whose norm or loss was NaN.
+    inf_steps: int32, number of these steps whose norm or loss was infinite, and
+      neither NaN.
+    norm_spikes: int32, number of these steps whose norm was a spike.
+    value_spikes: int32, number of these steps whose loss was a spike; a step
+      can be both.
     skipped_in_a_row: int32, number of finite steps that were left out since the
       last step was taken.
     recent_norms: a :class:`RecentSteps` of the norms.
@@ -92,6 +98,10 @@ class SkipState(NamedTuple):
   norm_threshold: jax.Array
   value_threshold: jax.Array
   skipped: jax.Array
+  nan_steps: jax.Array
+  inf_steps: jax.Array
+  norm_spikes: jax.Array
+  value_spikes: jax.Array
   skipped_in_a_row: jax.Array
   recent_norms: RecentSteps
   recent_values: RecentSteps
@@ -179,17 +189,22 @@ def skip_spikes(
   slots = np.arange(window.length, dtype=np.int32)
 
   def init_fn(params):
+    def none():
+      return jnp.zeros([], jnp.int32)
+
     def recent():
-      return RecentSteps(
-        jnp.zeros([window.length], jnp.float32), jnp.zeros([], jnp.int32)
-      )
+      return RecentSteps(jnp.zeros([window.length], jnp.float32), none())
 
     return SkipState(
       norm=jnp.zeros([], jnp.float32),
       norm_threshold=jnp.full([], arrays.LARGEST, jnp.float32),
       value_threshold=jnp.full([], arrays.LARGEST, jnp.float32),
-      skipped=jnp.zeros([], jnp.int32),
-      skipped_in_a_row=jnp.zeros([], jnp.int32),
+      skipped=none(),
+      nan_steps=none(),
+      inf_steps=none(),
+      norm_spikes=none(),
+      value_spikes=none(),
+      skipped_in_a_row=none(),
       recent_norms=recent(),
       recent_values=recent(),
       optimizer=inner.init(params),
@@ -231,10 +246,13 @@ def skip_spikes(
     _, value_threshold = mean_and_threshold(state.recent_values)
     loss = jnp.asarray(0 if value is None else value, jnp.float32)
     step = inner.update, updates, state.optimizer, params
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    finite &= update_is_finite(*step, **extra_args)
-    spike = (norm > norm_threshold) | (norm > _clip.OUTLIER_RATIO * mean_norm)
-    spike |= (value is not None) & (loss > value_threshold)
+    nan = jnp.isnan(norm) | jnp.isnan(loss)
+    sound = jnp.isfinite(norm) & jnp.isfinite(loss)
+    finite = sound & update_is_finite(*step, **extra_args)
+    norm_spike = norm > norm_threshold
+    norm_spike |= norm > _clip.OUTLIER_RATIO * mean_norm
+    value_spike = (value is not None) & (loss > value_threshold)
+    spike = norm_spike | value_spike
     in_a_row = state.skipped_in_a_row.astype(jnp.float32)
     reset = in_a_row >= jnp.asarray(max_consecutive, jnp.float32)
     reset &= finite & spike
@@ -245,6 +263,14 @@ def skip_spikes(
       norm_threshold=norm_threshold,
       value_threshold=value_threshold,
       skipped=counters.count_if(~taken, state.skipped),
+      nan_steps=counters.count_if(nan, state.nan_steps),
+      inf_steps=counters.count_if(~sound & ~nan, state.inf_steps),
+      norm_spikes=counters.count_if(
+        sound & ~taken & norm_spike, state.norm_spikes
+      ),
+      value_spikes=counters.count_if(
+        sound & ~taken & value_spike, state.value_spikes
+      ),
       skipped_in_a_row=jnp.where(
         taken, 0, counters.count_if(finite, state.skipped_in_a_row)
       ),

@@ -1,5 +1,6 @@
 """Flax Linen faces: modules whose state lives with the model's variables."""
 
+from optax_ghm.linen._attention import dot_product_attention
 from optax_ghm.linen._batch_norm import (
   BatchNorm,
   BatchRenorm,
@@ -19,5 +20,6 @@ __all__ = [
   'Harmonize',
   'InBackward',
   'Tapped',
+  'dot_product_attention',
   'recalibrate',
 ]

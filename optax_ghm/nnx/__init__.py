@@ -1,5 +1,6 @@
 """Flax NNX faces: modules that keep their state themselves."""
 
+from optax_ghm.nnx._attention import dot_product_attention
 from optax_ghm.nnx._batch_norm import (
   BatchNorm,
   BatchNormStats,
@@ -29,5 +30,6 @@ __all__ = [
   'Tapped',
   'apply_gradients',
   'differentiable',
+  'dot_product_attention',
   'recalibrate',
 ]

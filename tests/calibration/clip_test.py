@@ -89,6 +89,20 @@ def test_spikes_are_clipped_as_the_paper_says(name, factor):
   assert states.skipped[-1] == 0
 
 
+def median_of_past():
+  return optax_ghm.clip_by_percentile(50.0)
+
+
+@pytest.mark.parametrize('make', ['zscore', 'norm_ema', median_of_past])
+@pytest.mark.parametrize('factor', [10, 100])
+def test_twenty_spikes_do_not_become_the_baseline(make, factor):
+  calm, spiky = stream(), stream([(t, factor) for t in range(100, 120)])
+  ratio = np.divide(
+    *(run(make, norms)[1].threshold[101:] for norms in (spiky, calm))
+  )
+  assert 0.9 < ratio.min() and ratio.max() < 1.1
+
+
 @every_clip
 @pytest.mark.parametrize('bad', [np.nan, 1e30, 3e38, 0.0])
 @pytest.mark.parametrize('at', [10, 100])
@@ -104,8 +118,16 @@ def test_an_outlier_leaves_no_trace(name, bad, at):
   last, expected_last = (
     jax.tree.map(lambda leaf: leaf[-1], s) for s in (states, expected_states)
   )
+  kinds = {
+    'nan_steps': np.isnan(bad),
+    'inf_steps': False,  # 3e38 fits
+    'outliers': bad > 1,
+  }
   assert last.skipped == 1
-  chex.assert_trees_all_equal(last._replace(skipped=0), expected_last)
+  for kind, happened in kinds.items():
+    assert getattr(last, kind) == happened, kind
+  none = dict.fromkeys(['skipped', *kinds], 0)
+  chex.assert_trees_all_equal(last._replace(**none), expected_last)
 
 
 @pytest.mark.parametrize('name', [name for name in CLIPS if name != 'quantile'])
@@ -135,6 +157,7 @@ def test_a_tiny_first_step_is_forgotten(name):
 def test_bad_numbers_are_no_outliers_in_a_row(name):
   """Infinite norms, however many, do not reset the statistics."""
   clipped, states, _ = run(name, np.insert(stream()[:100], 50, [np.inf] * 30))
+  assert states.inf_steps[-1] == states.skipped[-1] == 30
   assert (states.outliers_in_a_row == 0).all()
   expected, *_ = run(name, stream()[:100])
   np.testing.assert_array_equal(np.delete(clipped, np.s_[50:80]), expected)

@@ -12,13 +12,17 @@ FALLING = optax.linear_schedule(4.0, 1.0, 3)
 
 
 @pytest.mark.device
-def test_the_limit_follows_the_schedule_and_every_step_counts():
-  tx = optax_ghm.clip_by_norm(FALLING)
+@pytest.mark.parametrize(
+  ('clip', 'size'),
+  [(optax_ghm.clip_by_norm, 5), (optax_ghm.clip_by_rms, 5 / np.sqrt(2))],
+)
+def test_the_limit_follows_the_schedule_and_every_step_counts(clip, size):
+  tx = clip(FALLING, scope='global')
   state, update = tx.init(GRADIENTS), jax.jit(tx.update)
   for limit, bad in ((4.0, False), (3.0, False), (2.0, True), (1.0, False)):
     gradients = GRADIENTS * (np.nan if bad else 1)
     updates, state = update(gradients.astype(np.float32), state)
-    expected = 0 * GRADIENTS if bad else GRADIENTS * (limit / 5)
+    expected = 0 * GRADIENTS if bad else GRADIENTS * min(limit / size, 1)
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
   assert state.statistics == 4
   assert state.skipped == 1

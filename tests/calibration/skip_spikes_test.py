@@ -138,6 +138,15 @@ def test_any_stream_at_all(norms, values):
   updates, states = run('sgd', norms, values, length=4, row=2)
   np.testing.assert_array_equal(states.skipped, np.cumsum(~taken))
   np.testing.assert_array_equal(states.skipped_in_a_row, in_a_row)
+  both = np.add(norms, values)
+  # An infinite norm is that of a gradient of inf and 0 · inf.
+  nan = np.isnan(both) | np.isinf(norms)
+  np.testing.assert_array_equal(states.nan_steps, np.cumsum(nan))
+  np.testing.assert_array_equal(
+    states.inf_steps, np.cumsum(np.isinf(both) & ~nan)
+  )
+  finite = states.norm_spikes + states.value_spikes
+  assert (finite >= np.cumsum(~taken & np.isfinite(both))).all()
   chex.assert_tree_all_finite((updates, states))
   assert not updates[~taken].any()
 
@@ -258,8 +267,19 @@ def test_a_bad_step_leaves_no_trace(of, bad, at):
   last, expected_last = (
     jax.tree.map(lambda leaf: leaf[-1], s) for s in (states, expected_states)
   )
+  # An infinite norm is that of a gradient of inf and 0 · inf.
+  is_nan = np.isnan(bad) or (np.isinf(bad) and of != 'value')
+  kinds = {
+    'nan_steps': is_nan,
+    'inf_steps': np.isinf(bad) and not is_nan,
+    'norm_spikes': 1 < bad < np.inf and of != 'value',
+    'value_spikes': 1 < bad < np.inf and of != 'norm',
+  }
   assert last.skipped == 1
-  chex.assert_trees_all_equal(last._replace(skipped=0), expected_last)
+  for kind, happened in kinds.items():
+    assert getattr(last, kind) == happened, kind
+  none = dict.fromkeys(['skipped', *kinds], 0)
+  chex.assert_trees_all_equal(last._replace(**none), expected_last)
   chex.assert_tree_all_finite(states)
 
 

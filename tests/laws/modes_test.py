@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen as nn, nnx
 from jax.experimental import checkify
 
 import optax_ghm as ghm
@@ -264,6 +264,36 @@ def _noise(given):
   return noise, noise.noise_scale
 
 
+def _attention(given):
+  query = given.x.reshape(2, 2, 2, 1)  # two examples, two heads
+  attended, max_logits = calibration.dot_product_attention_with_max_logits(
+    query, query, query, is_causal=True
+  )
+  return attended, max_logits
+
+
+def _linen_attention(given):
+  model = nn.MultiHeadDotProductAttention(
+    2, attention_fn=ghm_linen.dot_product_attention
+  )
+  x = given.x[None]
+  variables = model.init(jax.random.key(0), x)
+  return model.apply(variables, x, sow_weights=True, mutable=['intermediates'])
+
+
+def _nnx_attention(given):
+  model = nnx.MultiHeadAttention(
+    num_heads=2,
+    in_features=2,
+    decode=False,
+    attention_fn=ghm_nnx.dot_product_attention,
+    rngs=nnx.Rngs(0),
+  )
+  attend = nnx.capture(model, nnx.Intermediate)
+  y, max_logits = attend(given.x[None], sow_weights=True)
+  return y, nnx.as_pure(max_logits)
+
+
 def _schedules(given):
   steps = given.labels * 100
   return [
@@ -476,6 +506,10 @@ CASES = [
     _scalarizers,
   ),
   Case('gradient_noise GradientNoise', _noise),
+  Case('dot_product_attention_with_max_logits', differentiated(_attention)),
+  # Flax's, too, makes NaN of logits that are larger.
+  Case('linen.dot_product_attention', _linen_attention, largest=1e3),
+  Case('nnx.dot_product_attention', _nnx_attention, largest=1e3),
   Case(
     'dann_reversal_schedule dann_learning_rate_schedule renorm_schedules',
     _schedules,
@@ -571,12 +605,14 @@ OF_TRANSFORMATIONS = {
   'NormMoments',
   'NormalizeState',
   'PastNorms',
+  'QKClipState',
   'QuantileEstimate',
   'RecentSteps',
   'SkipState',
   'SpikeWindow',
   'Units',
   'WindowPercentile',
+  'flax_qk_powers',
   'flax_unit_axes',
   'flow.WatchState',
 }

@@ -31,6 +31,7 @@ PROGRAMS = 200
 
 PASS_BAD_NUMBERS = {
   'reference_trace',
+  'qk_clip',
   'standardize',
   'centralize',
   'watch',

@@ -500,8 +500,8 @@ _CALIBRATION = [
   Mutant(
     'clip: an infinite norm is an outlier in a row',
     'calibration/_clip.py',
-    'finite & outlier,',
-    'outlier,',
+    'outlier &= finite',
+    'outlier &= True',
   ),
   Mutant(
     'clip: statistics learn from outliers',
@@ -568,6 +568,30 @@ _CALIBRATION = [
     'calibration/_percentile.py',
     'norm <= threshold',
     'norm < threshold',
+  ),
+  Mutant(
+    'attention: hidden and negative logits count by their size',
+    'calibration/_attention.py',
+    'max_logits = jnp.max(jax.lax.stop_gradient(logits), others)',
+    'max_logits = jnp.max(jnp.abs(jax.lax.stop_gradient(logits)), others)',
+  ),
+  Mutant(
+    'attention: the largest logits are those of one device',
+    'calibration/_attention.py',
+    'jax.lax.pmax(max_logits, axis_name)',
+    'max_logits',
+  ),
+  Mutant(
+    'qk_clip: the head of a key follows the last of its group',
+    'calibration/_qk_clip.py',
+    'jnp.min(gamma.reshape(*stack, kv_heads, -1), -1)',
+    'gamma.reshape(*stack, kv_heads, -1)[..., -1]',
+  ),
+  Mutant(
+    'qk_clip: the step itself is not scaled',
+    'calibration/_qk_clip.py',
+    'new = old + arrays.widen(before[path]).astype(old.dtype)',
+    'new = arrays.widen(before[path]).astype(old.dtype)',
   ),
   Mutant(
     'range_test: a rise above the lowest loss is a divergence',

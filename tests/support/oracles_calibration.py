@@ -106,6 +106,21 @@ def norm_ema(norms, ratio=1.05, decay=0.98, max_norm=1.0, warmup=100):
   return np.array(clipped), np.array(thresholds)
 
 
+def adagc(norms, ratio, decay, max_norm, warmup, eps=1e-6):
+  """By the authors' program of 2026: the clipped norms, (steps, leaves)."""
+  averages, clipped = np.inf, []
+  for t, own in enumerate(norms):
+    if t < warmup:
+      new = own * min(max_norm / (np.linalg.norm(own) + eps), 1)
+      averages = np.minimum(averages, new)
+    else:
+      limit = ratio * averages
+      new = np.where(own > limit, own * limit / (own + eps), own)
+      averages = decay * averages + (1 - decay) * np.minimum(own, limit)
+    clipped.append(new)
+  return np.array(clipped)
+
+
 # Other rules.
 
 

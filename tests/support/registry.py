@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import optax_ghm
-from optax_ghm import flow, harmonization
+from optax_ghm import calibration, flow, harmonization
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +51,24 @@ def _guarded_trace(decay=0.9):
       lambda x: jnp.issubdtype(x.dtype, jnp.floating), tree
     ),
   )
+
+
+def _clipped_matrices(threshold=2.0):
+  """QK-clip, for which all matrices are queries with logits of 1, 2, 3, ..."""
+  tx = calibration.qk_clip(
+    threshold, powers=lambda path, leaf: 0.5 if leaf.ndim > 1 else None
+  )
+
+  def max_logits(leaf):
+    if getattr(leaf, 'ndim', 0) > 1:
+      return np.arange(1, leaf.shape[-2] + 1, dtype=np.float32)
+    return None
+
+  def update_fn(updates, state, params=None, **extra_args):
+    logits = jax.tree.map(max_logits, updates)
+    return tx.update(updates, state, params, max_logits=logits, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 ENTRIES = (
@@ -147,6 +166,7 @@ ENTRIES = (
     optax_ghm.clip_by_rms,
     keywords={'max_rms': 0.5},
   ),
+  Entry('qk_clip', _clipped_matrices, keywords={'threshold': 1.5}),
   Entry(
     'normalize_by_norm',
     functools.partial(optax_ghm.normalize_by_norm, scope='leaf'),
