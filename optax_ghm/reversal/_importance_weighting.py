@@ -100,6 +100,7 @@ def density_ratios(
     gradient = _logits(x.T, p - label) + ridge * w
     hessian = _logits(x.T, (p * (1 - p))[:, None] * x) + jnp.diag(ridge)
     step = jax.scipy.linalg.solve(hessian, gradient, assume_a='pos')
+    step = jnp.where(jnp.isfinite(step), step, 0)  # of a singular matrix
     # The largest part of the step that does not make the objective larger.
     parts = jnp.append(0.5 ** jnp.arange(10.0, dtype=x.dtype), 0)
     values = jax.lax.map(lambda part: objective(w - part * step), parts)
