@@ -1,0 +1,340 @@
+"""Which learning rate, which schedule, which batch size, on handwritten digits.
+
+A network of one hidden layer learns scikit-learn's digits. What the range test
+suggests is measured against a grid of learning rates, with a constant rate and
+as the peak of a warm-up and a decay; so are the defaults of what Optax has for
+those who would not choose, against their own grids. What counts is the
+cross-entropy of held-out digits, mean over the last tenth of the steps. Then
+the batch size: how many steps of SGD reach a loss, each at the best of its
+learning rates, and what the gradient noise scale says.
+
+  python examples/learning_rate.py
+  python examples/learning_rate.py --full
+"""
+
+import argparse
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+from sklearn import datasets
+
+import optax_ghm as ghm
+
+mpl.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = pathlib.Path(__file__).parent
+BATCH, HIDDEN, PARTS = 32, 64, 5
+TARGET, MICRO = 0.15, 8
+BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
+
+
+def load():
+  """Digits to learn from, and digits held out."""
+  x, y = datasets.load_digits(return_X_y=True)
+  order = np.random.default_rng(0).permutation(len(y))
+  x, y = jnp.asarray(x[order] / 16, jnp.float32), jnp.asarray(y[order])
+  return (x[540:], y[540:]), (x[:540], y[:540])
+
+
+def init(key):
+  keys = jax.random.split(key)
+  return {
+    'hidden': jax.random.normal(keys[0], (64, HIDDEN)) * np.sqrt(2 / 64),
+    'bias': jnp.zeros(HIDDEN),
+    'out': jax.random.normal(keys[1], (HIDDEN, 10)) * np.sqrt(1 / HIDDEN),
+  }
+
+
+def loss(params, batch):
+  x, y = batch
+  hidden = jax.nn.relu(x @ params['hidden'] + params['bias'])
+  logits = hidden @ params['out']
+  return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def start(data, steps, batch, seed):
+  """Parameters, and the batches of all steps."""
+  keys = jax.random.split(jax.random.key(seed))
+  shape = steps, batch
+  chosen = jax.random.randint(keys[1], shape, 0, len(data[0]))
+  return init(keys[0]), jax.tree.map(lambda a: a[chosen], data)
+
+
+class Method(NamedTuple):
+  """What trains, and which learning rates it may have.
+
+  Attributes:
+    make: from a learning rate and the number of steps to an optimizer.
+    grid: exponents of the lowest and the highest rate.
+    of: the optimizer whose range test suggests a rate, or the default rate.
+    parameters: from the state and the parameters to those that count.
+  """
+
+  make: Callable[..., optax.GradientTransformation]
+  grid: tuple[float, float]
+  of: Callable[..., optax.GradientTransformation] | float
+  parameters: Callable[..., Any] = lambda state, params: params
+
+
+def constant(optimizer, low):
+  return Method(lambda rate, steps: optimizer(rate), (low, low + 5), optimizer)
+
+
+def scheduled(optimizer, low):
+  def make(peak, steps):
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
+    return optimizer(lambda count: peak * shape(count))
+
+  return Method(make, (low, low + 5), optimizer)
+
+
+def on_plateau(optimizer, low):
+  def make(rate, steps):
+    lowered = optax.contrib.reduce_on_plateau(
+      0.5, patience=3, accumulation_size=max(steps // 40, 1)
+    )
+    return optax.chain(optimizer(rate), lowered)
+
+  return Method(make, (low, low + 5), optimizer)
+
+
+momentum = functools.partial(optax.sgd, momentum=0.9)
+METHODS = {
+  'sgd': constant(optax.sgd, -4),
+  'sgd, warm-up and cosine': scheduled(optax.sgd, -4),
+  'momentum': constant(momentum, -4),
+  'momentum, warm-up and cosine': scheduled(momentum, -4),
+  'adam': constant(optax.adam, -5),
+  'adam, warm-up and cosine': scheduled(optax.adam, -5),
+  'adam, reduce_on_plateau': on_plateau(optax.adam, -5),
+  'lion': constant(optax.lion, -6),
+  'lion, warm-up and cosine': scheduled(optax.lion, -6),
+  'schedule_free_adamw': Method(
+    lambda rate, steps: optax.contrib.schedule_free_adamw(rate, steps // 10),
+    (-5, 0),
+    optax.adam,
+    optax.contrib.schedule_free_eval_params,
+  ),
+  'prodigy': Method(
+    lambda rate, steps: optax.contrib.prodigy(rate), (-3, 2), 1.0
+  ),
+  'dadapt_adamw': Method(
+    lambda rate, steps: optax.contrib.dadapt_adamw(rate), (-3, 2), 1.0
+  ),
+}
+DEMO = 'sgd', 'adam', 'adam, warm-up and cosine', 'prodigy'
+
+
+def train(method, rates, starts, held_out):
+  """Held-out losses at the end, (seeds, rates), for rates of that shape."""
+
+  def run(params, batches, rate):
+    steps = len(batches[1])
+    tx = optax.with_extra_args_support(method.make(rate, steps))
+
+    def step(carry, batch):
+      params, state = carry
+      value, grads = jax.value_and_grad(loss)(params, batch)
+      updates, state = tx.update(grads, state, params, value=value)
+      return (optax.apply_updates(params, updates), state), None
+
+    def part(carry, batches):
+      (params, state), _ = jax.lax.scan(step, carry, batches)
+      end = loss(method.parameters(state, params), held_out)
+      return (params, state), end
+
+    tail = steps // 10 // PARTS * PARTS
+    first = jax.tree.map(lambda a: a[:-tail], batches)
+    last = jax.tree.map(
+      lambda a: a[-tail:].reshape(PARTS, -1, *a.shape[1:]), batches
+    )
+    before = loss(params, held_out)
+    carry, _ = jax.lax.scan(step, (params, tx.init(params)), first)
+    _, ends = jax.lax.scan(part, carry, last)
+    end = ends.mean()
+    return jnp.where(end < before, end, before)
+
+  at_rates = jax.vmap(run, (None, None, 0))
+  return np.asarray(jax.jit(jax.vmap(at_rates))(*starts, jnp.asarray(rates)))
+
+
+def suggested(method, starts, probe_steps):
+  """A learning rate for every seed, and the gradients it took."""
+  seeds = len(starts[1][1])
+  if isinstance(method.of, float):
+    return np.full(seeds, method.of), 0
+  found, cost = [], []
+  for seed in range(seeds):
+    params, batches = jax.tree.map(lambda a: a[seed], starts)  # noqa: B023
+    test = ghm.learning_rate_range_test(
+      loss,
+      params,
+      jax.tree.map(lambda a: a[:100], batches),
+      method.of,
+      probe_steps=probe_steps,
+    )
+    found.append(np.nan if test.suggestion is None else test.suggestion)
+    cost.append(len(test.losses) + probe_steps * len(test.probe_rates))
+  return np.array(found), np.mean(cost)
+
+
+# The batch size.
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def steps_to_target(data, rates, batch, steps, seeds):
+  """Steps of SGD until the loss of all data is below the target, every tenth."""
+
+  def run(seed, rate):
+    key, params = jax.random.key(seed), init(jax.random.key(seed + 1000))
+
+    def step(params, t):
+      chosen = jax.random.randint(
+        jax.random.fold_in(key, t), [batch], 0, len(data[0])
+      )
+      grads = jax.grad(loss)(params, jax.tree.map(lambda a: a[chosen], data))
+      return jax.tree.map(lambda p, g: p - rate * g, params, grads), None
+
+    def ten(params, t):
+      params, _ = jax.lax.scan(step, params, t + jnp.arange(10))
+      return params, loss(params, data) < TARGET
+
+    _, below = jax.lax.scan(ten, params, jnp.arange(0, steps, 10))
+    return jnp.where(below.any(), 10 * (1 + below.argmax()), steps * 10)
+
+  return jax.vmap(jax.vmap(run, (None, 0)), (0, None))(seeds, rates)
+
+
+def noise_scale(data, rate, steps, seed):
+  """The noise scale while SGD approaches the target."""
+  params, batches = start(data, steps, 8 * MICRO, seed)
+  tx = optax.chain(ghm.noise_scale_aggregate(MICRO), optax.sgd(rate))
+
+  @jax.jit
+  def run(params, batches):
+    def step(carry, batch):
+      params, state = carry
+      batch = jax.tree.map(lambda a: a.reshape(8, MICRO, *a.shape[1:]), batch)
+      grads = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+      updates, state = tx.update(grads, state, params)
+      noise = state[0].noise.noise_scale
+      return (optax.apply_updates(params, updates), state), noise
+
+    return jax.lax.scan(step, (params, tx.init(params)), batches)[1]
+
+  return float(run(params, batches)[-1])
+
+
+def batch_sizes(data, sizes, seeds):
+  """Rows of batch size, best rate, steps and examples; and the noise scale."""
+  rates, rows = jnp.geomspace(0.03, 3.0, 9), []
+  for batch in sizes:
+    most = max(300, 12_000 // batch)
+    found = np.median(
+      steps_to_target(data, rates, batch, most, jnp.array(seeds)), 0
+    )
+    best = int(found.argmin())
+    rows.append((batch, float(rates[best]), found[best], batch * found[best]))
+  by_size = {row[0]: row for row in rows}
+  _, rate, steps, _ = by_size[64]
+  scales = [noise_scale(data, rate, int(steps), seed) for seed in seeds]
+  return rows, float(np.median(scales))
+
+
+def plot(curves, rows, scale, path):
+  """Loss over learning rate with the suggestions; steps over batch size."""
+  figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
+  colors = {}
+  for name, (rates, losses, found, ends) in curves.items():
+    optimizer, _, schedule = name.partition(', ')
+    if schedule not in ('', 'warm-up and cosine') or optimizer in (
+      'prodigy',
+      'dadapt_adamw',
+    ):
+      continue
+    axis = axes[int(bool(schedule))]
+    color = colors.setdefault(optimizer, f'C{len(colors)}')
+    axis.loglog(rates, np.median(losses, 0), color=color, label=optimizer)
+    axis.loglog(found, ends, 'o', color=color, mec='black', ms=5)
+  axes[0].set(title='constant', ylabel='held-out loss')
+  axes[1].set(title='peak of warm-up and cosine')
+  for axis in axes[:2]:
+    axis.set(xlabel='learning rate')
+    axis.legend(title='dots: suggestions')
+  batch, _, steps, examples = np.array(rows).T
+  axes[2].loglog(batch, steps, 'o-', label='steps')
+  axes[2].loglog(batch, examples, 'o-', label='examples')
+  axes[2].axvline(scale, color='0.5', ls='--', label='noise scale')
+  axes[2].set(title=f'SGD until the loss is {TARGET}', xlabel='batch size')
+  axes[2].legend()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=80)
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--full', action='store_true', help='the long version')
+  parser.add_argument('--steps', type=int, help='600 or, in short, 200')
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--probe-steps', type=int, default=200)
+  output = HERE / 'output' / 'learning_rate.png'
+  parser.add_argument('--picture', type=pathlib.Path, default=output)
+  args = parser.parse_args()
+  steps = args.steps or (600 if args.full else 200)
+  console, began = Console(), time.perf_counter()
+  data, held_out = load()
+  every = [start(data, steps, BATCH, seed) for seed in range(args.seeds)]
+  starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
+  table = Table(title=f'{steps} steps: held-out loss, median of seeds')
+  columns = 'suggested', 'loss', 'best of the grid', 'loss', 'ratio', 'gradients'
+  for column in ('', *columns):
+    table.add_column(column)
+  curves, found = {}, {}
+  for name in METHODS if args.full else DEMO:
+    method = METHODS[name]
+    rates = np.logspace(*method.grid, 25 if args.full else 11)
+    losses = train(method, np.tile(rates, (args.seeds, 1)), starts, held_out)
+    if method.of not in found:
+      found[method.of] = suggested(method, starts, args.probe_steps)
+    suggestions, cost = found[method.of]
+    ends = train(method, np.nan_to_num(suggestions)[:, None], starts, held_out)
+    curves[name] = rates, losses, suggestions, ends[:, 0]
+    curve, end = np.median(losses, 0), np.median(ends)
+    table.add_row(
+      name,
+      ' '.join(f'{rate:.2g}' for rate in suggestions),
+      f'{end:.3f}',
+      f'{rates[curve.argmin()]:.2g}',
+      f'{curve.min():.3f}',
+      f'{end / curve.min():.2f}',
+      f'{cost:.0f}',
+    )
+  console.print(table)
+  sizes = BATCH_SIZES if args.full else (16, 64, 256)
+  rows, scale = batch_sizes(data, sizes, range(args.seeds))
+  table = Table(title=f'SGD until the loss of all digits is {TARGET}')
+  for column in ('batch size', 'best rate', 'steps', 'examples'):
+    table.add_column(column)
+  for batch, rate, count, examples in rows:
+    table.add_row(f'{batch}', f'{rate:.2g}', f'{count:.0f}', f'{examples:.0f}')
+  console.print(table, f'noise scale: {scale:.0f} examples')
+  plot(curves, rows, scale, args.picture)
+  console.print(f'written: {args.picture}')
+  console.print(f'{time.perf_counter() - began:.0f} s')
+
+
+if __name__ == '__main__':
+  main()
