@@ -4,9 +4,10 @@ Pairs of a small task and an optimizer are trained for 400 steps at each of 25
 constant learning rates in five decades, from 3 seeds, and at the rate that each
 rule suggests, which sees the first 100 batches. A loss is the mean of the last
 40 steps; a loss that is not finite or above that at the start counts as that at
-the start. Of each pair and rule,
+the start. Where there is no suggestion, the test is made again with twice as
+many steps, as it asks for. Of each pair and rule,
 
-  ratio     is the median loss of the seeds over that at the best of the 25 rates
+  ratio     is the median loss of the seeds over that at the best of the rates
   gap       their difference over that of the start and the best
   held out  the ratio of losses on other data, mean of five in the last 40 steps
   steps     what the rule costs, in gradients
@@ -125,6 +126,19 @@ def trained(task, optimizer, rates, at=params_at):
   return map(np.asarray, of_seeds(*starts(task), np.float32(rates)))
 
 
+def range_test(*args, probe_steps):
+  """The test, with more steps if there is no suggestion; gradients it takes."""
+  cost = 0
+  for steps in (200, 400, 800):
+    test = ghm.learning_rate_range_test(
+      *args, steps=steps, probe_steps=probe_steps
+    )
+    cost += steps + probe_steps * len(test.probe_rates)
+    if test.suggestion is not None:
+      break
+  return test, cost
+
+
 def suggested(task, optimizer):
   """For every rule: a learning rate per seed, and gradients that it takes."""
   params, chosen = starts(task)
@@ -132,16 +146,13 @@ def suggested(task, optimizer):
   for seed in range(SEEDS):
     batches = jax.tree.map(lambda a: a[chosen[seed, :BATCHES]], task.train)  # noqa: B023
     start = jax.tree.map(lambda a: a[seed], params)  # noqa: B023
-    for probe_steps in (100, 200, 400):
-      test = ghm.learning_rate_range_test(
+    for probe_steps in (0, 100, 200, 400):
+      test, cost = range_test(
         task.loss, start, batches, optimizer, probe_steps=probe_steps
       )
-      cost = len(test.losses) + probe_steps * len(test.probe_rates)
-      row = test.suggestion, cost
-      found.setdefault(f'probes of {probe_steps}', []).append(row)
-    third = test.learning_rates[np.nanargmin(test.smoothed)] / 3
-    found.setdefault('a third, no probes', []).append((third, len(test.losses)))
-  return {name: np.array(rows, float).T for name, rows in found.items()}
+      name = f'probes of {probe_steps}' if probe_steps else 'no probes'
+      found.setdefault(name, []).append((test.suggestion, cost))
+  return {name: tuple(np.array(rows, float).T) for name, rows in found.items()}
 
 
 def measure(name, optimizer):
@@ -184,7 +195,7 @@ def measure(name, optimizer):
 
 
 def rateless(name):
-  """Ratio to the best of Adam's rates, of what has no learning rate to choose."""
+  """Of what has no learning rate to choose: ratios to the best of Adam's."""
   task = getattr(small_tasks, name)()
   tx, low, _ = OPTIMIZERS['adam']
   rates = np.tile(np.geomspace(low, 1e5 * low, 25), (SEEDS, 1))
@@ -223,6 +234,11 @@ def summary(pairs, alternatives):
   return table
 
 
+def rounded(tree):
+  """Four digits of every number."""
+  return jax.tree.map(lambda x: float(f'{x:.4g}'), tree)
+
+
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,9 +265,9 @@ def main():
   console.print(summary(pairs, alternatives))
   console.print(alternatives)
   if args.save:
-    report = {'pairs': pairs, 'rateless': alternatives}
+    report = rounded({'pairs': pairs, 'rateless': alternatives})
     path = RESULTS / f'{args.save}.json'
-    path.write_text(json.dumps(report, indent=1) + '\n')
+    path.write_text(json.dumps(report) + '\n')
     console.print(f'written: {path}')
   console.print(f'{(time.perf_counter() - began) / 60:.1f} minutes')
 

@@ -41,7 +41,7 @@ def dense(rng, inputs, outputs, gain=1.0):
   }
 
 
-def mlp(sizes, rng, gain=np.sqrt(2)):
+def mlp(sizes, rng, gain=2**0.5):
   pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
   gains = [gain] * (len(pairs) - 1) + [1.0]
   return [
@@ -84,16 +84,22 @@ def wrong(labels, share, classes, seed=0):
   return np.where(rng.uniform(size=len(labels)) < share, drawn, labels)
 
 
+def load_digits():
+  """Pixels from 0 to 1, and labels."""
+  pixels, labels = datasets.load_digits(return_X_y=True)
+  return np.asarray(pixels) / 16, np.asarray(labels)
+
+
 # The tasks on which the rule was developed.
 
 
 def digits():
   """A classifier of handwritten digits."""
-  x, y = datasets.load_digits(return_X_y=True)
+  x, y = load_digits()
   return Task(
     functools.partial(mlp, [64, 48, 10]),
     lambda params, batch: cross_entropy(apply(params, batch[0]), batch[1]),
-    *split(x / 16, y),
+    *split(x, y),
   )
 
 
@@ -157,13 +163,13 @@ def characters():
 
 def autoencoder():
   """Digits through a bottleneck of sixteen numbers."""
-  x, _ = datasets.load_digits(return_X_y=True)
+  x, _ = load_digits()
   return Task(
     functools.partial(mlp, [64, 48, 16, 48, 64]),
     lambda params, batch: jnp.mean(
       jnp.sum(jnp.square(apply(params, batch[0], jnp.tanh) - batch[0]), -1)
     ),
-    *split(x / 16),
+    *split(x),
   )
 
 
@@ -251,8 +257,8 @@ def waves():
 
 def mixer():
   """Residual layers, normalized, on patches of digits; some labels wrong."""
-  x, y = datasets.load_digits(return_X_y=True)
-  patches = (x / 16).reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
+  x, y = load_digits()
+  patches = x.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
 
   def init(rng):
     return {
@@ -279,9 +285,9 @@ def mixer():
 
 def softmax():
   """A linear classifier of digits whose pixels nobody scaled."""
-  x, y = datasets.load_digits(return_X_y=True)
+  x, y = load_digits()
   return Task(
     functools.partial(mlp, [64, 10]),
     lambda params, batch: cross_entropy(apply(params, batch[0]), batch[1]),
-    *split(x, wrong(y, 0.05, 10)),
+    *split(16 * x, wrong(y, 0.05, 10)),
   )

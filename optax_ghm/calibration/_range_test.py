@@ -102,7 +102,15 @@ def learning_rate_range_test(
   suggestion. Probes run one after another, in the program of the test if they
   have as many steps, and so need no more memory than one training.
 
-  FIGURES
+  On 20 pairs of a small task and an optimizer, and on 10 others that were held
+  back, 400 steps at the suggestion ended, in the median, at 1.18 and 1.04 times
+  the loss of the best of 25 learning rates (upper quartiles 1.29 and 1.09,
+  worst 3.85 and 1.51), for some 1,050 gradients instead of 10,000. Without
+  probes it was 1.28 and 1.07 (2.60 and 1.45, worst 4.90 and 7.47) for 200. The
+  best rate of Adam, Lion and others that normalize their updates falls with the
+  length of the training, about as one over its root; that of SGD, with momentum
+  or without, does not. Probes of 100 steps ended at 1.30 and 1.04, and with
+  this correction at 1.09 and 1.02.
 
   Args:
     loss: function from parameters and one batch to a scalar. For a model with
@@ -302,11 +310,14 @@ def _climb(probe, first, low, high):
 
 
 def _best(probes, steps, reason):
-  """The learning rate of the lowest end, and the reason."""
+  """The learning rate whose probe ended lowest, and the reason."""
   best = min(probes, key=probes.__getitem__)
   if not np.isfinite(probes[best]):
     return None, (
       f'All {len(probes)} probes of {steps} steps end in losses that are not'
       ' finite: no suggestion. Look at the data.'
     )
-  return best, f'The best of {len(probes)} probes of {steps} steps. ' + reason
+  reason = reason[0].lower() + reason[1:]
+  return best, (
+    f'The best of {len(probes)} probes of {steps} steps, the first at {reason}'
+  )

@@ -29,7 +29,7 @@ def test_suggests_less_than_what_diverges_and_not_little():
   test = optax_ghm.learning_rate_range_test(quadratic, START, CENTERS)
   assert 0.02 < test.suggestion < 0.5
   lowest = test.learning_rates[np.nanargmin(test.smoothed)]
-  assert f'A third of {lowest:.1e}' in test.reason
+  assert f'a third of {lowest:.1e}' in test.reason
   diverged = float(test.reason.split('from ')[1].split()[0])
   assert 0.4 < diverged < 2.0
 
