@@ -64,12 +64,17 @@ def loss(params, batch):
   return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-def start(data, steps, batch, seed):
-  """Parameters, and the batches of all steps."""
-  keys = jax.random.split(jax.random.key(seed))
-  shape = steps, batch
-  chosen = jax.random.randint(keys[1], shape, 0, len(data[0]))
-  return init(keys[0]), jax.tree.map(lambda a: a[chosen], data)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def starts_of(data, steps, batch, seeds):
+  """For every seed: parameters, and the batches of all steps."""
+
+  def of_seed(seed):
+    keys = jax.random.split(jax.random.key(seed))
+    shape = steps, batch
+    chosen = jax.random.randint(keys[1], shape, 0, len(data[0]))
+    return init(keys[0]), jax.tree.map(lambda a: a[chosen], data)
+
+  return jax.vmap(of_seed)(seeds)
 
 
 class Method(NamedTuple):
@@ -219,12 +224,12 @@ def steps_to_target(data, rates, batch, steps, seeds):
   return jax.vmap(jax.vmap(run, (None, 0)), (0, None))(seeds, rates)
 
 
-def noise_scale(data, rate, steps, seed):
-  """The noise scale while SGD approaches the target."""
-  params, batches = start(data, steps, 8 * MICRO, seed)
+def noise_scales(data, rate, steps, seeds):
+  """The noise scale of every seed, while SGD approaches the target."""
   tx = optax.chain(ghm.noise_scale_aggregate(MICRO), optax.sgd(rate))
 
   @jax.jit
+  @jax.vmap
   def run(params, batches):
     def step(carry, batch):
       params, state = carry
@@ -234,24 +239,22 @@ def noise_scale(data, rate, steps, seed):
       noise = optax.tree.get(state, 'noise').noise_scale
       return (optax.apply_updates(params, updates), state), noise
 
-    return jax.lax.scan(step, (params, tx.init(params)), batches)[1]
+    return jax.lax.scan(step, (params, tx.init(params)), batches)[1][-1]
 
-  return float(run(params, batches)[-1])
+  return np.asarray(run(*starts_of(data, steps, 8 * MICRO, seeds)))
 
 
 def batch_sizes(data, sizes, seeds):
   """Rows of batch size, best rate, steps and examples; and the noise scale."""
   rates, rows = jnp.geomspace(0.1, 3.0, 7), []
   for batch in sizes:
-    most = max(200, 8_000 // batch)
-    found = np.median(
-      steps_to_target(data, rates, batch, most, jnp.array(seeds)), 0
-    )
+    most = max(200, 4_000 // batch)
+    found = np.median(steps_to_target(data, rates, batch, most, seeds), 0)
     best = int(found.argmin())
     rows.append((batch, float(rates[best]), found[best], batch * found[best]))
   by_size = {row[0]: row for row in rows}
   _, rate, steps, _ = by_size[64]
-  scales = [noise_scale(data, rate, int(steps), seed) for seed in seeds]
+  scales = noise_scales(data, rate, int(steps), seeds)
   return rows, float(np.median(scales))
 
 
@@ -298,8 +301,7 @@ def main():
   steps = args.steps or (600 if args.full else 200)
   console, began = Console(), time.perf_counter()
   data, held_out = load()
-  every = [start(data, steps, BATCH, seed) for seed in range(args.seeds)]
-  starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
+  starts = starts_of(data, steps, BATCH, jnp.arange(args.seeds))
   table = Table(title=f'{steps} steps: held-out loss, median of seeds')
   lengths = sorted({200, steps})
   for column in ('', 'best rate', 'its loss'):
@@ -311,24 +313,24 @@ def main():
   for name in METHODS if args.full else DEMO:
     method = METHODS[name]
     rates = np.logspace(*method.grid, 25 if args.full else 11)
-    losses = train(method, np.tile(rates, (args.seeds, 1)), starts, held_out)
-    curve = np.median(losses, 0)
-    row = [name, f'{rates[curve.argmin()]:.2g}', f'{curve.min():.3f}']
-    ends = {}
     for length in lengths:
       if (method.of, length) not in found:
         found[method.of, length] = suggested(method, starts, length)
-      rate, cost = found[method.of, length]
-      at = np.nan_to_num(rate)[:, None]
-      ends[length] = train(method, at, starts, held_out)[:, 0]
-      ratio = np.median(ends[length]) / curve.min()
+    tests = [found[method.of, length] for length in lengths]
+    every = [np.nan_to_num(rate) for rate, _ in tests]
+    every += [np.full(args.seeds, rate) for rate in rates]
+    losses = train(method, np.stack(every, 1), starts, held_out)
+    ends, losses = np.split(losses, [len(tests)], 1)
+    curve = np.median(losses, 0)
+    row = [name, f'{rates[curve.argmin()]:.2g}', f'{curve.min():.3f}']
+    for (rate, cost), end in zip(tests, ends.T, strict=True):
+      ratio = np.median(end) / curve.min()
       row += [f'{np.median(rate):.2g}', f'{ratio:.2f}', f'{cost:.0f}']
-    rate, _ = found[method.of, steps]
-    curves[name] = rates, losses, rate, ends[steps]
+    curves[name] = rates, losses, tests[-1][0], ends[:, -1]
     table.add_row(*row)
   console.print(table)
-  sizes = BATCH_SIZES if args.full else (16, 64, 128)
-  rows, scale = batch_sizes(data, sizes, range(args.seeds))
+  sizes = BATCH_SIZES if args.full else (16, 64)
+  rows, scale = batch_sizes(data, sizes, jnp.arange(args.seeds))
   table = Table(title=f'SGD until the loss is {TARGET}')
   for column in ('batch size', 'best rate', 'steps', 'examples'):
     table.add_column(column)

@@ -82,15 +82,13 @@ def test_an_adaptive_clip_saves_a_training_from_bad_batches():
 def test_the_suggested_learning_rate_is_near_the_best_of_a_grid():
   example = load('learning_rate')
   data, held_out = example.load()
-  starts = jax.tree.map(
-    lambda leaf: jnp.asarray(leaf)[None], example.start(data, 100, 32, seed=0)
-  )
+  starts = example.starts_of(data, 100, 32, jnp.arange(1))
   method = example.METHODS['adam']
   rates = np.logspace(-5, 0, 11)[None]
   best = example.train(method, rates, starts, held_out).min()
   found, _ = example.suggested(method, starts, probe_steps=200)
   assert example.train(method, found[:, None], starts, held_out) < 1.5 * best
-  sizes, scale = example.batch_sizes(data, (16, 64), [0])
+  sizes, scale = example.batch_sizes(data, (16, 64), jnp.arange(1))
   steps, examples = np.array(sizes).T[2:]
   assert steps[0] > steps[1] and examples[0] < examples[1]
   assert 5 < scale < 200
