@@ -23,8 +23,8 @@ class RangeTest:
     smoothed: smoothed losses; NaN from the first loss on that is not finite.
     gradient_norms: gradient norm of every step.
     probe_rates: float64 (probes,), the learning rates that were probed, rising.
-    probe_losses: mean loss in the last fifth of every probe; inf if it is not
-      finite.
+    probe_losses: mean loss in the last fifth of every probe; inf if one of
+      these losses is not finite.
     suggestion: a learning rate, or None if the losses do not suggest one.
     reason: why this learning rate, or why none, in a sentence or two.
   """
@@ -209,8 +209,8 @@ def learning_rate_range_test(
 
   def probe(rate):
     losses, _ = trained(np.full(probe_steps, rate))
-    end = losses[-max(probe_steps // 5, 1) :].mean()
-    return end if np.isfinite(end) else np.inf
+    end = losses[-max(probe_steps // 5, 1) :]
+    return end.mean() if np.isfinite(end).all() else np.inf
 
   learning_rates = np.geomspace(low, high, steps)
   losses, gradient_norms = trained(learning_rates)
