@@ -15,8 +15,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[examples]' --group dev
 	@touch $(STAMP)
 
-DEMO := rare_classes detection gradient_flow spikes attention_logits batch_norm domain_adaptation many_losses
-demo: setup  ## three minutes of comparisons; pictures in examples/output
+DEMO := rare_classes detection gradient_flow spikes attention_logits learning_rate batch_norm domain_adaptation many_losses
+demo: setup  ## four minutes of comparisons; pictures in examples/output
 	@for name in $(DEMO); do echo "== examples/$$name.py" && \
 	  $(BIN)/python examples/$$name.py || exit; done
 	@echo "Each script has a long version: --full"

@@ -96,6 +96,22 @@ def test_qk_clip_holds_the_logits(monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_suggested_learning_rate_is_near_the_best_of_a_grid():
+  example = load('learning_rate')
+  data, held_out = example.load()
+  starts = example.starts_of(data, 100, 32, jnp.arange(1))
+  method = example.METHODS['adam']
+  rates = np.logspace(-5, 0, 11)[None]
+  best = example.train(method, rates, starts, held_out).min()
+  found, _ = example.suggested(method, starts, probe_steps=200)
+  assert example.train(method, found[:, None], starts, held_out) < 1.5 * best
+  sizes, scale = example.batch_sizes(data, (16, 64), jnp.arange(1))
+  steps, examples = np.array(sizes).T[2:]
+  assert steps[0] > steps[1] and examples[0] < examples[1]
+  assert 5 < scale < 200
+
+
+@pytest.mark.slow
 def test_the_report_tells_why_a_deep_network_does_not_learn(tmp_path):
   example = load('gradient_flow')
   data, records = example.load(0), {}

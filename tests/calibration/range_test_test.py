@@ -3,11 +3,13 @@
 import dataclasses
 import sys
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import strategies as st
 
 import optax_ghm
 
@@ -27,10 +29,66 @@ def test_suggests_less_than_what_diverges_and_not_little():
   test = optax_ghm.learning_rate_range_test(quadratic, START, CENTERS)
   assert 0.02 < test.suggestion < 0.5
   lowest = test.learning_rates[np.nanargmin(test.smoothed)]
-  np.testing.assert_allclose(test.suggestion, lowest / 3)
-  assert f'{lowest:.1e}' in test.reason
+  assert f'a third of {lowest:.1e}' in test.reason
   diverged = float(test.reason.split('from ')[1].split()[0])
   assert 0.4 < diverged < 2.0
+
+
+def test_the_suggestion_is_the_best_of_probes_whose_neighbors_are_worse():
+  test = optax_ghm.learning_rate_range_test(
+    quadratic, START, CENTERS, probe_steps=50
+  )
+  best = int(np.argmin(test.probe_losses))
+  assert 0 < best < len(test.probe_rates) - 1
+  assert test.suggestion == test.probe_rates[best]
+  lowest = test.learning_rates[np.nanargmin(test.smoothed)]
+  exponents = np.log2(test.probe_rates / (lowest / 3))
+  np.testing.assert_allclose(exponents, np.round(exponents), atol=1e-6)
+  np.testing.assert_allclose(np.diff(exponents), 1, rtol=1e-6)
+  assert f'The best of {len(exponents)} probes of 50 steps' in test.reason
+  curvature = np.array([4.0, 1.0])
+  for rate, end in zip(test.probe_rates, test.probe_losses, strict=True):
+    w, losses = np.zeros(2), []
+    for t in range(50):
+      error = w - np.float64(CENTERS[t % 16])
+      losses.append(0.5 * np.sum(curvature * np.square(error)))
+      w -= rate * curvature * error
+    np.testing.assert_allclose(end, np.mean(losses[-10:]), rtol=1e-3)
+
+
+def test_without_probes_it_is_a_third_of_the_lowest():
+  test = optax_ghm.learning_rate_range_test(
+    quadratic, START, CENTERS, probe_steps=0
+  )
+  lowest = test.learning_rates[np.nanargmin(test.smoothed)]
+  np.testing.assert_allclose(test.suggestion, lowest / 3)
+  assert not test.probe_rates.size and not test.probe_losses.size
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(st.floats(1e-2, 1e4))
+def test_of_gradient_descent_it_is_the_inverse_curvature(curvature):
+  """There, one step is enough; rates are doubled, so that x is near 1 / 1.5."""
+  test = optax_ghm.learning_rate_range_test(
+    lambda w, batch: 0.5 * batch * w**2,
+    np.ones([], np.float32),
+    np.full(4, curvature, np.float32),
+    high=1e3,
+    probe_steps=20,
+  )
+  assert 0.66 < test.suggestion * curvature < 1.34
+
+
+def test_a_longer_training_wants_a_smaller_learning_rate():
+  """Noise leaves a floor that rises with the learning rate."""
+  noise = RNG.normal(size=(200, 2)).astype(np.float32)
+  short, long = (
+    optax_ghm.learning_rate_range_test(
+      quadratic, np.full(2, 30.0, np.float32), noise, probe_steps=steps
+    )
+    for steps in (10, 200)
+  )
+  assert long.suggestion < short.suggestion
 
 
 def test_the_curve_is_that_of_the_optimizer_under_the_schedule():
@@ -71,20 +129,33 @@ def test_smoothing_has_no_lag():
   )
 
 
-@pytest.mark.parametrize(
-  'last, words', [(5, 'does not diverge'), (np.inf, 'on it is not finite')]
-)
-def test_a_rise_that_stays_below_the_first_loss_is_no_divergence(last, words):
+def of_given_losses(last, **keywords):
+  """The range test of losses that the parameters do not change."""
   losses = np.interp(np.arange(100), [0, 50, 80, 100], [10, 1, 5, 5])
   losses[90:] = last
-  test = optax_ghm.learning_rate_range_test(
+  return optax_ghm.learning_rate_range_test(
     lambda w, batch: batch + 0.0 * w,
     np.zeros([], np.float32),
     losses.astype(np.float32),
     steps=100,
+    **keywords,
   )
+
+
+@pytest.mark.parametrize(
+  'last, words', [(5, 'does not diverge'), (np.inf, 'on it is not finite')]
+)
+def test_a_rise_that_stays_below_the_first_loss_is_no_divergence(last, words):
+  test = of_given_losses(last, probe_steps=0)
   assert test.suggestion is not None
   assert words in test.reason
+
+
+def test_no_suggestion_if_no_probe_ends_in_finite_losses():
+  test = of_given_losses(np.inf)
+  assert test.suggestion is None
+  assert 'probes' in test.reason and 'no suggestion' in test.reason
+  assert np.isposinf(test.probe_losses).all()
 
 
 def test_parameters_and_batches_may_be_any_trees():
@@ -176,7 +247,7 @@ def test_plot():
 
 def test_a_plot_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib.pyplot', None)
-  test = optax_ghm.calibration.RangeTest(*[np.ones(20)] * 4, None, '')
+  test = optax_ghm.calibration.RangeTest(*[np.ones(20)] * 6, None, '')
   with pytest.raises(ImportError, match=r"install 'optax_ghm\[plot\]'"):
     test.plot()
 
@@ -187,6 +258,7 @@ def test_a_plot_says_what_to_install(monkeypatch):
     ({'low': 0.0}, 'low'),
     ({'low': 1.0, 'high': 0.1}, 'high'),
     ({'steps': 5}, 'steps'),
+    ({'probe_steps': -1}, 'probe_steps'),
     ({'batches': np.zeros([])}, 'batches'),
     ({'batches': np.zeros([0, 2])}, 'batches'),
     ({'batches': (np.zeros([3, 2]), np.zeros([4]))}, 'batches'),
