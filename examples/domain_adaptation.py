@@ -649,7 +649,7 @@ def main():
     }
 
   console = Console()
-  console.width = max(console.width, 130)
+  console.width = max(console.width, 150)
   by_seed = []
   for target, load in tasks.items():
     by_seed, votes = [], []
