@@ -27,13 +27,14 @@ def dot_product_attention_with_max_logits(
   r"""Dot-product attention, and the largest logit of every head.
 
   .. math::
-    S = \frac{q k^\top}{\sqrt d} + b, \qquad
-    \operatorname{softmax}(S)\, v, \qquad
+    S = \frac{q k^\top}{\sqrt d}, \qquad
+    \operatorname{softmax}(S + b)\, v, \qquad
     S_{\max, h} = \max_{i, j} S_{h i j}
 
   Numbers and gradients are those of Flax's ``dot_product_attention``. A logit
-  that the mask hides does not count, one that b lowers counts as lowered. To
-  measure costs one more reading of the logits and no memory.
+  that the mask hides does not count. The bias does not either, since what
+  scales queries and keys does not scale it; one that hides belongs in the mask.
+  To measure costs one more reading of the logits and no memory.
   :func:`~optax_ghm.calibration.qk_clip` takes the largest logits;
   ``dot_product_attention`` of ``optax_ghm.linen`` and ``optax_ghm.nnx`` are
   this function in the slot ``attention_fn`` of Flax's modules.
@@ -95,6 +96,7 @@ def dot_product_attention_with_max_logits(
     )
     logits = logits.reshape(*logits.shape[:-4], heads, *logits.shape[-2:])
 
+  measured = jax.lax.stop_gradient(logits)
   if bias is not None:
     logits += bias
   if is_causal:
@@ -103,8 +105,9 @@ def dot_product_attention_with_max_logits(
     mask = lower if mask is None else lower & (mask != 0)
   if mask is not None:
     logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
+    measured = jnp.where(mask, measured, jnp.finfo(dtype).min)
   others = [i for i in range(logits.ndim) if i != logits.ndim - 3]
-  max_logits = jnp.max(jax.lax.stop_gradient(logits), others)
+  max_logits = jnp.max(measured, others)
   max_logits = max_logits.astype(jnp.float32)
   if axis_name is not None:
     max_logits = jax.lax.pmax(max_logits, axis_name)

@@ -61,18 +61,20 @@ def qk_clip(
     W_{q, h} \leftarrow \sqrt{\gamma_h}\, W_{q, h}, \quad
     W_{k, h} \leftarrow \sqrt{\gamma_h}\, W_{k, h}
 
-  S is the logit of attention, :math:`q^\top k / \sqrt d`, and its maximum is
-  that of the last forward pass. After the step, all logits of the head are
-  :math:`\gamma_h` times what they would be. The updates of all other heads and
-  leaves are bit for bit what came in. It must be the last transformation of
+  S is the logit of attention without a bias, :math:`q^\top k / \sqrt d`, and
+  its maximum is that of the last forward pass. After the step, all logits of
+  the head are :math:`\gamma_h` times what they would be. The updates of all
+  other heads and leaves are bit for bit what came in. It must be the last transformation of
   the chain: what comes in is what ``optax.apply_updates`` would add.
 
   Where several heads of the query share one of the key, the key's takes the
   root of the smallest γ of its group, and each of the query's what is missing
   to its own γ. The paper does not say what to do there.
 
-  After a normalization of queries and keys (Flax's ``normalize_qk``) it has no
-  effect, and is not needed.
+  Not for queries and keys that are normalized (Flax's ``normalize_qk``): their
+  logits do not follow the kernels, which would shrink in every step. Not where
+  only one of query and key is among the updates, as in ``optax.masked``: the
+  logits would then be :math:`\sqrt{\gamma_h}` times what they were.
 
   Args:
     threshold: τ, the largest logit that is not clipped; the paper's is 100.
@@ -94,9 +96,11 @@ def qk_clip(
     ``max_logits`` there, as ``dot_product_attention`` of ``optax_ghm.linen``
     and ``optax_ghm.nnx`` sows it; what else is in the tree does not matter.
     Axes in front of the heads, as ``nn.scan`` makes them, are the first axes of
-    the leaves. With several micro-batches in one step, give the maximum. A
-    head whose largest logit is NaN or infinite is not clipped; bad numbers in
-    the updates pass.
+    the leaves; the maximum over examples is taken before. With several
+    micro-batches in one step, give their maximum, or put the clip behind:
+    ``optax.chain(optax.MultiSteps(tx, 4).gradient_transformation(),
+    qk_clip())``. A head whose largest logit is NaN or infinite is not clipped;
+    bad numbers in the updates pass.
 
   Raises:
     ValueError: if ``threshold`` is negative; on update, if ``params`` or
@@ -187,7 +191,9 @@ _HOW = (
   'Give a tree with the largest logits (heads,) of every attention layer at the'
   " layer's path. optax_ghm.linen.dot_product_attention and that of"
   ' optax_ghm.nnx, as attention_fn of a layer that is called with'
-  ' sow_weights=True, sow them.'
+  ' sow_weights=True, sow them (in nn.scan with variable_axes for'
+  " intermediates). Flax's TrainState.apply_gradients does not pass them on:"
+  ' call state.tx.update.'
 )
 
 
@@ -214,9 +220,10 @@ def _layers(updates, max_logits, powers):
       )
     logits = jnp.asarray(measured[layer], jnp.float32)
     stack, heads = logits.shape[:-1], logits.shape[-1:]
+    least = 2 if names[-1] in ('bias', 'b') else 3  # without in, or with it
     if (
       not heads
-      or leaf.ndim < len(stack) + 2
+      or leaf.ndim < len(stack) + least
       or leaf.shape[: len(stack)] != stack
       or heads[0] % leaf.shape[-2]
     ):
@@ -226,6 +233,13 @@ def _layers(updates, max_logits, powers):
         f' {trees.path_name(path)}.'
       )
     found.setdefault(layer, (logits, []))[1].append((path, leaf, power))
+  for logits, scaled in found.values():
+    heads = {leaf.shape[-2] for _, leaf, _ in scaled}
+    if logits.shape[-1] not in heads:
+      raise ValueError(
+        f'max_logits has {logits.shape[-1]} heads where the leaves have'
+        f' {sorted(heads)}: {[trees.path_name(path) for path, *_ in scaled]}.'
+      )
   if measured and leaves and not found:
     raise ValueError(
       'max_logits was given, and no leaf of the updates is a query or a key:'

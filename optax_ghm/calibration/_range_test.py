@@ -132,7 +132,7 @@ def learning_rate_range_test(
     high: the last learning rate.
     steps: T, the number of steps, at least 20.
     probe_steps: the number of steps of every probe; as many as ``steps`` by
-      default, and without probes if 0. The best learning rate depends on how
+      default, at least 10, or 0 for no probes. The best learning rate depends on how
       long one trains, so give the steps that will be trained if that can be
       paid for.
 
@@ -142,9 +142,9 @@ def learning_rate_range_test(
 
   Raises:
     TypeError: if ``optimizer`` is not a function.
-    ValueError: if not 0 < low < high, if there are fewer than 20 steps, if
-      ``probe_steps`` is negative, or if the leaves of ``batches`` differ in
-      their first axis.
+    ValueError: if not 0 < low < high, if there are fewer than 20 steps or from
+      1 to 9 of every probe, or if the leaves of ``batches`` differ in their
+      first axis.
 
   Examples:
     >>> import jax
@@ -173,8 +173,10 @@ def learning_rate_range_test(
   if steps < 20:
     raise ValueError(f'steps must be at least 20, got {steps}.')
   probe_steps = steps if probe_steps is None else probe_steps
-  if probe_steps < 0:
-    raise ValueError(f'probe_steps must be at least 0, got {probe_steps}.')
+  if probe_steps < 20 and probe_steps != 0:
+    raise ValueError(
+      f'probe_steps must be 0 or at least 20, got {probe_steps}.'
+    )
   if isinstance(batches, list) and not any(map(_is_array, batches)):
     batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
   shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
@@ -277,11 +279,14 @@ def _suggestion(learning_rates, losses, smoothed, error):
   error *= np.median(np.abs(losses[:last] - curve)) / 0.6745
   fall = curve[: lowest + 1].max() - curve[lowest]
   if fall <= 6 * error or lowest < 2:
-    return None, (
+    reason = (
       f'The loss fell by {fall:.2g} at most with a standard error of'
       f' {error:.2g}: no suggestion. Take larger batches, more steps or another'
       ' range.'
     )
+    if last < len(smoothed):
+      reason += f' From step {last} on it is not finite: look at that batch.'
+    return None, reason
   reason = f'A third of {learning_rates[lowest]:.1e}, where the loss is lowest'
   above = curve[lowest:] > curve[0] + 3 * error
   if above.any():
@@ -306,7 +311,7 @@ def _climb(probe, first, low, high):
     if not neighbors:
       return {first * 2.0**k: found[k] for k in sorted(found)}
     found |= {k: probe(first * 2.0**k) for k in neighbors}
-    best = min(sorted(found), key=found.__getitem__)
+    best = min(found, key=lambda k: (found[k], k != best))
 
 
 def _best(probes, steps, reason):

@@ -81,11 +81,11 @@ def test_values_and_gradients_are_those_of_flax(
   )
 
 
-def largest(query, key, bias=0.0, mask=True):
+def largest(query, key, mask=True):
   """By the definition, in float64."""
   key = np.repeat(key, query.shape[2] // key.shape[2], axis=2)
   logits = np.einsum('bqhd,bkhd->bhqk', np.float64(query), np.float64(key))
-  logits = logits / np.sqrt(query.shape[-1]) + bias
+  logits = logits / np.sqrt(query.shape[-1])
   return np.where(mask, logits, -np.inf).max((0, 2, 3))
 
 
@@ -99,7 +99,7 @@ def measured(**static):
 def test_largest_logits(kv_heads):
   query, key, value = make_inputs(kv_heads)
   actual = measured()(query, key, value, BIAS, MASK)
-  np.testing.assert_allclose(actual, largest(query, key, BIAS, MASK), 1e-5)
+  np.testing.assert_allclose(actual, largest(query, key, MASK), 1e-5)
   causal = np.tri(LENGTH, dtype=bool)
   actual = measured(is_causal=True)(query, key, value)
   np.testing.assert_allclose(actual, largest(query, key, mask=causal), 1e-5)
