@@ -64,8 +64,9 @@ def qk_clip(
   S is the logit of attention without a bias, :math:`q^\top k / \sqrt d`, and
   its maximum is that of the last forward pass. After the step, all logits of
   the head are :math:`\gamma_h` times what they would be. The updates of all
-  other heads and leaves are bit for bit what came in. It must be the last transformation of
-  the chain: what comes in is what ``optax.apply_updates`` would add.
+  other heads and leaves are bit for bit what came in. It must be the last
+  transformation of the chain: what comes in is what ``optax.apply_updates``
+  would add.
 
   Where several heads of the query share one of the key, the key's takes the
   root of the smallest γ of its group, and each of the query's what is missing

@@ -132,9 +132,9 @@ def learning_rate_range_test(
     high: the last learning rate.
     steps: T, the number of steps, at least 20.
     probe_steps: the number of steps of every probe; as many as ``steps`` by
-      default, at least 10, or 0 for no probes. The best learning rate depends on how
-      long one trains, so give the steps that will be trained if that can be
-      paid for.
+      default, at least 10, or 0 for no probes. The best learning rate depends
+      on how long one trains, so give the steps that will be trained if that can
+      be paid for.
 
   Returns:
     A :class:`~optax_ghm.calibration.RangeTest`: the curve, the suggestion and
@@ -173,9 +173,9 @@ def learning_rate_range_test(
   if steps < 20:
     raise ValueError(f'steps must be at least 20, got {steps}.')
   probe_steps = steps if probe_steps is None else probe_steps
-  if probe_steps < 20 and probe_steps != 0:
+  if probe_steps < 10 and probe_steps != 0:
     raise ValueError(
-      f'probe_steps must be 0 or at least 20, got {probe_steps}.'
+      f'probe_steps must be 0 or at least 10, got {probe_steps}.'
     )
   if isinstance(batches, list) and not any(map(_is_array, batches)):
     batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
