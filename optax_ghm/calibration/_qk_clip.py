@@ -37,6 +37,9 @@ def flax_qk_powers(path: tuple[Any, ...], leaf: Any) -> float | None:
   Returns:
     ½, or None for any other leaf.
 
+  Raises:
+    ValueError: if a kernel has no axis of heads.
+
   Examples:
     >>> import jax
     >>> from optax_ghm import calibration
@@ -44,8 +47,15 @@ def flax_qk_powers(path: tuple[Any, ...], leaf: Any) -> float | None:
     >>> calibration.flax_qk_powers(path, jax.numpy.ones((8, 2, 4)))
     0.5
   """
-  del leaf
-  return 0.5 if {'query', 'key'} & {*trees.names(path)[-2:]} else None
+  names = trees.names(path)[-2:]
+  if not {'query', 'key'} & {*names}:
+    return None
+  if names[-1] == 'kernel' and leaf.ndim < 3:
+    raise ValueError(
+      'kernels of queries and keys must be (..., in, heads, features), got'
+      f' {leaf.shape} at {trees.path_name(path)}: reshape it in the model.'
+    )
+  return 0.5
 
 
 def qk_clip(
@@ -221,7 +231,8 @@ def _layers(updates, max_logits, powers):
       )
     logits = jnp.asarray(measured[layer], jnp.float32)
     stack, heads = logits.shape[:-1], logits.shape[-1:]
-    least = 2 if names[-1] in ('bias', 'b') else 3  # without in, or with it
+    # A kernel behind a stack of layers has an axis more than a bias.
+    least = 3 if stack and names[-1] == 'kernel' else 2
     if (
       not heads
       or leaf.ndim < len(stack) + least

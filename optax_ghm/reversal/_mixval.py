@@ -80,7 +80,9 @@ def mix_examples(
   if mask is None:
     mask = jnp.ones(logits.shape[:1], bool)
   # The examples that count come first, in random order, each before its other.
-  order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2))
+  order = jnp.argsort(
+    jnp.where(mask, jax.random.uniform(key, mask.shape, jnp.float32), 2)
+  )
   place = jnp.arange(len(mask))
   following = (place + 1) % jnp.maximum(jnp.sum(mask), 1)
   other = jnp.zeros_like(order).at[order].set(order[following])
