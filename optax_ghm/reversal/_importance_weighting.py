@@ -86,7 +86,7 @@ def density_ratios(
   mean = mean.at[0, -1].set(0)
   x = (x - mean) * known
   features = (features - mean) * features[:, -1:]
-  label = (jnp.arange(len(x)) >= len(source)).astype(jnp.float32)
+  label = (jnp.arange(x.shape[0]) >= source.shape[0]).astype(jnp.float32)
   label *= x[:, -1]  # an example that is left out is a row of zeros
   ridge = penalty * jnp.ones_like(x[0]).at[-1].set(0)
 

@@ -83,7 +83,7 @@ def mix_examples(
   order = jnp.argsort(
     jnp.where(mask, jax.random.uniform(key, mask.shape, jnp.float32), 2)
   )
-  place = jnp.arange(len(mask))
+  place = jnp.arange(mask.size)
   following = (place + 1) % jnp.maximum(jnp.sum(mask), 1)
   other = jnp.zeros_like(order).at[order].set(order[following])
   finite = jnp.all(jnp.isfinite(logits), 1)

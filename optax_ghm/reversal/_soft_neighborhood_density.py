@@ -58,14 +58,14 @@ def soft_neighborhood_density(
   if not temperature > 0:
     raise ValueError(f'temperature must be positive, got {temperature}.')
   logits = arrays.replicated(_predictions.check_logits(logits))
-  if not len(logits):
+  if logits.shape[0] == 0:
     raise ValueError('logits must have an example, got none.')
   mask = masks.broadcast_mask(mask, logits.shape[:1])
   known = jnp.all(jnp.isfinite(logits), 1)
   counted = jnp.ones_like(known) if mask is None else mask
   p = jax.nn.softmax(_predictions.known_logits(logits))
   u = p / jnp.linalg.norm(p, axis=1, keepdims=True)
-  index = jnp.arange(len(u))
+  index = jnp.arange(u.shape[0])
 
   def entropy(i):
     similarity = jnp.dot(u, u[i], precision=jax.lax.Precision.HIGHEST)

@@ -17,6 +17,7 @@ PROGRAMS = 110
 
 OF_FIXED_SIZE = {entry.name for entry in ENTRIES} | {
   'harmony_weights',  # with ExactDensity among the densities
+  'soft_neighborhood_density',  # which goes over blocks of examples
   'nnx.InBackward',  # whose state is made for so many examples
 }
 

@@ -30,7 +30,7 @@ from tests.support.oracles_harmonization import published
 from tests.support.public import public_names
 from tests.support.registry import ENTRIES
 
-PROGRAMS = 230
+PROGRAMS = 245
 
 
 class Given(NamedTuple):
@@ -442,7 +442,6 @@ def _model_selection(given):
     reversal.prediction_entropy(sums),
     reversal.mutual_information(sums),
     reversal.mano(sums),
-    reversal.soft_neighborhood_density(given.x, given.mask),
     reversal.importance_weighted_risk(losses, ratios),
     reversal.deep_embedded_validation(losses, ratios),
     reversal.mixval(mixed.x, mixed),
@@ -458,12 +457,14 @@ CASES = [
     differentiated(_adaptation),
   ),
   Case(
-    'reversal.prediction_sums reversal.PredictionSums'
-    ' reversal.prediction_entropy reversal.mutual_information reversal.mano'
-    ' reversal.soft_neighborhood_density reversal.density_ratios'
-    ' reversal.importance_weighted_risk reversal.deep_embedded_validation'
-    ' reversal.mix_examples reversal.MixedExamples reversal.mixval',
+    'prediction_sums PredictionSums prediction_entropy mutual_information mano'
+    ' density_ratios importance_weighted_risk deep_embedded_validation'
+    ' mix_examples MixedExamples mixval',
     _model_selection,
+  ),
+  Case(
+    'soft_neighborhood_density',
+    lambda given: reversal.soft_neighborhood_density(given.x, given.mask),
   ),
   Case(
     'batch_norm batch_renorm ghost_batch_norm domain_batch_norm'
