@@ -211,7 +211,8 @@ def deep_embedded_validation(losses: jax.Array, ratios: jax.Array) -> jax.Array:
   """
   losses, ratios, largest = _known(losses, ratios)
   mean = _weighted_mean(losses, ratios)
-  # The formula is linear in the losses, and right for a constant one.
+  # Losses that are smaller by c have a risk that is smaller by c. With c their
+  # weighted mean, the first sum of the formula is 0, and nothing cancels.
   centered = jnp.where(jnp.isfinite(mean), losses - mean, 0)
   deviation = ratios - jnp.mean(ratios)
   variance = jnp.mean(jnp.square(deviation))
