@@ -69,16 +69,18 @@ class WindowPercentile:
 
   length: int = 1000
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.length < 1:
       raise ValueError(f'length must be at least 1, got {self.length}.')
 
-  def init(self, shape):
+  def init(self, shape: tuple[int, ...]) -> PastNorms:
     """Returns an empty window; see ``PercentileEstimator``."""
     empty = jnp.full((*shape, self.length), arrays.LARGEST, jnp.float32)
     return PastNorms(empty, jnp.copy(empty), jnp.zeros(shape, jnp.int32))
 
-  def update(self, norm, percentile, statistics):
+  def update(
+    self, norm: jax.Array, percentile: ArrayLike, statistics: PastNorms
+  ) -> tuple[jax.Array, jax.Array, PastNorms]:
     """Returns the percentile; see ``PercentileEstimator``."""
     new = _slide(statistics, norm)
     last = jnp.minimum(new.recorded, self.length).astype(jnp.float32) - 1
@@ -161,11 +163,13 @@ class GeometricQuantile:
 
   learning_rate: float = 0.2
 
-  def init(self, shape):
+  def init(self, shape: tuple[int, ...]) -> QuantileEstimate:
     """Returns no estimate yet; see ``PercentileEstimator``."""
     return QuantileEstimate(jnp.full(shape, jnp.inf, jnp.float32))
 
-  def update(self, norm, percentile, statistics):
+  def update(
+    self, norm: jax.Array, percentile: ArrayLike, statistics: QuantileEstimate
+  ) -> tuple[jax.Array, jax.Array, QuantileEstimate]:
     """Returns the estimate; see ``PercentileEstimator``."""
     estimate = statistics.estimate
     threshold = jnp.where(jnp.isinf(estimate), norm, estimate)

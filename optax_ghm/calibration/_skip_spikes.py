@@ -50,7 +50,7 @@ class SpikeWindow:
 
   length: int = 128
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.length < 2:
       raise ValueError(f'length must be at least 2, got {self.length}.')
 

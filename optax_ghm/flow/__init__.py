@@ -13,6 +13,7 @@ and :func:`print_report`, :func:`write_page` and :func:`figure` show it.
 
 from optax_ghm.batch_normalization import BatchNormStats, batch_norm_stats
 from optax_ghm.flow._diagnose import diagnose
+from optax_ghm.flow._leaf import Leaf, leaf_names
 from optax_ghm.flow._page import write_page
 from optax_ghm.flow._plot import figure
 from optax_ghm.flow._record import Record
@@ -21,7 +22,7 @@ from optax_ghm.flow._rules_depth import DepthProfile, depth_profile
 from optax_ghm.flow._tap import TapStats, empty_tap, tap
 from optax_ghm.flow._taps import Layer, Taps
 from optax_ghm.flow._verdict import Verdict
-from optax_ghm.flow._watch import Leaf, WatchState, leaf_names, watch
+from optax_ghm.flow._watch import WatchState, watch
 from optax_ghm.flow._writers import (
   json_lines_writer,
   mlflow_writer,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_ghm.conflict import _aggregate
-from optax_ghm.flow import _losses, _taps, _watch
+from optax_ghm.flow import _leaf, _losses, _taps, _watch
 
 _REAL = jnp.floating, jnp.integer, jnp.bool_
 
@@ -20,7 +20,7 @@ ONE_OF_SEVERAL = (
 )
 
 
-def leaves(params: Any) -> tuple[_watch.Leaf, ...]:
+def leaves(params: Any) -> tuple[_leaf.Leaf, ...]:
   """The parameters that a watched optimizer measures.
 
   Raises:
@@ -32,7 +32,7 @@ def leaves(params: Any) -> tuple[_watch.Leaf, ...]:
       'params must be the parameters, nnx.state(model, nnx.Param), and not the'
       f' model, a {type(params).__name__}.'
     )
-  return _watch.leaves(params)
+  return _leaf.leaves(params)
 
 
 def measured(

@@ -50,7 +50,7 @@ _DRAWING = {
 
 
 def write_page(
-  path: str | os.PathLike,
+  path: str | os.PathLike[str],
   records: _record.Record | Mapping[str, _record.Record],
   title: str = 'Gradient flow',
 ) -> None:

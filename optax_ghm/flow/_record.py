@@ -15,6 +15,7 @@ import optax
 from optax_ghm.flow import (
   _accepts,
   _batch_norms,
+  _leaf,
   _losses,
   _record_file,
   _tap,
@@ -88,7 +89,7 @@ class Record:
   ):
     if capacity < 4:
       raise ValueError(f'capacity must be at least 4, got {capacity}.')
-    self.leaves = () if params is None else _accepts.leaves(params)
+    self.leaves: tuple[_leaf.Leaf, ...] = _accepts.leaves(params)
     self.layers: tuple[_taps.Layer, ...] = ()
     self._knows_params = params is not None
     self._losses = 0
@@ -195,7 +196,7 @@ class Record:
     record._stride, record._added = dict(self._stride), dict(self._added)
     return record
 
-  def __getstate__(self):
+  def __getstate__(self) -> dict[str, Any]:
     """Without the writers, whose files and sessions are of this process."""
     self._receive(wait=True)
     return self.__dict__ | {'_writers': ()}
@@ -345,7 +346,7 @@ class Record:
     shape = _record_file.shapes(*counts)[field]
     return _record_file.stacked(self._all_steps(), field, shape)
 
-  def save(self, path: str | os.PathLike) -> None:
+  def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the record as an npz file of plain arrays, without pickle.
 
     Args:
@@ -358,7 +359,7 @@ class Record:
     )
 
   @classmethod
-  def load(cls, path: str | os.PathLike) -> 'Record':
+  def load(cls, path: str | os.PathLike[str]) -> 'Record':
     """Reads a file that :meth:`save` wrote. Steps can be added to the record.
 
     Args:

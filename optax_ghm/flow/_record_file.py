@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optax_ghm.flow import _losses, _tap, _taps, _watch
+from optax_ghm.flow import _leaf, _losses, _tap, _taps, _watch
 
 FORMAT = 'optax_ghm.flow 1'
 """The first entry of every file. A change of any entry needs a new number;
@@ -48,7 +48,7 @@ class Content(NamedTuple):
 
   capacity: int
   layers: tuple[_taps.Layer, ...]
-  leaves: tuple[_watch.Leaf, ...]
+  leaves: tuple[_leaf.Leaf, ...]
   steps: list[Step]
 
 
@@ -72,7 +72,7 @@ def shapes(layers: int, leaves: int, losses: int) -> dict[str, tuple[int, ...]]:
   }
 
 
-def write(path: str | os.PathLike, content: Content) -> None:
+def write(path: str | os.PathLike[str], content: Content) -> None:
   """Writes a file without pickles."""
   capacity, layers, leaves, steps = content
   names = list(dict.fromkeys(name for step in steps for name in step.scalars))
@@ -103,7 +103,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
     np.savez_compressed(file, **arrays)
 
 
-def read(path: str | os.PathLike) -> Content:
+def read(path: str | os.PathLike[str]) -> Content:
   """Reads a file.
 
   Raises:
@@ -133,7 +133,7 @@ def _content(about, archive):
     about[name] for name in ('capacity', 'layers', 'leaves', 'scalars')
   )
   layers = tuple(_taps.Layer(*layer) for layer in layers)
-  leaves = tuple(_watch.Leaf(*leaf) for leaf in leaves)
+  leaves = tuple(_leaf.Leaf(*leaf) for leaf in leaves)
   texts = [*names, *(layer.name for layer in layers)]
   texts += [leaf.name for leaf in leaves]
   if not all(isinstance(text, str) for text in texts):

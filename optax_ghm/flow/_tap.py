@@ -30,11 +30,6 @@ COLUMNS = (
 )
 
 
-def _column(name: str, doc: str) -> Any:
-  at = COLUMNS.index(name)
-  return property(lambda self: self.numbers[..., at], doc=doc)
-
-
 class TapStats(NamedTuple):
   r"""Statistics of the cotangents that passed a tap.
 
@@ -74,11 +69,30 @@ class TapStats(NamedTuple):
   histogram: jax.Array | None = None
   example_squares: jax.Array | None = None
 
-  calls = _column('calls', 'Number of cotangents; 0 if none arrived.')
-  elements = _column('elements', 'Number of elements; a complex one is two.')
-  sum = _column('sum', 'Sum of all elements.')
-  zeros = _column('zeros', 'Number of elements that are 0.')
-  non_finite = _column('non_finite', 'Number of elements that are NaN or inf.')
+  @property
+  def calls(self) -> jax.Array:
+    """Number of cotangents; 0 if none arrived."""
+    return self._column('calls')
+
+  @property
+  def elements(self) -> jax.Array:
+    """Number of elements; a complex one is two."""
+    return self._column('elements')
+
+  @property
+  def sum(self) -> jax.Array:
+    """Sum of all elements."""
+    return self._column('sum')
+
+  @property
+  def zeros(self) -> jax.Array:
+    """Number of elements that are 0."""
+    return self._column('zeros')
+
+  @property
+  def non_finite(self) -> jax.Array:
+    """Number of elements that are NaN or inf."""
+    return self._column('non_finite')
 
   @property
   def norm(self) -> jax.Array:
@@ -109,6 +123,9 @@ class TapStats(NamedTuple):
     if self.example_squares is None:
       raise ValueError('this tap was made without examples.')
     return _root(self.example_squares)
+
+  def _column(self, name):
+    return self.numbers[..., COLUMNS.index(name)]
 
 
 def _root(squares):

@@ -37,7 +37,7 @@ class Layer(NamedTuple):
   meta_fields=['layers'],
 )
 @dataclasses.dataclass(frozen=True)
-class Taps(Mapping):
+class Taps(Mapping[str, _tap.TapStats]):
   """The taps of several layers: a mapping from names to their statistics.
 
   Taps are empty before the backward pass. The gradient with respect to empty

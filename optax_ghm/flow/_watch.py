@@ -1,6 +1,6 @@
 """Statistics of gradients, updates and parameters, leaf by leaf."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,6 @@ COLUMNS = (
 )
 
 
-def _column(name: str, doc: str) -> Any:
-  at = COLUMNS.index(name)
-  return property(lambda self: self.measured[..., at], doc=doc)
-
-
 class WatchState(NamedTuple):
   """State of :func:`watch`.
 
@@ -65,61 +60,63 @@ class WatchState(NamedTuple):
   zero_steps: jax.Array
   inner_state: optax.OptState
 
-  gradient_norm = _column('gradient_norm', 'Norm of the gradient.')
-  update_norm = _column('update_norm', 'Norm of the update, to 1e-19 and 1e19.')
-  parameter_norm = _column('parameter_norm', 'Norm before the update.')
-  elements = _column('elements', 'Number of elements.')
-  zeros = _column('zeros', 'Number of elements whose gradient is 0.')
-  non_finite = _column('non_finite', 'Number of NaN and inf in the gradient.')
-  units = _column('units', 'Number of units; 0 where a bias tells the same.')
-  dead_units = _column(
-    'dead_units', 'Number of dead units; of a stack, in its worst layer.'
-  )
-  signal_to_noise = _column('signal_to_noise', '0 without ``moments``.')
-  cosine = _column('cosine', '0 without ``moments``.')
+  @property
+  def gradient_norm(self) -> jax.Array:
+    """Norm of the gradient."""
+    return self._column('gradient_norm')
+
+  @property
+  def update_norm(self) -> jax.Array:
+    """Norm of the update, to 1e-19 and 1e19."""
+    return self._column('update_norm')
+
+  @property
+  def parameter_norm(self) -> jax.Array:
+    """Norm before the update."""
+    return self._column('parameter_norm')
+
+  @property
+  def elements(self) -> jax.Array:
+    """Number of elements."""
+    return self._column('elements')
+
+  @property
+  def zeros(self) -> jax.Array:
+    """Number of elements whose gradient is 0."""
+    return self._column('zeros')
+
+  @property
+  def non_finite(self) -> jax.Array:
+    """Number of NaN and inf in the gradient."""
+    return self._column('non_finite')
+
+  @property
+  def units(self) -> jax.Array:
+    """Number of units; 0 where a bias tells the same."""
+    return self._column('units')
+
+  @property
+  def dead_units(self) -> jax.Array:
+    """Number of dead units; of a stack, in its worst layer."""
+    return self._column('dead_units')
+
+  @property
+  def signal_to_noise(self) -> jax.Array:
+    """0 without ``moments``."""
+    return self._column('signal_to_noise')
+
+  @property
+  def cosine(self) -> jax.Array:
+    """0 without ``moments``."""
+    return self._column('cosine')
 
   @property
   def update_ratio(self) -> jax.Array:
     """Update norm over parameter norm; inf for a parameter that is all 0."""
     return self.update_norm / self.parameter_norm
 
-
-class Leaf(NamedTuple):
-  """A parameter that a watched optimizer measures.
-
-  Attributes:
-    name: path of the parameter, joined by slashes.
-    rank: number of axes.
-  """
-
-  name: str
-  rank: int
-
-
-def leaves(params: Any) -> tuple[Leaf, ...]:
-  """The parameters that have a gradient, in the order of their rows."""
-  return tuple(
-    Leaf(trees.path_name(path), leaf.ndim)
-    for path, leaf in trees.counted_with_path(params)
-  )
-
-
-def leaf_names(params: Any) -> list[str]:
-  """Names of the rows that :func:`watch` measures.
-
-  Args:
-    params: the parameters.
-
-  Returns:
-    For every leaf that has a gradient, its path joined by slashes.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> from optax_ghm import flow
-    >>> flow.leaf_names({'dense': {'kernel': jnp.ones((2, 2))}, 'step': 3})
-    ['dense/kernel']
-  """
-  return [leaf.name for leaf in leaves(params)]
+  def _column(self, name):
+    return self.measured[..., COLUMNS.index(name)]
 
 
 def watch(

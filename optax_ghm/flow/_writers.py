@@ -12,7 +12,7 @@ Writer = Callable[[int, dict[str, float]], None]
 """A function of the step and its numbers by name."""
 
 
-def json_lines_writer(path: str | os.PathLike) -> Writer:
+def json_lines_writer(path: str | os.PathLike[str]) -> Writer:
   """Appends one JSON object per step to a file.
 
   JSON has no non-finite numbers, so they become the strings ``'NaN'``,
@@ -50,7 +50,7 @@ def _json_number(x):
   return 'NaN' if math.isnan(x) else 'Infinity' if x > 0 else '-Infinity'
 
 
-def tensorboard_writer(logdir: str | os.PathLike) -> Writer:
+def tensorboard_writer(logdir: str | os.PathLike[str]) -> Writer:
   """Writes scalars for TensorBoard, with the package ``tensorboard``.
 
   Args:

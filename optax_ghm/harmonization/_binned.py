@@ -49,7 +49,7 @@ class BinnedDensity(_density.Histogram):
 
   bins: int = 30
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     _density.check_positive_int('bins', self.bins)
 

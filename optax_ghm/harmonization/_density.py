@@ -130,7 +130,7 @@ class Histogram:
   log: bool = False
   momentum: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_bounds(self.low, self.high)
     if self.log and self.low <= 0:
       raise ValueError(f'low must be above 0 if log, got {self.low}.')

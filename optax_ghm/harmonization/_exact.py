@@ -43,7 +43,7 @@ class ExactDensity:
   low: float = 0.0
   high: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _density.check_bounds(self.low, self.high)
     _density.check_width(self.width, self.high - self.low)
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
-from optax_ghm.harmonization import _binned
+from optax_ghm._core import arrays
+from optax_ghm.harmonization import _binned, _density
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,14 @@ class MMDetectionDensity(_binned.BinnedDensity):
 
   bins: int = 10
 
-  def update(self, norms, state, amounts=None, axis_name=None, train=True):
+  def update(
+    self,
+    norms: jax.Array,
+    state: _density.DensityState,
+    amounts: jax.Array | None = None,
+    axis_name: arrays.AxisName = None,
+    train: bool = True,
+  ) -> tuple[_density.RegionDensity, _density.DensityState]:
     """The gradient density of a batch, where any weight above 0 counts as 1."""
     amounts = None if amounts is None else amounts.astype(bool)
     return super().update(norms, state, amounts, axis_name, train)

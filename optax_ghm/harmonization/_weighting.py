@@ -85,7 +85,7 @@ class HarmonyWeighting:
   focus: float = 0.0
   normalize: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.density is not None:
       counters.check_type('density', self.density, _density.DensityEstimator)
     for name in ('exponent', 'robustness', 'focus'):

@@ -53,7 +53,7 @@ class WindowedDensity(_density.Histogram):
   width: float = 0.1
   cells: int = 4096
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     _density.check_positive_int('cells', self.cells)
     _density.check_width(self.width, self._length)

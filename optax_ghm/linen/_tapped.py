@@ -58,7 +58,7 @@ class Tapped:
   histogram: bool = False
   examples: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.model, nn.Module):
       raise TypeError(f'model must be a linen.Module, got {self.model!r}.')
 

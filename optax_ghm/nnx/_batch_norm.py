@@ -16,7 +16,7 @@ from optax_ghm._core import arrays
 from optax_ghm.batch_normalization import _stats, _step
 
 
-class BatchNormStats(nnx.Variable):
+class BatchNormStats(nnx.Variable[_stats.BatchNormStats]):
   """The :func:`optax_ghm.flow.batch_norm_stats` of the last training batch."""
 
 
@@ -45,12 +45,17 @@ class Normalization(nnx.Module):
   unbiased: bool = False
   debias: bool = False
   measure: bool = False
-  mean: nnx.BatchStat = dataclasses.field(init=False)
-  var: nnx.BatchStat = dataclasses.field(init=False)
+  mean: nnx.BatchStat[jax.Array] = dataclasses.field(init=False)
+  var: nnx.BatchStat[jax.Array] = dataclasses.field(init=False)
 
   def __post_init__(
-    self, bias_init, scale_init, rngs, bias_metadata, scale_metadata
-  ):
+    self,
+    bias_init: initializers.Initializer,
+    scale_init: initializers.Initializer,
+    rngs: nnx.Rngs,
+    bias_metadata: Mapping[str, Any] | None,
+    scale_metadata: Mapping[str, Any] | None,
+  ) -> None:
     start, shape = _step.init(self, (self.num_features,))
     for name, value in start.items():
       setattr(self, name, nnx.BatchStat(value))
@@ -61,10 +66,16 @@ class Normalization(nnx.Module):
       value = init(rngs.params(), shape, self.param_dtype)
       return nnx.Param(value, **(metadata or {}))
 
-    self.scale = parameter(scale_init, self.use_scale, scale_metadata)
-    self.bias = parameter(bias_init, self.use_bias, bias_metadata)
+    self.scale: nnx.Param[jax.Array] | None = parameter(
+      scale_init, self.use_scale, scale_metadata
+    )
+    self.bias: nnx.Param[jax.Array] | None = parameter(
+      bias_init, self.use_bias, bias_metadata
+    )
     stats = _stats.BatchNormStats(jnp.zeros(5, jnp.float32))
-    self.stats = BatchNormStats(stats) if self.measure else nnx.data(None)
+    self.stats: BatchNormStats | None = (
+      BatchNormStats(stats) if self.measure else nnx.data(None)
+    )
 
   def set_view(self, use_running_average: bool | None = None) -> None:
     """Changes the module as ``nnx.view`` asks for.

@@ -56,9 +56,11 @@ class Harmonize(nnx.Module):
   reduction: _harmonize.Reduction = 'mean'
   axis_name: arrays.AxisName = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     state = self.weighting.init()
-    self.state = _overwrite.OverwriteWithGradient(state)
+    self.state: _overwrite.OverwriteWithGradient = (
+      _overwrite.OverwriteWithGradient(state)
+    )
 
   def __call__(
     self,

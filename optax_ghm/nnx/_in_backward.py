@@ -40,9 +40,11 @@ class InBackward(nnx.Module):
   """
 
   def __init__(self, tx: optax.GradientTransformation, x: Any = None):
-    self.identity = _in_backward.in_backward(tx)
+    self.identity: _in_backward.InBackward = _in_backward.in_backward(tx)
     x = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
-    self.state = _overwrite.OverwriteWithGradient(self.identity.init(x))
+    self.state: _overwrite.OverwriteWithGradient = (
+      _overwrite.OverwriteWithGradient(self.identity.init(x))
+    )
 
   def __call__(self, x: Any, enabled: bool = True) -> Any:
     """Returns ``x``; its cotangent becomes what ``tx`` makes of it.

@@ -1,12 +1,14 @@
 """State of the backward pass in NNX models."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 
 from optax_ghm.backward import _overwrite
 
 
-class OverwriteWithGradient(nnx.Variable):
+class OverwriteWithGradient(nnx.Variable[Any]):
   """A variable that its gradient replaces: state of the backward pass.
 
   Examples:
@@ -19,7 +21,9 @@ class OverwriteWithGradient(nnx.Variable):
   """
 
 
-differentiable = nnx.DiffState(0, nnx.Any(nnx.Param, OverwriteWithGradient))
+differentiable: nnx.DiffState = nnx.DiffState(
+  0, nnx.Any(nnx.Param, OverwriteWithGradient)
+)
 """What ``nnx.grad(..., argnums=differentiable)`` differentiates a model by.
 
 These are the parameters and the states of the backward pass.
@@ -27,10 +31,10 @@ These are the parameters and the states of the backward pass.
 
 
 def apply_gradients(
-  optimizer: nnx.Optimizer,
+  optimizer: nnx.Optimizer[Any],
   model: nnx.Module,
-  gradients: nnx.State,
-  **extra_args,
+  gradients: nnx.State[Any, Any],
+  **extra_args: Any,
 ) -> None:
   """Updates the parameters and the backward states of a model, in place.
 

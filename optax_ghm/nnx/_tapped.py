@@ -60,7 +60,7 @@ class Tapped:
   histogram: bool = False
   examples: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if isinstance(self.where, nnx.Module) or not (
       self.where is None or callable(self.where)
     ):
