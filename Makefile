@@ -51,6 +51,7 @@ lint: setup  ## formatting, lint, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/codespell --dictionary=- --dictionary=docs/american.txt
 	$(BIN)/pyrefly check
+	$(BIN)/python -m tests.typing
 
 format: setup
 	$(BIN)/ruff format .

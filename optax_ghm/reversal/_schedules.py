@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from optax_ghm._core import counters
@@ -18,7 +17,7 @@ def dann_reversal_schedule(
   gamma: float = 10.0,
   init_value: float = 0.0,
   transition_begin: int = 0,
-) -> optax.Schedule:
+) -> Callable[[ArrayLike], jax.Array]:
   r"""The λ of :func:`reverse_gradient` over training, rising to a peak.
 
   .. math::
@@ -70,7 +69,7 @@ def dann_learning_rate_schedule(
   *,
   alpha: float = 10.0,
   beta: float = 0.75,
-) -> optax.Schedule:
+) -> Callable[[ArrayLike], jax.Array]:
   r"""The learning rate that goes with :func:`dann_reversal_schedule`.
 
   .. math::
