@@ -35,8 +35,8 @@ def train(
   ghm.domain_loss(logits, y, axis_name=0)  # mistake: the name of an axis
   ghm.sigmoid_ghm_losses(logits, y)  # mistake: sigmoid_ghm_loss
   ghm.HarmonyWeighting(density='exact')  # mistake: ExactDensity()
-  ghm.clip_by_norm(1.0).init(model).skiped  # mistake: skipped
-  flow.diagnose(record)[0].sugestion  # mistake: suggestion
+  ghm.clip_by_norm(1.0).init(model).skips  # mistake: skipped
+  flow.diagnose(record)[0].suggestions  # mistake: suggestion
   record.layer_statistics  # mistake: layer_stats
   record.add(loss=1.0)  # mistake: no step
   value, grads = Tapped().value_and_grad(sum)(model)  # mistake: and the taps
