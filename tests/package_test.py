@@ -15,21 +15,48 @@ from tests.support.public import public_names
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_import_loads_neither_flax_nor_plots():
+def printed(code):
+  """The lines that a fresh process prints."""
+  return subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  ).stdout.splitlines()
+
+
+def test_import_loads_nothing_else():
+  code = (
+    'import importlib, sys, typing\n'
+    'before = set(sys.modules)\n'
+    'import optax_ghm\n'
+    'print(*set(sys.modules) - before)\n'
+  )
+  assert printed(code) == ['optax_ghm']
+
+
+def test_use_loads_neither_flax_nor_plots():
   code = (
     'import sys, optax\n'
     'before = set(sys.modules)\n'
-    'import optax_ghm\n'
-    'new = {m.split(".")[0] for m in set(sys.modules) - before}\n'
-    'print(sorted(new & {"flax", "matplotlib", "rich", "sklearn", "chex"}))\n'
-    'print(len([m for m in set(sys.modules) - before\n'
-    '           if not m.startswith("optax_ghm")]))\n'
+    'from optax_ghm import *\n'
+    'new = set(sys.modules) - before\n'
+    'print(len([m for m in new if not m.startswith("optax_ghm")]))\n'
+    'print(*{m.split(".")[0] for m in new})\n'
   )
-  output = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=True
-  ).stdout.split('\n')
-  assert output[0] == '[]'
-  assert int(output[1]) <= 2
+  count, names = printed(code)
+  assert int(count) <= 2
+  loaded = {'flax', 'matplotlib', 'rich', 'sklearn', 'chex'} & {*names.split()}
+  assert not loaded
+
+
+def test_a_package_may_be_loaded_while_jax_traces():
+  """Its modules make no arrays: these would be of the trace, and leak."""
+  code = (
+    'import jax, optax_ghm\n'
+    'def first_use():\n'
+    '  for name in dir(optax_ghm):\n'
+    '    getattr(optax_ghm, name)\n'
+    'print(jax.make_jaxpr(first_use)().eqns)\n'
+  )
+  assert printed(code) == ['[]']
 
 
 TOUR = ''.join(
