@@ -5,6 +5,7 @@ this one takes no time.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -164,7 +165,11 @@ if not TYPE_CHECKING:  # a checker would take any name for one of these
       for package in map(__getattr__, _PACKAGES):
         if name in package.__all__:
           return globals().setdefault(name, getattr(package, name))
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    raise AttributeError(
+      f'module {__name__!r} has no attribute {name!r}',
+      name=name,
+      obj=sys.modules[__name__],  # for Python to say what may be meant
+    )
 
   def __dir__():
     return {*globals(), *__all__, *_PACKAGES}

@@ -47,6 +47,14 @@ def test_use_loads_neither_flax_nor_plots():
   assert not loaded
 
 
+def test_python_can_say_which_name_was_meant():
+  with pytest.raises(AttributeError, match="no attribute 'harmonise'") as error:
+    getattr(optax_ghm, 'harmonise')  # noqa: B009
+  assert (error.value.name, error.value.obj) == ('harmonise', optax_ghm)
+  assert 'harmonize' in dir(optax_ghm)
+  assert not hasattr(optax_ghm, 'ClipState')  # it is in its package only
+
+
 def test_a_package_may_be_loaded_while_jax_traces():
   """Its modules make no arrays: these would be of the trace, and leak."""
   code = (
