@@ -8,6 +8,7 @@ from optax_ghm.flow import (
   _rules_conflict,
   _rules_depth,
   _rules_finite,
+  _rules_loss,
   _rules_updates,
   _verdict,
 )
@@ -26,7 +27,8 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     record: of the training, with one step or more.
 
   Returns:
-    The verdicts, the gravest first, or an empty list if nothing is wrong.
+    The verdicts, causes before their consequences, or an empty list if nothing
+    is wrong.
 
   Examples:
     >>> import jax
@@ -49,6 +51,7 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
   losses = record.having('losses')
   verdicts = []
   for rule, measured in (
+    (_rules_loss.diverging, watched),
     (_rules_finite.not_finite, record),
     (_rules_conflict.left_out, losses),
     (_rules_finite.disconnected, tapped),

@@ -259,7 +259,7 @@ class Einsum(nnx.Module):
 
 
 def rotated(x):
-  """Queries or keys (batch, position, head, feature), as their position asks."""
+  """Queries or keys (batch, position, head, feature), turned by position."""
   half = x.shape[-1] // 2
   angle = np.arange(x.shape[1])[:, None] / 10000 ** (np.arange(half) / half)
   cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
