@@ -68,7 +68,7 @@ def left_out(record: _record.Record) -> list[_verdict.Verdict]:
   return [
     _verdict.Verdict(
       'not finite',
-      _verdict.severity_of_share(recent.any(1)),
+      _verdict.severity_of_share(np.any(recent, axis=1)),
       names,
       int(record.steps[1:][more[:, bad].any(1)][0]),
       f'at {recent.any(1).sum()} of the last {len(recent)} recorded steps,'

@@ -100,7 +100,7 @@ def molecules(rng, graphs=16, most=12):
   return nodes, senders, receivers, graph, labels.astype(np.float32)
 
 
-def frames(rng, size=32):
+def frames(rng, size=16):
   """Frames, actions, old log-probabilities, advantages and returns."""
   x = rng.integers(256, size=(size, 24, 24, 4)) * (
     rng.random((size, 24, 24, 1)) < 0.2
