@@ -91,7 +91,7 @@ ILL = {
 @pytest.mark.parametrize('name', zoo.ZOO)
 def test_an_illness_is_named(name):
   kind, changes = ILL[name]
-  for seed in SEEDS:
+  for seed in range(2):
     record, _ = zoo.train(name, seed, **changes)
     verdicts = {v.kind: v for v in flow.diagnose(record)}
     assert kind in verdicts, seed
