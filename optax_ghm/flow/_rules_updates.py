@@ -18,7 +18,8 @@ MAX_DEAD_SHARE = 0.5
 
 NEAR_ZERO, MOSTLY_UPDATES = 0.1, 40
 """A kernel that starts with less than NEAR_ZERO of the root mean square of the
-others consists of updates at first: it is judged after MOSTLY_UPDATES steps."""
+others, or of what is usual for its size, consists of updates at first: it is
+judged after MOSTLY_UPDATES steps."""
 
 
 WARM_UP_POWER = 0.5
@@ -103,11 +104,14 @@ def judged(record: _record.Record) -> np.ndarray:
 
 
 def _start_near_zero(stats, kernels):
-  """The kernels that start small beside the median of them, (leaves,)."""
+  """The kernels that start small beside the others or their size, (leaves,)."""
   if not kernels.any():
     return kernels
-  first = stats['parameter_norm'][0] / np.sqrt(stats['elements'][0])
-  return kernels & (first <= NEAR_ZERO * np.median(first[kernels]))
+  elements = stats['elements'][0]
+  first = stats['parameter_norm'][0] / np.sqrt(elements)
+  # A square kernel of so many elements has that root mean square by LeCun.
+  usual = np.maximum(np.median(first[kernels]), elements**-0.25)
+  return kernels & (first <= NEAR_ZERO * usual)
 
 
 def _warms_up(steps, usable, ratios):
