@@ -2,14 +2,14 @@
 
   python benchmarks/device.py [--quick] [--only NAME] [--save NAME]
 
-It needs no more than JAX, Flax, Optax and the tables' ``rich`` and matplotlib.
-The sizes are those of an accelerator: the losses with up to 10 million
-examples, crowded in one region of the norms or spread over all of them, and
-ways to count them beside the one that the library takes; optimizer steps of 50
-and 500 million parameters; batch norm; taps and a watched optimizer on a
-transformer of 100 million parameters in bfloat16; a record that must not stall
-the device. The quick run is small enough for a processor. See __main__.py for
-the columns.
+It needs no more than JAX, Flax and Optax; with matplotlib, it draws a picture.
+First come the laws of laws.py. Then, at the sizes of an accelerator: the losses
+with up to 10 million examples, crowded in one region of the norms or spread
+over all of them, and ways to count them beside the one that the library takes;
+optimizer steps of 50 and 500 million parameters; batch norm; taps and a watched
+optimizer on a transformer of 100 million parameters in bfloat16; a record that
+must not stall the device. The quick run is small enough for a processor. See
+__main__.py for the columns.
 """
 
 import functools
@@ -23,6 +23,7 @@ import flow as flow_cases
 import harness
 import jax
 import jax.numpy as jnp
+import laws
 import losses
 import optax
 import run
@@ -229,4 +230,4 @@ SUITES = {
 }
 
 if __name__ == '__main__':
-  run.main(SUITES, __doc__ or '', jax.default_backend())
+  run.main(SUITES, __doc__ or '', jax.default_backend(), laws.LAWS)

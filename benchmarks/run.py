@@ -2,10 +2,13 @@
 
 import argparse
 import datetime
+import importlib
+import importlib.util
 import json
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import harness
 import jax
 import jaxlib
-import picture
+import laws
 import rich
 from rich.console import Console
 from rich.table import Table
@@ -33,13 +36,19 @@ COLUMNS = {
 }
 
 
-def main(suites: Mapping[str, Mapping[str, Any]], about: str, save: str):
+def main(
+  suites: Mapping[str, Mapping[str, Any]],
+  about: str,
+  save: str,
+  must_hold: Mapping[str, laws.Law] | None = None,
+) -> None:
   """Reads the command line and runs what it asks for.
 
   Args:
     suites: cases, or growths, by title, by the name of the suite.
     about: what ``--help`` says.
     save: the name of the results, unless the command line has another.
+    must_hold: laws to check first; if one does not hold, the exit status is 1.
   """
   parser = argparse.ArgumentParser(
     description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,6 +60,9 @@ def main(suites: Mapping[str, Mapping[str, Any]], about: str, save: str):
   console, started = Console(width=WIDTH), time.time()
   report: dict[str, Any] = {'machine': machine(), 'cases': {}, 'growth': {}}
   console.print(report['machine'])
+  if must_hold and args.only in 'laws':
+    report['laws'] = laws.check(must_hold)
+    console.print(laws_table(report['laws']))
   for suite, cases in suites.items():
     for title, case in cases.items():
       name = f'{suite}: {title}'
@@ -59,7 +71,7 @@ def main(suites: Mapping[str, Mapping[str, Any]], about: str, save: str):
           grow(console, report, name, case, args.quick)
         elif case.quick or not args.quick:
           add(console, report, name, case, args.quick)
-  if not report['cases']:
+  if not report['cases'] and 'laws' not in report:
     parser.error(f'no case has {args.only!r} in its name')
   if report['growth']:
     console.print(growth_table(report['growth']))
@@ -67,8 +79,26 @@ def main(suites: Mapping[str, Mapping[str, Any]], about: str, save: str):
   RESULTS.mkdir(exist_ok=True)
   path = RESULTS / f'{args.save}.json'
   path.write_text(json.dumps(report, indent=1) + '\n')
-  picture.draw(report, path.with_suffix('.png'))
-  console.print(f'{report["minutes"]:.1f} minutes; written: {path}, .png')
+  console.print(f'{report["minutes"]:.1f} minutes; written: {path}')
+  if report['cases'] and importlib.util.find_spec('matplotlib'):
+    importlib.import_module('picture').draw(report, path.with_suffix('.png'))
+  if not all(row['holds'] for row in report.get('laws', {}).values()):
+    sys.exit('a law does not hold')
+
+
+def laws_table(rows):
+  """By how much each law deviates."""
+  table = Table(title='laws', box=rich.box.SIMPLE, title_justify='left')
+  for header in ('', 'deviation', 'limit', 'holds'):
+    table.add_column(header, justify='right' if header else 'left')
+  for name, row in rows.items():
+    table.add_row(
+      name,
+      f'{row["deviation"]:.1e}',
+      f'{row["limit"]:.0e}',
+      'yes' if row['holds'] else '[bold red]no',
+    )
+  return table
 
 
 def machine():

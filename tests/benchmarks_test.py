@@ -1,9 +1,14 @@
 """What the benchmarks measure."""
 
+import functools
 import importlib
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -73,3 +78,45 @@ def test_the_table_of_readme_is_that_of_the_reference_run():
 
   report = json.loads(saved, parse_constant=no_number)
   assert summary.table(report) in (ROOT / 'README.md').read_text()
+
+
+def test_the_command_for_accelerators_runs_here(tmp_path):
+  """Its laws and one case; of all others, it is enough that they are traced."""
+  for only, kinds in (('laws', {'laws'}), ('count: crowded', {'cases'})):
+    subprocess.run(
+      [
+        *(sys.executable, ROOT / 'benchmarks' / 'device.py', '--quick'),
+        *('--only', only, '--save', tmp_path / 'device'),
+      ],
+      check=True,
+      capture_output=True,
+      env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
+    report = json.loads((tmp_path / 'device.json').read_text())
+    assert {kind for kind in ('laws', 'cases') if report.get(kind)} == kinds
+    for row in report.get('laws', {}).values():
+      assert row['holds'], row
+    for rows in report['cases'].values():
+      assert all(row['peak_bytes'] > 0 for row in rows.values())
+
+
+def test_all_programs_for_accelerators_can_be_traced():
+  device = importlib.import_module('device')
+  harness = importlib.import_module('harness')
+  cases = []
+  for suite in device.SUITES.values():
+    for case in suite.values():
+      growth = isinstance(case, harness.Growth)
+      cases += case.cases.values() if growth else [case]
+  with (
+    jax.numpy_dtype_promotion('standard'),
+    jax.numpy_rank_promotion('allow'),
+  ):
+    for case in filter(lambda case: case.quick, cases):
+      data = jax.eval_shape(case.data)
+      for name, program in case.programs.items():
+        if case.init:
+          carried = jax.eval_shape(functools.partial(case.init, name), data)
+          jax.eval_shape(program, carried, *data)
+        elif not isinstance(program, harness.Eager):
+          jax.eval_shape(program, *data)

@@ -8,12 +8,14 @@ Flax need no change to be tapped: see :class:`optax_ghm.linen.Tapped` and
 
 :func:`watch` measures gradients, updates and parameters in the optimizer. A
 :class:`Record` keeps the history of both, :func:`diagnose` says what is wrong,
-and :func:`print_report`, :func:`write_page` and :func:`figure` show it.
+and :func:`print_report`, :func:`write_page`, :func:`write_markdown` and
+:func:`figure` show it.
 """
 
 from optax_ghm.batch_normalization import BatchNormStats, batch_norm_stats
 from optax_ghm.flow._diagnose import diagnose
 from optax_ghm.flow._leaf import Leaf, leaf_names
+from optax_ghm.flow._markdown import write_markdown
 from optax_ghm.flow._page import write_page
 from optax_ghm.flow._plot import figure
 from optax_ghm.flow._record import Record
@@ -53,5 +55,6 @@ __all__ = [
   'tensorboard_writer',
   'wandb_writer',
   'watch',
+  'write_markdown',
   'write_page',
 ]

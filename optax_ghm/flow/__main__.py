@@ -5,6 +5,7 @@ import io
 import pathlib
 import sys
 
+from optax_ghm.flow._markdown import write_markdown
 from optax_ghm.flow._page import write_page
 from optax_ghm.flow._record import Record
 from optax_ghm.flow._report import print_report
@@ -18,11 +19,14 @@ def main(arguments: list[str] | None = None) -> int:
   )
   commands = parser.add_subparsers(dest='command', required=True)
   report = commands.add_parser(
-    'report', help='write the HTML page of saved records, print the tables'
+    'report', help='write the page of saved records, print the tables'
   )
   report.add_argument('records', nargs='+', metavar='RECORD', type=pathlib.Path)
   report.add_argument(
-    '-o', '--output', type=pathlib.Path, help='default: RECORD with .html'
+    '-o',
+    '--output',
+    type=pathlib.Path,
+    help='page, or Markdown if it ends in .md; default: RECORD with .html',
   )
   report.add_argument('--title', default='Gradient flow')
   args = parser.parse_args(arguments)
@@ -35,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     output = args.output or args.records[0].with_suffix('.html')
     if output.exists() and any(map(output.samefile, args.records)):
       raise ValueError(f'{output} is a record: give another --output.')
-    write_page(output, records, args.title)
+    write = write_markdown if output.suffix == '.md' else write_page
+    write(output, records, args.title)
   except (ImportError, OSError, ValueError) as error:
     print(printable(str(error)), file=sys.stderr)
     return 1

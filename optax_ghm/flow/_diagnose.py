@@ -8,6 +8,7 @@ from optax_ghm.flow import (
   _rules_conflict,
   _rules_depth,
   _rules_finite,
+  _rules_loss,
   _rules_updates,
   _verdict,
 )
@@ -26,7 +27,8 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     record: of the training, with one step or more.
 
   Returns:
-    The verdicts, the gravest first, or an empty list if nothing is wrong.
+    The verdicts, causes before their consequences, or an empty list if nothing
+    is wrong.
 
   Examples:
     >>> import jax
@@ -49,6 +51,7 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
   losses = record.having('losses')
   verdicts = []
   for rule, measured in (
+    (_rules_loss.diverging, watched),
     (_rules_finite.not_finite, record),
     (_rules_conflict.left_out, losses),
     (_rules_finite.disconnected, tapped),
@@ -65,6 +68,11 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
   kinds = {verdict.kind for verdict in verdicts}
   if 'no gradient' in kinds:  # the reason for small updates
     verdicts = [v for v in verdicts if v.kind != 'small updates']
+  for nan in [v for v in verdicts if v.kind == 'not finite']:
+    if nan.severity == 1:  # it has remained: NaN is off in every ReLU
+      verdicts = [
+        v for v in verdicts if v.kind != 'no gradient' or v.since < nan.since
+      ]
   both = watched.having('tapped')
   if len(both) and not kinds & {'not finite', 'no gradient'}:
     verdicts += _rules_finite.contradiction(both)

@@ -57,9 +57,10 @@ def write_page(
   """Writes one self-contained HTML page: verdicts and pictures.
 
   For every record, the page has the verdicts of
-  :func:`optax_ghm.flow.diagnose`, the loss, if one was added, and the pictures
-  of :func:`optax_ghm.flow.figure`. It opens from disk, asks nothing of the
-  network, runs no script, and takes on the reader's light or dark theme.
+  :func:`optax_ghm.flow.diagnose` with their severity, the loss, if one was
+  added, and the pictures of :func:`optax_ghm.flow.figure`. It opens from disk,
+  asks nothing of the network, runs no script, and takes on the reader's light
+  or dark theme.
 
   Args:
     path: of the file to write.
@@ -120,8 +121,9 @@ def _section(name, record):
     parts.append(f'<p class="well">{well[:1].upper()}{well[1:]}.</p>')
   for verdict in verdicts:
     parts.append(
-      f'<div class="verdict"><b>{html.escape(verdict.kind)}</b> since step'
-      f' {verdict.since}: {html.escape(verdict.evidence)}<br>Try:'
+      f'<div class="verdict"><b>{html.escape(verdict.kind)}</b>'
+      f' ({verdict.severity:.2f}) since step {verdict.since}:'
+      f' {html.escape(verdict.evidence)}<br>Try:'
       f' {html.escape(verdict.suggestion)}<br>'
       f'<small>{html.escape(verdict.source)}</small></div>'
     )

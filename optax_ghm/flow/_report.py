@@ -1,6 +1,6 @@
 """The report in the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,7 +47,7 @@ def print_report(
     >>> record.add(0, taps=taps)
     >>> console = rich.console.Console(file=io.StringIO())
     >>> flow.print_report(record, console)
-    >>> 'vanishing since step 0' in console.file.getvalue()
+    >>> 'vanishing (0.53) since step 0' in console.file.getvalue()
     True
   """
   console = (
@@ -72,7 +72,7 @@ def _print_record(name, record, console):
   if not len(record):
     show((f'{title}nothing is recorded', ''))
     return
-  for caption, columns, rows in _tables(record):
+  for caption, columns, rows in tables(record):
     table = rich_table(title=rich_text(printable(title + caption)))
     for i, column in enumerate(columns):
       table.add_column(column, justify='right' if i else 'left')
@@ -83,12 +83,17 @@ def _print_record(name, record, console):
   if not verdicts:
     show((title, ''), (_diagnose.without_verdict(record), 'green'))
   for verdict in verdicts:
-    evidence = f' since step {verdict.since}: {verdict.evidence}'
+    evidence = (
+      f' ({verdict.severity:.2f}) since step {verdict.since}:'
+      f' {verdict.evidence}'
+    )
     show((title, ''), (verdict.kind, 'bold red'), (evidence, ''))
     show((f'  try: {verdict.suggestion} ', ''), (f'({verdict.source})', 'dim'))
 
 
-def _tables(record):
+def tables(
+  record: _record.Record,
+) -> Iterator[tuple[str, Sequence[str], list[list[str]]]]:
   """The title, the columns and the rows of every table."""
   tapped, watched = record.having('tapped'), record.having('watched')
   if len(tapped) and record.layers:

@@ -61,6 +61,7 @@ def _above(record, kind, limit, sentences: Mapping, suggestion, source):
   bad = np.any([median > limit for median in medians.values()], axis=0)
   if not bad.any():
     return []
+  figure = max(median.max() for median in medians.values())
   names = tuple(np.array(record.batch_norms)[bad].tolist())
   worst = {name: median[bad].max() for name, median in medians.items()}
   told = [sentences[name](x) for name, x in worst.items() if x > limit]
@@ -68,6 +69,7 @@ def _above(record, kind, limit, sentences: Mapping, suggestion, source):
   return [
     _verdict.Verdict(
       kind,
+      _verdict.severity(figure, limit),
       names,
       _verdict.since(record, ~healthy.all(1)),
       f'at {_verdict.listed(names)}, {" and ".join(told)}',

@@ -42,6 +42,7 @@ def losses_in_conflict(record: _record.Record) -> list[_verdict.Verdict]:
   return [
     _verdict.Verdict(
       'losses in conflict',
+      _verdict.severity(medians[i, j], MAX_COSINE),
       _names(bad.any(0) | bad.any(1)),
       _verdict.since(record, (stats['cosine'][:, bad] < 0).any(1)),
       f'the gradients of losses {i} and {j}{several} point against each other'
@@ -67,6 +68,7 @@ def left_out(record: _record.Record) -> list[_verdict.Verdict]:
   return [
     _verdict.Verdict(
       'not finite',
+      _verdict.severity_of_share(np.any(recent, axis=1)),
       names,
       int(record.steps[1:][more[:, bad].any(1)][0]),
       f'at {recent.any(1).sum()} of the last {len(recent)} recorded steps,'

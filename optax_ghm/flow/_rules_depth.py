@@ -132,6 +132,7 @@ def trend_over_depth(record: _record.Record) -> list[_verdict.Verdict]:
   return [
     _verdict.Verdict(
       kind,
+      _verdict.severity(abs(decades), MIN_DECADES),
       tuple(n for n, u in zip(names, affected, strict=True) if u)
       or (names[0],),
       _verdict.since(record, holds),

@@ -70,6 +70,7 @@ def not_finite(record):
   return [
     _verdict.Verdict(
       'not finite',
+      _verdict.severity_of_share(bad[-_verdict.RECENT_STEPS :]),
       names,
       int(steps[t]),
       f'at {bad.sum()} of {len(steps)} recorded steps, first at step'
@@ -114,6 +115,7 @@ def disconnected(record):
     verdicts.append(
       _verdict.Verdict(
         'disconnected',
+        1.0,
         names,
         _verdict.since(record, missed[:, run].all(1)),
         f'no backward pass arrives at the output of {_verdict.listed(names)}',
@@ -167,6 +169,7 @@ def no_gradient(record):
     verdicts.append(
       _verdict.Verdict(
         'no gradient',
+        1.0,
         names,
         _verdict.since(record, only_zeros[:, run].all(1)),
         f'the gradient at the output of {_verdict.listed(names)} is exactly'
@@ -214,6 +217,7 @@ def contradiction(record):
       verdicts.append(
         _verdict.Verdict(
           'conflict',
+          0.5,
           names,
           int(record.steps[recent][0]),
           evidence.format(names=_verdict.listed(names)),

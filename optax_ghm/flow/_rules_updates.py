@@ -4,7 +4,7 @@ import numpy as np
 
 from optax_ghm.flow import _record, _verdict
 
-MIN_RATIO, MAX_RATIO = 1e-5, 1e-1
+MIN_RATIO, TYPICAL, MAX_RATIO = 1e-5, 1e-3, 1e-1
 """The range of healthy ratios of a kernel's update to the kernel, in norm."""
 
 
@@ -18,7 +18,8 @@ MAX_DEAD_SHARE = 0.5
 
 NEAR_ZERO, MOSTLY_UPDATES = 0.1, 40
 """A kernel that starts with less than NEAR_ZERO of the root mean square of the
-others consists of updates at first: it is judged after MOSTLY_UPDATES steps."""
+others, or of what is usual for its size, consists of updates at first: it is
+judged after MOSTLY_UPDATES steps."""
 
 
 WARM_UP_POWER = 0.5
@@ -36,9 +37,7 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
   """Finds kernels whose updates are much too small or too large."""
   stats = record.leaf_stats
   ratio = stats['update_ratio']
-  kernels = np.array([_is_kernel(leaf) for leaf in record.leaves], bool)
-  usable = np.isfinite(ratio) & (stats['update_norm'] > 0) & kernels
-  usable[:MOSTLY_UPDATES] &= ~_start_near_zero(stats, kernels)
+  usable = judged(record)
   found: dict[str, dict[int, tuple[float, str]]] = {'small': {}, 'large': {}}
   for i in map(int, np.flatnonzero(usable.any(0))):
     values = ratio[usable[:, i], i]
@@ -56,16 +55,18 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
     elif median > MAX_RATIO:
       found['large'][i] = median, how
   verdicts = []
-  for size, worst_of, bad, suggestion in (
+  for size, worst_of, limit, bad, suggestion in (
     (
       'small',
       min,
+      MIN_RATIO,
       ratio < MIN_RATIO,
       'raise the learning rate, of these parameters at least.',
     ),
     (
       'large',
       max,
+      MAX_RATIO,
       ratio > MAX_RATIO,
       'lower the learning rate or warm it up, or bound the updates'
       ' (optax_ghm.clip_by_parameter_norm).',
@@ -80,6 +81,7 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
     verdicts.append(
       _verdict.Verdict(
         f'{size} updates',
+        _verdict.severity(np.log10(worst / TYPICAL), np.log10(limit / TYPICAL)),
         names,
         _verdict.since(record, holds),
         f'a step changes {_verdict.listed(names)} by {worst:.1e} of its norm'
@@ -91,12 +93,25 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
   return verdicts
 
 
+def judged(record: _record.Record) -> np.ndarray:
+  """Where the size of an update says something, (steps, leaves)."""
+  stats = record.leaf_stats
+  kernels = np.array([_is_kernel(leaf) for leaf in record.leaves], bool)
+  usable = np.isfinite(stats['update_ratio']) & kernels
+  usable &= stats['update_norm'] > 0
+  usable[:MOSTLY_UPDATES] &= ~_start_near_zero(stats, kernels)
+  return usable
+
+
 def _start_near_zero(stats, kernels):
-  """The kernels that start small beside the median of them, (leaves,)."""
+  """The kernels that start small beside the others or their size, (leaves,)."""
   if not kernels.any():
     return kernels
-  first = stats['parameter_norm'][0] / np.sqrt(stats['elements'][0])
-  return kernels & (first <= NEAR_ZERO * np.median(first[kernels]))
+  elements = stats['elements'][0]
+  first = stats['parameter_norm'][0] / np.sqrt(elements)
+  # A square kernel of so many elements has that root mean square by LeCun.
+  usual = np.maximum(np.median(first[kernels]), elements**-0.25)
+  return kernels & (first <= NEAR_ZERO * usual)
 
 
 def _warms_up(steps, usable, ratios):
@@ -129,6 +144,7 @@ def dead_units(record: _record.Record) -> list[_verdict.Verdict]:
   return [
     _verdict.Verdict(
       'dead units',
+      float(share[-1, worst]),
       names,
       _verdict.since(record, is_dead[:, found].any(1)),
       f'half or more of the units of {_verdict.listed(names)} have had no'
@@ -169,6 +185,7 @@ def spikes(record: _record.Record) -> list[_verdict.Verdict]:
   return [
     _verdict.Verdict(
       'spikes',
+      _verdict.severity(np.log10(max(found.values())), np.log10(SPIKE_RATIO)),
       (),
       int(at[0]),
       f'at {len(found)} of {len(record)} recorded steps the norm {what} was'

@@ -241,18 +241,26 @@ def tap(x: Any, stats: TapStats) -> Any:
     stats = jax.tree.map(
       lambda u: jax.lax.pcast(u, tuple(sorted(axes)), to='varying'), stats
     )
-  passed = iter(_tap(None, tapped, stats))
+  # One by one: what the loss does not use must not reach a scan's transpose.
+  shared = _share(None, [stats] * len(tapped))
+  passed = map(functools.partial(_tap, None), tapped, shared)
   return structure.unflatten(
     next(passed) if arrays.is_inexact(leaf) else leaf for leaf in leaves
   )
 
 
 @identity
-def _tap(static, cotangents, stats):
+def _tap(static, cotangent, stats):
   del static
-  return cotangents, functools.reduce(
-    _merge, [_measure(u, stats) for u in jax.tree.leaves(cotangents)]
-  )
+  return cotangent, _measure(cotangent, stats)
+
+
+@identity
+def _share(static, filled):
+  """All arrays of one call have the same statistics: they are merged."""
+  del static
+  used = [stats for stats in filled if stats.numbers is not None]
+  return ([functools.reduce(_merge, used), *[None] * (len(filled) - 1)],)
 
 
 def _measure(x, stats):

@@ -24,26 +24,39 @@ class Verdict:
   """Something that is wrong with the gradients.
 
   Attributes:
-    kind: ``'not finite'``, ``'disconnected'``, ``'no gradient'``,
-      ``'vanishing'``, ``'exploding'``, ``'dead units'``, ``'small updates'``,
-      ``'large updates'``, ``'spikes'``, ``'conflict'``,
+    kind: ``'diverging'``, ``'not finite'``, ``'disconnected'``,
+      ``'no gradient'``, ``'vanishing'``, ``'exploding'``, ``'dead units'``,
+      ``'small updates'``, ``'large updates'``, ``'spikes'``, ``'conflict'``,
       ``'losses in conflict'``, ``'constant features'`` or
       ``'running averages'``.
+    severity: from 0.5, where a figure is at the limit of its rule, to 1, where
+      nothing gets through: 1 - limit / (2 figure), with ratios in decades.
     layers: names of the affected layers, parameters or losses.
     since: number of the first recorded step from which on it has been wrong
-      without interruption. For spikes and non-finite numbers, which come and
-      go, it is the first step of all.
+      without interruption. For spikes, non-finite numbers and a loss that
+      diverges, which come and go, it is the first step of all.
     evidence: the figures.
     suggestion: what to try.
     source: where the rule or the suggestion comes from.
   """
 
   kind: str
+  severity: float
   layers: tuple[str, ...]
   since: int
   evidence: str
   suggestion: str
   source: str
+
+
+def severity(figure: float, limit: float) -> float:
+  """From a half, where the figure is at the limit, towards 1."""
+  return float(1 - limit / (2 * figure))
+
+
+def severity_of_share(bad: np.ndarray) -> float:
+  """From a half to 1 by the share of steps, and 1 if the last one is bad."""
+  return 1.0 if bad[-1] else float(1 + bad.mean()) / 2
 
 
 def since(record: _record.Record, holds: Any) -> int:

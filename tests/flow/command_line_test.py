@@ -47,6 +47,15 @@ def test_output_and_title_are_options(saved, tmp_path, option):
   assert not (tmp_path / 'run.html').exists()
 
 
+def test_an_output_that_ends_in_md_is_markdown(saved, tmp_path):
+  path = tmp_path / 'report.md'
+  records = str(saved('one.npz')), str(saved('two.npz'))
+  assert command_line.main(['report', *records, '-o', str(path)]) == 0
+  text = path.read_text(encoding='utf-8')
+  assert text.startswith('# Gradient flow\n\n## one\n')
+  assert '\n## two\n' in text and '**disconnected**' in text
+
+
 def test_several_records_are_compared_on_one_page(saved, capsys):
   one, two = saved('one.npz'), saved('two.npz', 1.0, 1.0)
   assert command_line.main(['report', str(one), str(two)]) == 0

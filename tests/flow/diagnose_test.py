@@ -1,5 +1,8 @@
 """All verdicts about a record."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
@@ -16,7 +19,14 @@ from tests.support.hand_made import (
 )
 
 KINDS = (
-  *('not finite', 'disconnected', 'no gradient', 'vanishing', 'exploding'),
+  *(
+    'diverging',
+    'not finite',
+    'disconnected',
+    'no gradient',
+    'vanishing',
+    'exploding',
+  ),
   *('dead units', 'small updates', 'large updates', 'spikes', 'conflict'),
 )
 
@@ -74,6 +84,13 @@ def test_the_gravest_comes_first():
   assert set(found) >= {'disconnected', 'no gradient', 'dead units', 'spikes'}
   nan = {'loss': np.nan, **step}
   assert kinds(record_of(*[step] * 12, nan, params=params))[0] == 'not finite'
+
+
+def test_every_kind_has_a_section_of_the_docs():
+  kinds = re.findall("``'([a-z ]+)'``", flow.Verdict.__doc__)
+  page = pathlib.Path(__file__).parents[2] / 'docs' / 'verdicts.md'
+  sections = re.findall('^## (.*)$', page.read_text(), re.MULTILINE)
+  assert sections == kinds and len(set(kinds)) == 14
 
 
 def test_no_gradient_is_the_reason_for_small_updates():

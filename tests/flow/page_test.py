@@ -139,7 +139,8 @@ def test_it_shows_the_verdicts_and_every_picture(tmp_path):
   verdicts = flow.diagnose(record)
   assert {v.kind for v in verdicts} >= {'not finite', 'disconnected'}
   for verdict in verdicts:
-    assert f'{verdict.kind} since step {verdict.since}' in text
+    found = f'{verdict.kind} ({verdict.severity:.2f}) since step'
+    assert f'{found} {verdict.since}' in text
     for part in (verdict.evidence, verdict.suggestion, verdict.source):
       assert part in text
   assert 'Nothing is wrong' not in text

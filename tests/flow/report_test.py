@@ -104,7 +104,8 @@ def test_all_verdicts_are_printed_with_what_to_try_and_why():
   verdicts, text = flow.diagnose(record), ' '.join(printed(record).split())
   assert len(verdicts) >= 3
   for verdict in verdicts:
-    assert f'{verdict.kind} since step 4: {verdict.evidence}' in text
+    assert f' since step 4: {verdict.evidence}' in text
+    assert f'{verdict.kind} ({verdict.severity:.2f}) since' in text
     assert f'try: {verdict.suggestion} ({verdict.source})' in text
   assert 'nothing is wrong' not in text
 

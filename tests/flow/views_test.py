@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 import tempfile
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from optax_ghm import flow
+from optax_ghm.flow import _report
 from tests.flow.page_test import page_of
 from tests.flow.record_test import assert_same_records
 from tests.support.hand_made import (
@@ -51,6 +53,23 @@ def check_file_and_verdicts(record):
   assert 'nothing' in printed(record) or verdicts
 
 
+def check_markdown(record):
+  """Every verdict is there, and every row has a cell for every column."""
+  flow.write_markdown(file := io.StringIO(), record)
+  text = file.getvalue()
+  for verdict in flow.diagnose(record):
+    assert f'- **{verdict.kind}** since step {verdict.since}, severity' in text
+  tables = text.split('\n\n## ')[1:]
+  for table, (caption, columns, rows) in zip(
+    tables, _report.tables(record), strict=True
+  ):
+    heading, _, *lines = table.rstrip('\n').split('\n')
+    assert heading.lower() == caption and len(lines) == 2 + len(rows)
+    for line in lines:
+      assert line.isprintable()
+      assert len(re.split(r'(?<!\\)\|', line)) == len(columns) + 2
+
+
 def check_pictures(record):
   """The figure has a place for everything, and no number of the page is bad."""
   figure = flow.figure(record)
@@ -83,7 +102,7 @@ NOTHING_FINITE = {
 }
 RATIOS = [{'update_norm': 0.0, 'parameter_norm': i} for i in range(3)]
 FOR_MATPLOTLIB = tapped(
-  1.0, 2.0, names=['$\\frac{$', '_x\n<b>'], histogram=ONES
+  1.0, 2.0, names=['$\\frac{$', '_x\n<b>|`'], histogram=ONES
 )
 RECORDS = {
   'one step': of(tapped(1.0, 2.0)),
@@ -118,6 +137,9 @@ RECORDS = {
 @pytest.mark.parametrize('name', RECORDS)
 def test_any_record_can_be_viewed(name):
   check_file_and_verdicts(RECORDS[name])
+  for verdict in flow.diagnose(RECORDS[name]):
+    assert 0.5 <= verdict.severity <= 1
+  check_markdown(RECORDS[name])
   check_pictures(RECORDS[name])
 
 

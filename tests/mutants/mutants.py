@@ -467,8 +467,8 @@ _REVERSAL = [
   Mutant(
     'importance weighting: no control variate',
     'reversal/_importance_weighting.py',
-    ' + eta * (jnp.mean(ratios) - 1)',
-    '',
+    'risk = mean + eta * (jnp.mean(ratios) * largest - 1)',
+    'risk = mean',
   ),
   Mutant(
     'importance weighting: the bias is penalized',
@@ -742,6 +742,24 @@ _FLOW = [
     'flow/_diagnose.py',
     "if 'no gradient' in kinds:",
     "if 'disconnected' in kinds:",
+  ),
+  Mutant(
+    'markdown: a bar in a name begins a column',
+    'flow/_markdown.py',
+    '*<|',
+    '*<',
+  ),
+  Mutant(
+    'rules_loss: a dead network has recovered',
+    'flow/_rules_loss.py',
+    'rise >= MAX_RISE and lasting >= FELL_BACK',
+    'rise >= MAX_RISE and lasting >= MAX_RISE',
+  ),
+  Mutant(
+    'tap: of the arrays of one call, the last one counts',
+    'flow/_tap.py',
+    'functools.reduce(_merge, used)',
+    'used[-1]',
   ),
   Mutant(
     'page: the name of a record is read as HTML',
