@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.public import public_names
 
-PROGRAMS = 1450  # as a reader would run them, not under jit
+PROGRAMS = 1250  # as a reader would run them, not under jit
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 PAGES = {
