@@ -1,6 +1,5 @@
 """How Sphinx builds the site: ``make docs``, where a warning is an error."""
 
-import importlib
 import importlib.util
 import inspect
 import logging
@@ -73,6 +72,7 @@ html_static_path = ['static', MATHJAX]
 mathjax_path = 'tex-svg.js'
 
 intersphinx_mapping = inventories.mapping(DOCS / '_build' / 'inventories')
+
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_attr_annotations = False
@@ -84,8 +84,9 @@ python_maximum_signature_line_length = 68
 
 
 # A class is shown, and linked to, where it is public, not where it is written.
+PUBLIC = public_names()
 WRITTEN_IN = {}
-for name, value in public_names().items():
+for name, value in PUBLIC.items():
   if inspect.isclass(value) and value.__module__.startswith('optax_ghm'):
     WRITTEN_IN[name] = value.__module__
     value.__module__ = name.rpartition('.')[0]
@@ -174,6 +175,15 @@ def skip_fields(app, kind, name, value, skip, options):
   return skip or type(value).__name__ == '_tuplegetter'
 
 
+ABBREVIATIONS = {
+  'ghm.': 'optax_ghm.',
+  'flow.': 'optax_ghm.flow.',
+  'conflict.': 'optax_ghm.conflict.',
+  'nnx.': 'flax.nnx.',
+  'nn.': 'flax.linen.',
+}
+
+
 def link_literals(app, doctree, docname):
   """Links ``optax.adam`` to where it is described, here or in an inventory."""
   external = intersphinx.InventoryAdapter(app.env).main_inventory
@@ -183,10 +193,10 @@ def link_literals(app, doctree, docname):
     for name, item in external.get(role, {}).items()
     if '.' in name
   }
-  for name, item in app.env.get_domain('py').objects.items():
-    if name in public_names():
-      page = app.builder.get_relative_uri(docname, item.docname)
-      pages[name] = f'{page}#{name}'
+  documented = app.env.get_domain('py').objects
+  for name in filter(documented.__contains__, PUBLIC):
+    page = app.builder.get_relative_uri(docname, documented[name].docname)
+    pages[name] = f'{page}#{name}'
   for literal in list(doctree.findall(nodes.literal)):
     if isinstance(literal.parent, nodes.reference | nodes.title):
       continue
@@ -200,15 +210,6 @@ def link_literals(app, doctree, docname):
       link += literal
 
 
-ABBREVIATIONS = {
-  'flow.': 'optax_ghm.flow.',
-  'conflict.': 'optax_ghm.conflict.',
-  'nnx.': 'flax.nnx.',
-  'nn.': 'flax.linen.',
-  'jnp.': 'jax.numpy.',
-}
-
-
 def source_of(app, module, name):
   """The module of a public class, for the link to its source."""
   return WRITTEN_IN.get(f'{module}.{name.split(".")[0]}')
@@ -217,7 +218,7 @@ def source_of(app, module, name):
 def check_that_all_is_there(app, env):
   """A public name that the reference leaves out is a warning, so an error."""
   documented = env.get_domain('py').objects
-  for name in public_names():
+  for name in PUBLIC:
     if name not in documented:
       getLogger(__name__).warning('%s is not in docs/api.', name)
 
