@@ -6,7 +6,7 @@ TORCHJD ?= torchjd[full]==0.18.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-oldest test-newest bench bench-torch bench-reference lint format mutants docs clean
+.PHONY: setup demo test test-oldest test-newest bench bench-torch bench-reference lint format mutants docs notebooks clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -60,10 +60,15 @@ format: setup
 mutants: setup  ## wrong lines that the tests must notice, one after another
 	$(BIN)/python -m tests.mutants
 
-docs: setup  ## the site, in docs/_build/html; a warning is an error
+docs: setup  ## the site, in docs/_build/html; a warning is an error. RUN=off: quick
 	$(BIN)/python -m pip install --quiet --group docs
+	rm -rf docs/api/generated
 	$(BIN)/python -m sphinx -W -n --keep-going --quiet -b html \
+	  $(if $(RUN),-D nb_execution_mode=$(RUN)) \
 	  -a -E -d docs/_build/doctrees docs docs/_build/html
 
+notebooks: setup  ## docs/notebooks for Colab, of docs/guides
+	$(BIN)/python docs/notebooks.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-* docs/_build .jax_cache .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-* docs/_build docs/api/generated .jax_cache .pytest_cache .hypothesis .ruff_cache

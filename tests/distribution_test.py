@@ -48,10 +48,13 @@ home, checkout = map(pathlib.Path, sys.argv[1:])
 assert home in pathlib.Path(optax_ghm.__file__).parents
 assert not any(checkout == pathlib.Path(path) for path in sys.path)
 text = importlib.metadata.metadata('optax_ghm').get_payload()
-blocks = re.findall(r'^```python\\n(.*?)^```', text, re.S | re.M)
+blocks = re.findall(r'^```(python|diff)\\n(.*?)^```', text, re.S | re.M)
 assert len(blocks) > 3
 session = {}
-for block in blocks:
+for kind, block in blocks:
+  if kind == 'diff':
+    lines = [u[1:] for u in block.splitlines() if not u.startswith('-')]
+    block = chr(10).join(lines)
   exec(block, session)
 """
 

@@ -1,4 +1,7 @@
-"""The site's code runs, its output is what it says, and no name is missing."""
+"""The pages' code runs, its output is what they say, and no name is missing.
+
+The guides are notebooks, which ``make docs`` runs.
+"""
 
 import contextlib
 import io
@@ -10,13 +13,13 @@ import pytest
 
 from tests.support.public import public_names
 
-PROGRAMS = 1450  # as a reader would run them, not under jit
+PROGRAMS = 1250  # as a reader would run them, not under jit
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 PAGES = {
   str(path.relative_to(DOCS)): path.read_text()
   for path in sorted(DOCS.glob('**/*.md'))
-  if '_build' not in path.parts
+  if not {'_build', 'guides'} & set(path.parts)
 }
 BLOCK = re.compile(
   r'^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```\n)?',
@@ -61,9 +64,21 @@ def test_every_block_of_python_is_found():
 
 
 def test_every_public_name_is_in_the_reference_once():
-  documented = re.findall(
-    r'^\.\. (?:auto(?:class|function)|py:data):: (\S+)$',
-    ''.join(PAGES.values()),
-    re.MULTILINE,
-  )
+  documented = []
+  for page in (text for name, text in PAGES.items() if name.startswith('api')):
+    for module, block in re.findall(
+      r'currentmodule:: (\S+)\n(.*?)^```', page, re.DOTALL | re.MULTILINE
+    ):
+      names = re.findall(r'^   ([\w.]+)$', block, re.MULTILINE)
+      documented += [f'{module}.{name}' for name in names]
   assert sorted(documented) == sorted(public_names())
+
+
+def test_notebooks_for_colab_are_the_guides():
+  pytest.importorskip('jupytext')
+  from docs import notebooks
+
+  paths = {notebooks.path(guide): guide for guide in notebooks.GUIDES}
+  assert sorted(paths) == sorted((DOCS / 'notebooks').iterdir())
+  for path, guide in paths.items():
+    assert path.read_text() == notebooks.text(guide), 'make notebooks'

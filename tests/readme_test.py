@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, as one session."""
+"""Every block of the README runs, in order, as one session."""
 
 import pathlib
 import re
@@ -8,7 +8,16 @@ import pytest
 
 PROGRAMS = 120  # as a reader would run them, not under jit
 README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+FENCED = re.findall(r'```(python|diff)\n(.*?)```', README, re.DOTALL)
+
+
+def side(diff, sign):
+  """What a diff says was there (-) or is there now (+)."""
+  kept = [line for line in diff.splitlines() if line[:1] in ('', ' ', sign)]
+  return '\n'.join(line[1:] for line in kept) + '\n'
+
+
+BLOCKS = [side(code, '+') if kind == 'diff' else code for kind, code in FENCED]
 
 
 def run(blocks):
@@ -30,6 +39,13 @@ def test_newcomer_reaches_working_code_within_30_lines():
 def test_python_blocks_run():
   session = run(BLOCKS)
   assert session['record'].steps.tolist() == [0, 1, 2]
+
+
+def test_the_plain_loop_that_the_diff_starts_from_runs():
+  (diff,) = (code for kind, code in FENCED if kind == 'diff')
+  session = run([BLOCKS[0], side(diff, '-')])
+  assert 'record' not in session
+  assert session['value'] > 0
 
 
 LOGITS = '(x @ params[0] + params[1], y)'

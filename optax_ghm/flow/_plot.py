@@ -28,8 +28,8 @@ def figure(record: _record.Record) -> 'Figure':
     record: of the training.
 
   Returns:
-    A matplotlib figure, which pyplot does not know: a notebook shows it, and
-    ``savefig`` writes it.
+    A matplotlib figure, which pyplot does not know: a notebook shows it after
+    ``%matplotlib inline``, and ``savefig`` writes it.
 
   Raises:
     ImportError: if ``matplotlib`` is not installed.
