@@ -75,7 +75,7 @@ class Tapped:
     loss_fn: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    wrt: nnx.filterlib.Filter = _overwrite.differentiable,
+    wrt: Any = _overwrite.differentiable,
   ) -> Callable[..., tuple[Any, Any, _taps.Taps]]:
     """A function that returns the value, the gradients and the taps of a loss.
 

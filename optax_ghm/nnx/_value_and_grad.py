@@ -12,7 +12,7 @@ def value_and_grad(
   loss_fn: Callable[..., Any],
   *,
   argnums: int | Sequence[int] = 0,
-  wrt: nnx.filterlib.Filter = _overwrite.differentiable,
+  wrt: Any = _overwrite.differentiable,
   has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
   """The value of a loss, and its gradients by the variables that learn.
@@ -37,6 +37,9 @@ def value_and_grad(
     The gradients of a model are a ``nnx.State``, those of several arguments a
     tuple. With ``has_aux`` the value is (loss, auxiliary data).
 
+  Raises:
+    TypeError: if ``argnums`` are not integers.
+
   Examples:
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -56,6 +59,11 @@ def value_and_grad(
   """
   several = isinstance(argnums, Sequence)
   numbers = tuple(argnums) if several else (argnums,)
+  if not all(isinstance(number, int) for number in numbers):
+    raise TypeError(
+      f'argnums must be positions, got {argnums}. A filter of variables, as in'
+      ' nnx.DiffState, is given as wrt.'
+    )
 
   def value_and_grad(*args, **kwargs):
     wanted, rests, graphs = {}, dict(enumerate(args)), {}
@@ -73,8 +81,7 @@ def value_and_grad(
     value, grads = nnx.value_and_grad(loss_of_wanted, has_aux=has_aux)(
       wanted, rests, kwargs
     )
-    return value, tuple(grads[i] for i in numbers) if several else grads[
-      argnums
-    ]
+    grads = tuple(grads[i] for i in numbers)
+    return value, grads if several else grads[0]
 
   return value_and_grad

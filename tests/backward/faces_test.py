@@ -196,6 +196,13 @@ def test_nnx_gradients_by_several_arguments():
   chex.assert_trees_all_equal(changed, after)
 
 
+def test_nnx_filters_are_given_as_wrt():
+  with pytest.raises(TypeError, match='given as wrt'):
+    optax_ghm.nnx.value_and_grad(
+      cross_entropy, argnums=nnx.DiffState(0, nnx.Param)
+    )
+
+
 def test_nnx_without_gradients_of_the_states_is_named():
   @nnx.jit
   def step():
