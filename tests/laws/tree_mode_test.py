@@ -7,6 +7,11 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
+PAGES = (
+  'tests/readme_test.py',
+  'tests/docs_test.py::test_python_blocks_run_and_print_what_the_page_says'
+  '[recipes.md]',
+)
 TREE_MODE = {'NNX_GRAPH_MODE': 'false', 'NNX_GRAPH_UPDATES': 'false'}
 OTHERS = {'package', 'import_rules', 'tree_mode', 'docs', 'record_accepts'}
 """Test files that name NNX, and do nothing with it."""
@@ -25,7 +30,7 @@ def test_nnx_in_tree_mode():
     [
       *command,
       *('-k', 'nnx or test_python_blocks_run'),
-      *('optax_ghm/nnx', 'tests/readme_test.py', *files),
+      *('optax_ghm/nnx', *PAGES, *files),
     ],
     cwd=ROOT,
     env={**os.environ, **TREE_MODE},
