@@ -157,9 +157,6 @@ CONSTANTS = {
   'optax_ghm.backward.OVERWRITE_WITH_GRADIENT': "The name of Flax's collection "
   'of variables that their gradient replaces, '
   "``'_overwrite_with_gradient'``.",
-  'optax_ghm.nnx.differentiable': 'What ``nnx.grad(loss, '
-  'argnums=differentiable)`` differentiates the model by, which is the first '
-  'argument of ``loss``: its parameters and the states of the backward pass.',
 }
 autosummary_context = {'constants': CONSTANTS}
 

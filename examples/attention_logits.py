@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from flax import linen as nn
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
-from spikes import ALPHABET, CONTEXT, WIDTH, batch_at, make_text
+from spikes import CONTEXT, Transformer, batch_at, make_text
 
 import optax_ghm as ghm
 from optax_ghm.calibration import qk_clip
-from optax_ghm.linen import dot_product_attention
+from optax_ghm.nnx import dot_product_attention
 
 mpl.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -41,27 +41,13 @@ DEMO = 'calibrated (clip_by_zscore)', 'qk_clip', 'normalized queries'
 HERE = pathlib.Path(__file__).parent
 
 
-class Transformer(nn.Module):
-  """Two layers, whose attention sows its largest logits."""
-
-  normalize_qk: bool = False
-
-  @nn.compact
-  def __call__(self, tokens):
-    x = nn.Embed(len(ALPHABET), WIDTH)(tokens)
-    x += self.param('position', nn.initializers.normal(0.1), (CONTEXT, WIDTH))
-    mask = nn.make_causal_mask(tokens)
-    for _ in range(2):
-      y = nn.LayerNorm()(x)
-      attention: Any = nn.MultiHeadDotProductAttention(
-        num_heads=4,
-        normalize_qk=self.normalize_qk,
-        attention_fn=dot_product_attention,
-      )
-      x += attention(y, y, mask=mask, sow_weights=True)
-      y = nn.Dense(4 * WIDTH)(nn.LayerNorm()(x))
-      x += nn.Dense(WIDTH)(nn.gelu(y))
-    return nn.Dense(len(ALPHABET))(nn.LayerNorm()(x))
+def make_model(normalize_qk, key):
+  """The model of ``spikes.py``, whose attention sows its largest logits."""
+  return Transformer(
+    nnx.Rngs(key),
+    normalize_qk=normalize_qk,
+    attention_fn=dot_product_attention,
+  )
 
 
 def adamw(weight_decay=1e-4, clip_update=None):
@@ -121,32 +107,34 @@ METHODS = {
 }
 
 
-def cross_entropy(model, params, windows):
+def cross_entropy(graph, params, windows):
   """The mean loss, and what the attention sows."""
-  logits, sown = model.apply(
-    {'params': params}, windows[:, :-1], mutable=['intermediates']
+  model = nnx.merge(graph, params)
+  logits, sown = nnx.capture(model, nnx.Intermediate)(
+    windows[:, :-1], sow_weights=True
   )
   loss = optax.softmax_cross_entropy_with_integer_labels(
     logits, windows[:, 1:]
   ).mean()
-  return loss, sown['intermediates']
+  return loss, nnx.as_pure(sown)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def start(model, keys):
+def start(normalize_qk, keys):
   """For every seed: parameters."""
-  tokens = jnp.zeros((1, CONTEXT), jnp.int32)
-  return jax.vmap(lambda key: model.init(key, tokens)['params'])(keys)
+  return jax.vmap(
+    lambda key: nnx.as_pure(nnx.state(make_model(normalize_qk, key)))
+  )(keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradients(model, params, keys, t, text):
+def gradients(graph, params, keys, t, text):
   """For every seed, at step t: the loss, its gradients, the largest logits."""
 
   def of_seed(params, key):
     windows = batch_at(text, jax.random.fold_in(key, t), bad=False)
     (loss, sown), grads = jax.value_and_grad(
-      lambda params: cross_entropy(model, params, windows), has_aux=True
+      lambda params: cross_entropy(graph, params, windows), has_aux=True
     )(params)
     return loss, grads, sown
 
@@ -154,10 +142,10 @@ def gradients(model, params, keys, t, text):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def validation_losses(model, params, text):
+def validation_losses(graph, params, text):
   windows = text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)]
   windows = windows.reshape(-1, CONTEXT + 1)
-  losses = jax.vmap(lambda params: cross_entropy(model, params, windows)[0])
+  losses = jax.vmap(lambda params: cross_entropy(graph, params, windows)[0])
   return losses(params)
 
 
@@ -166,7 +154,9 @@ def train(method, number, steps, texts, seeds):
 
   All have a leading axis of seeds.
   """
-  model = Transformer(method.normalize_qk)
+  graph = nnx.graphdef(
+    nnx.eval_shape(functools.partial(make_model, method.normalize_qk, 0))
+  )
   tx = optax.with_extra_args_support(method.optimizer(number))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -179,14 +169,14 @@ def train(method, number, steps, texts, seeds):
     return optax.apply_updates(params, updates), state, largest
 
   keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-  params, history = start(model, keys), []
+  params, history = start(method.normalize_qk, keys), []
   state = jax.jit(jax.vmap(tx.init))(params)
   for t in range(steps):
-    loss, grads, sown = gradients(model, params, keys, t, texts[0])
+    loss, grads, sown = gradients(graph, params, keys, t, texts[0])
     params, state, largest = update(params, state, grads, loss, sown)
     history.append((loss, largest))
   history = [np.stack(u, -1) for u in zip(*history, strict=True)]
-  return np.asarray(validation_losses(model, params, texts[1])), history
+  return np.asarray(validation_losses(graph, params, texts[1])), history
 
 
 def plot(histories, path):

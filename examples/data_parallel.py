@@ -21,6 +21,7 @@ every host, with a folder that all of them see.
 
 import argparse
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -30,18 +31,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 CLASSES, FEATURES, WIDTH, BATCH = 10, 32, 64, 64
 CHECKPOINT_EVERY = 5
-
-
-class State(NamedTuple):
-  """Everything that one step hands to the next."""
-
-  variables: Any
-  batch_stats: Any
-  opt_state: Any
 
 
 def batch(step):
@@ -60,108 +53,90 @@ def batch(step):
 
 def make_steps():
   """The start, the whole step, and a plain one to compare with."""
-  import jax  # noqa: PLC0415
   import jax.numpy as jnp  # noqa: PLC0415
   import optax  # noqa: PLC0415
-  from flax import linen as nn  # noqa: PLC0415
+  from flax import nnx  # noqa: PLC0415
 
   import optax_ghm as ghm  # noqa: PLC0415
   from optax_ghm import conflict, flow  # noqa: PLC0415
-  from optax_ghm.linen import (  # noqa: PLC0415
+  from optax_ghm.nnx import (  # noqa: PLC0415
     DomainBatchNorm,
     GradientReversal,
     Harmonize,
     Tapped,
+    apply_gradients,
+    value_and_grad,
   )
 
-  class Network(nn.Module):
-    plain: bool = False
+  class Network(nnx.Module):
+    def __init__(self, rngs, plain):
+      self.plain = plain
 
-    @nn.compact
+      def norm() -> Any:
+        if plain:
+          return nnx.BatchNorm(WIDTH, rngs=rngs)
+        return DomainBatchNorm(WIDTH, num_domains=2, rngs=rngs)
+
+      self.dense = nnx.List(
+        nnx.Linear(features, WIDTH, use_bias=False, rngs=rngs)
+        for features in (FEATURES, WIDTH)
+      )
+      self.norms = nnx.List([norm(), norm()])
+      self.classes = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
+      self.harmonize: Any = None if plain else Harmonize(reduction=BATCH)
+      self.reverse = GradientReversal()
+      self.hidden = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+      self.domains = nnx.Linear(WIDTH, 1, rngs=rngs)
+
     def __call__(self, x, domain, mask):
-      for _ in range(2):
-        x = nn.Dense(WIDTH, use_bias=False)(x)
-        if self.plain:
-          x = nn.BatchNorm(False)(x)
-        else:
-          x = DomainBatchNorm(False, num_domains=2)(
-            x, domain, mask=mask[:, None]
-          )
-        x = nn.relu(x)
+      for dense, norm in zip(self.dense, self.norms, strict=True):
+        x = dense(x)
+        x = norm(x) if self.plain else norm(x, domain, mask=mask[:, None])
+        x = nnx.relu(x)
       for_class = for_domain = x
       if not self.plain:
         for_class, for_domain = conflict.fork(x)
-      logits = nn.Dense(CLASSES)(for_class)
-      if self.plain:
-        return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))
-      known = mask & (domain == 0)
-      logits = Harmonize(reduction=BATCH)(logits, mask=known)
-      x = GradientReversal()(for_domain, 0.5)
-      return logits, nn.Dense(1)(nn.relu(nn.Dense(WIDTH)(x)))
+      logits = self.classes(for_class)
+      if not self.plain:
+        logits = self.harmonize(logits, mask=mask & (domain == 0))
+        for_domain = self.reverse(for_domain, 0.5)
+      return logits, self.domains(nnx.relu(self.hidden(for_domain)))
 
-  def losses(logits, domain_logits, labels, domain, mask):
+  def loss(model, x, labels, domain, mask):
+    logits, domain_logits = model(x, domain, mask)
     known = mask & (domain == 0)
     of_class = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     of_domain = ghm.domain_loss(domain_logits, domain, mask=mask)
     return jnp.sum(of_class * known + of_domain) / BATCH
 
-  model, plain = Network(), Network(plain=True)
-  tapped = Tapped(model)
-  tx = flow.watch(ghm.calibrated(optax.adamw(3e-3)))
-  plain_tx = optax.adamw(3e-3)
+  def make(plain):
+    model = Network(nnx.Rngs(0), plain)
+    tx = optax.adamw(3e-3)
+    tx = tx if plain else flow.watch(ghm.calibrated(tx))
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-  x, _, domain, mask = batch(0)
+  def arrays(model, optimizer):
+    return nnx.as_pure(nnx.state((model, optimizer)))
 
   def start():
-    variables = dict(model.init(jax.random.key(0), x, domain, mask))
-    stats = variables.pop('batch_stats')
-    opt_state = tx.init(variables['params'])
-    others = plain.init(jax.random.key(0), x, domain, mask)
-    params = others['params']
-    return (
-      State(variables, stats, opt_state),
-      State({'params': params}, others['batch_stats'], plain_tx.init(params)),
-    )
+    return arrays(*make(plain=False)), arrays(*make(plain=True))
 
-  variables = jax.eval_shape(model.init, jax.random.key(0), x, domain, mask)
-  empty_taps = tapped.init(variables, x, domain, mask, mutable=['batch_stats'])
+  graph, plain_graph = (
+    nnx.graphdef(nnx.eval_shape(functools.partial(make, plain)))
+    for plain in (False, True)
+  )
 
-  def whole(state, x, labels, domain, mask):
-    def loss(variables, taps):
-      (logits, domain_logits), updated = tapped.apply(
-        {**variables, 'batch_stats': state.batch_stats},
-        x,
-        domain,
-        mask,
-        taps=taps,
-        mutable=['batch_stats'],
-      )
-      return losses(logits, domain_logits, labels, domain, mask), updated
+  def whole(state, *batch):
+    model, optimizer = nnx.merge(graph, state)
+    value, grads, taps = Tapped().value_and_grad(loss)(model, *batch)
+    apply_gradients(optimizer, model, grads)
+    return arrays(model, optimizer), value, taps
 
-    (value, updated), (grads, taps) = jax.value_and_grad(
-      loss, argnums=(0, 1), has_aux=True
-    )(state.variables, empty_taps)
-    variables, opt_state = ghm.apply_gradients(
-      tx, grads, state.opt_state, state.variables
-    )
-    return State(variables, updated['batch_stats'], opt_state), value, taps
-
-  def simple(state, x, labels, domain, mask):
-    def loss(params):
-      (logits, domain_logits), updated = plain.apply(
-        {'params': params, 'batch_stats': state.batch_stats},
-        x,
-        domain,
-        mask,
-        mutable=['batch_stats'],
-      )
-      return losses(logits, domain_logits, labels, domain, mask), updated
-
-    params = state.variables['params']
-    (value, updated), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, opt_state = plain_tx.update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return State({'params': params}, updated['batch_stats'], opt_state), value
+  def simple(state, *batch):
+    model, optimizer = nnx.merge(plain_graph, state)
+    value, grads = value_and_grad(loss)(model, *batch)
+    optimizer.update(model, grads)
+    return arrays(model, optimizer), value
 
   return start, whole, simple
 

@@ -19,14 +19,14 @@ import functools
 import itertools
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from flax import linen as nn
+from flax import nnx
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -173,33 +173,48 @@ def assign(boxes, labels):
   return target, jnp.concatenate([shift, scale], -1)
 
 
-class Network(nn.Module):
+class Network(nnx.Module):
   """Logits (N, anchors, CLASSES), and deltas (N, anchors, 4)."""
 
-  @nn.compact
-  def __call__(self, images):
-    def features(x):
-      x = nn.Conv(CHANNELS, (3, 3), kernel_init=nn.initializers.he_normal())(x)
-      return nn.relu(nn.LayerNorm(use_scale=False, use_bias=False)(x))
+  def __init__(self, rngs):
+    self.convolutions = nnx.List(
+      nnx.Conv(
+        channels,
+        CHANNELS,
+        (3, 3),
+        kernel_init=nnx.initializers.he_normal(),
+        rngs=rngs,
+      )
+      for channels in (STRIDE**2, CHANNELS, CHANNELS)
+    )
+    self.norms = nnx.List(
+      nnx.LayerNorm(CHANNELS, use_scale=False, use_bias=False, rngs=rngs)
+      for _ in self.convolutions
+    )
+    small = nnx.initializers.normal(0.015)
+    self.logits = nnx.Conv(
+      CHANNELS,
+      3 * CLASSES,
+      (1, 1),
+      kernel_init=small,
+      bias_init=nnx.initializers.constant(optax_ghm.prior_bias(0.01)),
+      rngs=rngs,
+    )
+    self.deltas = nnx.Conv(
+      CHANNELS, 3 * 4, (1, 1), kernel_init=small, rngs=rngs
+    )
 
+  def features(self, i, x):
+    return nnx.relu(self.norms[i](self.convolutions[i](x)))
+
+  def __call__(self, images):
     n, cells = images.shape[0], SIZE // STRIDE
     x = images.reshape(n, cells, STRIDE, cells, STRIDE).swapaxes(2, 3)
-    x = features(x.reshape(n, cells, cells, STRIDE**2))
-    for _ in range(2):
-      x += features(x)
-    small = nn.initializers.normal(0.015)
-    prior = nn.initializers.constant(optax_ghm.prior_bias(0.01))
-    logits = nn.Conv(3 * CLASSES, (1, 1), kernel_init=small, bias_init=prior)(x)
-    deltas = nn.Conv(3 * 4, (1, 1), kernel_init=small)(x)
+    x = self.features(0, x.reshape(n, cells, cells, STRIDE**2))
+    for i in (1, 2):
+      x += self.features(i, x)
+    logits, deltas = self.logits(x), self.deltas(x)
     return logits.reshape(n, -1, CLASSES), deltas.reshape(n, -1, 4)
-
-
-NETWORK: Any = Network()
-
-
-@jax.jit
-def initial_params(key):
-  return NETWORK.init(key, jnp.zeros((1, SIZE, SIZE)))
 
 
 def classification(logits, target, method, state):
@@ -217,20 +232,14 @@ def classification(logits, target, method, state):
   return jnp.where(keep, 2 * losses, 0), state  # twice: 1 where α is 1/2
 
 
-def optimizer(method, steps):
-  rate = method.learning_rate
-  return optax.adam(
-    optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
-  )
-
-
-@functools.partial(jax.jit, static_argnames=('method', 'steps'))
-def step(carry, scenes, method, steps):
-  params, opt_state, density, running = carry
+@functools.partial(nnx.jit, static_argnames='method')
+def step(model, optimizer, memory, scenes, method):
+  """One step; returns the density and the running number of positives."""
+  density, running = memory
   target, deltas = assign(scenes.boxes, scenes.labels)
 
-  def loss(params):
-    logits, said = NETWORK.apply(params, scenes.images)
+  def loss(model):
+    logits, said = model(scenes.images)
     losses, next_density = classification(logits, target, method, density)
     boxes = optax_ghm.authentic_smooth_l1_loss(said, deltas).sum(-1)
     boxes = jnp.where(target >= 0, boxes, 0)
@@ -239,34 +248,35 @@ def step(carry, scenes, method, steps):
     )
     return total, (next_density, next_running)
 
-  grads, (density, running) = jax.grad(loss, has_aux=True)(params)
-  updates, opt_state = optimizer(method, steps).update(grads, opt_state)
-  return optax.apply_updates(params, updates), opt_state, density, running
+  grads, memory = nnx.grad(loss, has_aux=True)(model)
+  optimizer.update(model, grads)
+  return memory
 
 
 def train(method, scenes, steps, seed, advance=lambda: None):
-  """The parameters after the last step."""
-  rng, params = (
-    np.random.default_rng(seed),
-    initial_params(jax.random.key(seed)),
+  """The model after the last step."""
+  model = Network(nnx.Rngs(seed))
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, method.learning_rate, steps // 20, steps
   )
-  density, running = method.weighting.init(), optax_ghm.RunningPositives.init()
-  carry = params, optimizer(method, steps).init(params), density, running
+  optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
+  memory = method.weighting.init(), optax_ghm.RunningPositives.init()
+  rng = np.random.default_rng(seed)
   for _ in range(steps):  # a scan makes convolutions slow on CPUs
     at = rng.integers(0, len(scenes.images), BATCH)
     batch = Scenes(*(field[at] for field in scenes))
-    carry = step(carry, batch, method, steps)
+    memory = step(model, optimizer, memory, batch, method)
     advance()
-  return carry[0]
+  return model
 
 
-@jax.jit
-def detect(params, images):
+@nnx.jit
+def detect(model, images):
   """The logits, boxes and labels of the KEPT best, best first.
 
   Within a class, those that overlap a better one have a logit of -inf.
   """
-  logits, deltas = NETWORK.apply(params, images)
+  logits, deltas = model(images)
   half = jnp.exp(jnp.clip(deltas[..., 2:], -3, 3)) * ANCHOR_SIZES / 2
   center = ANCHOR_CENTERS + deltas[..., :2] * ANCHOR_SIZES
   boxes = jnp.concatenate([center - half, center + half], -1)
@@ -375,8 +385,8 @@ def main():
       for name in names:
         progress.update(bar, description=f'{variant}: {name}')
         began, advance = time.monotonic(), lambda: progress.advance(bar)
-        params = train(METHODS[name], scenes, steps, seed, advance)
-        detections = jax.device_get(detect(params, test.images))
+        model = train(METHODS[name], scenes, steps, seed, advance)
+        detections = jax.device_get(detect(model, test.images))
         scores[variant][name].append(average_precision(detections, test))
         found.setdefault(name, detections)  # of the first seed and variant
         seconds[name] += time.monotonic() - began

@@ -12,6 +12,7 @@ picture shows the norms over depth.
 """
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,14 +22,14 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from flax import linen as nn
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 
 import optax_ghm as ghm
 from optax_ghm import flow
-from optax_ghm.linen import Tapped
+from optax_ghm.nnx import Tapped
 
 mpl.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -37,29 +38,41 @@ WIDTH, CLASSES, BATCH = 64, 10, 128
 HERE = pathlib.Path(__file__).parent
 
 
-class Network(nn.Module):
+class Network(nnx.Module):
   """Dense layers and ReLUs, with options that are cures."""
 
-  depth: int
-  kernel_init: Any = nn.linear.default_kernel_init
-  skip: bool = False
-  normalized: bool = False
+  def __init__(
+    self,
+    depth: int,
+    rngs: nnx.Rngs,
+    kernel_init: Any = nnx.nn.linear.default_kernel_init,
+    skip: bool = False,
+    normalized: bool = False,
+  ):
+    self.skip = skip
+    self.dense = nnx.List(
+      nnx.Linear(WIDTH, WIDTH, kernel_init=kernel_init, rngs=rngs)
+      for _ in range(depth - 1)
+    )
+    self.norms = nnx.List(
+      nnx.BatchNorm(WIDTH, momentum=0.9, rngs=rngs) if normalized else None
+      for _ in range(depth - 1)
+    )
+    self.head = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
 
-  @nn.compact
-  def __call__(self, x, train):
-    for i in range(self.depth - 1):
-      y = nn.Dense(WIDTH, kernel_init=self.kernel_init)(x)
-      if self.normalized:
-        y = nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
-      y = nn.relu(y)
-      x = x + y / self.depth**0.5 if self.skip and i else y
-    return nn.Dense(CLASSES)(x)
+  def __call__(self, x):
+    depth = len(self.dense) + 1
+    for i, (dense, norm) in enumerate(zip(self.dense, self.norms, strict=True)):
+      y = dense(x)
+      y = nnx.relu(y if norm is None else norm(y))
+      x = x + y / depth**0.5 if self.skip and i else y
+    return self.head(x)
 
 
 class Method(NamedTuple):
   """A network and what is put around its optimizer."""
 
-  network: Callable[[int], Network]
+  network: Callable[[int, nnx.Rngs], Network]
   around: Callable[..., optax.GradientTransformation] = lambda tx: tx
 
 
@@ -67,10 +80,10 @@ METHODS = {
   'plain': Method(Network),
   'clipped': Method(Network, ghm.calibrated),
   'He initialization': Method(
-    lambda depth: Network(depth, kernel_init=nn.initializers.he_normal())
+    functools.partial(Network, kernel_init=nnx.initializers.he_normal())
   ),
-  'skip connections': Method(lambda depth: Network(depth, skip=True)),
-  'batch normalization': Method(lambda depth: Network(depth, normalized=True)),
+  'skip connections': Method(functools.partial(Network, skip=True)),
+  'batch normalization': Method(functools.partial(Network, normalized=True)),
 }
 
 
@@ -102,42 +115,31 @@ def load(seed):
 
 def train(method, data, depth, steps, seed):
   """Returns the test accuracy and a record of the gradients."""
-  model = method.network(depth)
-  variables = model.init(jax.random.key(seed), data.x[:BATCH], train=False)
-  params, moving = variables['params'], variables.get('batch_stats', {})
+  model = method.network(depth, nnx.Rngs(seed))
   tx = flow.watch(method.around(optax.sgd(0.01, momentum=0.9)))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-  def loss_fn(params, moving, x, labels):
-    logits, updated = model.apply(
-      {'params': params, 'batch_stats': moving},
-      x,
-      train=True,
-      mutable=['batch_stats'],
+  def loss_fn(model, x, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(
+      model(x), labels
+    ).mean()
+
+  @nnx.jit
+  def step(model, optimizer, x, labels):
+    loss, grads, taps = Tapped(histogram=True).value_and_grad(loss_fn)(
+      model, x, labels
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), updated.get('batch_stats', {})
+    optimizer.update(model, grads)
+    return loss, taps
 
-  @jax.jit
-  def step(params, opt_state, moving, x, labels):
-    (loss, moving), grads, taps = Tapped(model, histogram=True).value_and_grad(
-      loss_fn, has_aux=True
-    )(params, moving, x, labels)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return params, opt_state, moving, loss, taps
-
-  opt_state, record = tx.init(params), flow.Record(params)
+  record = flow.Record(nnx.state(model, nnx.Param))
   rng = np.random.default_rng(seed)
   for i in range(steps):
     at = rng.integers(len(data.x), size=BATCH)
-    params, opt_state, moving, loss, taps = step(
-      params, opt_state, moving, data.x[at], data.labels[at]
-    )
-    record.add(i, taps=taps, opt_state=opt_state, loss=loss)
-  logits = model.apply(
-    {'params': params, 'batch_stats': moving}, data.x_test, train=False
-  )
-  assert isinstance(logits, jax.Array)
+    loss, taps = step(model, optimizer, data.x[at], data.labels[at])
+    record.add(i, taps=taps, opt_state=optimizer.opt_state, loss=loss)
+  model.eval()
+  logits = nnx.jit(Network.__call__)(model, data.x_test)
   return float((logits.argmax(-1) == data.labels_test).mean()), record
 
 

@@ -16,14 +16,13 @@ import argparse
 import functools
 import pathlib
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from flax import linen as nn
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
@@ -64,21 +63,44 @@ def make_text(length, seed=0):
   return np.array([ALPHABET.index(c) for c in characters], np.int32)
 
 
-class Transformer(nn.Module):
-  """Two layers, before whose parts it normalizes."""
+class Layer(nnx.Module):
+  """Attention and a network of two layers; it normalizes before both."""
 
-  @nn.compact
-  def __call__(self, tokens):
-    x = nn.Embed(len(ALPHABET), WIDTH)(tokens)
-    x += self.param('position', nn.initializers.normal(0.1), (CONTEXT, WIDTH))
-    mask = nn.make_causal_mask(tokens)
-    for _ in range(2):
-      y = nn.LayerNorm()(x)
-      attention: Any = nn.MultiHeadDotProductAttention(num_heads=4)
-      x += attention(y, y, mask=mask)
-      y = nn.Dense(4 * WIDTH)(nn.LayerNorm()(x))
-      x += nn.Dense(WIDTH)(nn.gelu(y))
-    return nn.Dense(len(ALPHABET))(nn.LayerNorm()(x))
+  def __init__(self, rngs, **options):
+    self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(
+      num_heads=4, in_features=WIDTH, decode=False, rngs=rngs, **options
+    )
+    self.second_norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+    self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
+    self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+
+  def __call__(self, x, mask, **options):
+    x += self.attention(self.norm(x), mask=mask, **options)
+    return x + self.down(nnx.gelu(self.up(self.second_norm(x))))
+
+
+class Transformer(nnx.Module):
+  """Two layers; the options are those of attention."""
+
+  def __init__(self, rngs, **options):
+    self.embed = nnx.Embed(len(ALPHABET), WIDTH, rngs=rngs)
+    position = nnx.initializers.normal(0.1)(rngs.params(), (CONTEXT, WIDTH))
+    self.position = nnx.Param(position)
+    self.layers = nnx.List(Layer(rngs, **options) for _ in range(2))
+    self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+    self.head = nnx.Linear(WIDTH, len(ALPHABET), rngs=rngs)
+
+  def __call__(self, tokens, **options):
+    x = self.embed(tokens) + self.position[...]
+    mask = nnx.make_causal_mask(tokens)
+    for layer in self.layers:
+      x = layer(x, mask, **options)
+    return self.head(self.norm(x))
+
+
+GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Transformer(nnx.Rngs(0))))
+"""All of the model but its parameters, which have an axis of seeds."""
 
 
 def batch_at(text, key, bad):
@@ -91,7 +113,7 @@ def batch_at(text, key, bad):
 
 
 def cross_entropy(params, windows):
-  logits: Any = Transformer().apply({'params': params}, windows[:, :-1])
+  logits = nnx.merge(GRAPH, params)(windows[:, :-1])
   return optax.softmax_cross_entropy_with_integer_labels(
     logits, windows[:, 1:]
   ).mean()
@@ -103,8 +125,7 @@ def start(steps, bad_share, keys):
 
   def of_seed(key):
     init, which, data = jax.random.split(key, 3)
-    tokens = jnp.zeros((1, CONTEXT), jnp.int32)
-    params = Transformer().init(init, tokens)['params']
+    params = nnx.as_pure(nnx.state(Transformer(nnx.Rngs(init))))
     bad = jax.random.uniform(which, [steps]) < bad_share
     return params, data, bad & (jnp.arange(steps) >= steps // 10)
 

@@ -179,13 +179,13 @@ def test_a_detector_learns_with_the_default_weighting():
   train = example.make_scenes('train', 400, 0)
   test = example.make_scenes('test', 50, 0)
 
-  def score(params):
-    found = jax.device_get(example.detect(params, test.images))
+  def score(model):
+    found = jax.device_get(example.detect(model, test.images))
     return example.average_precision(found, test)
 
   method = example.METHODS['default weighting']
   trained = example.train(method, train, 120, seed=0)
-  assert score(example.initial_params(jax.random.key(0))) < 0.02
+  assert score(example.Network(example.nnx.Rngs(0))) < 0.02
   assert score(trained) > 0.25
 
 

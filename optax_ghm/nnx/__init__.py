@@ -17,6 +17,7 @@ from optax_ghm.nnx._overwrite import (
 )
 from optax_ghm.nnx._recalibrate import recalibrate
 from optax_ghm.nnx._tapped import Tapped
+from optax_ghm.nnx._value_and_grad import value_and_grad
 
 __all__ = [
   'BatchNorm',
@@ -32,4 +33,5 @@ __all__ = [
   'differentiable',
   'dot_product_attention',
   'recalibrate',
+  'value_and_grad',
 ]

@@ -15,9 +15,8 @@ from optax_ghm.nnx import _overwrite
 class Harmonize(nnx.Module):
   """:func:`optax_ghm.harmonize` as a module that keeps its own state.
 
-  Differentiate with respect to :data:`differentiable`, and let
-  :func:`apply_gradients` update the parameters and overwrite the state.
-  Evaluation changes nothing.
+  Differentiate with :func:`value_and_grad`, and let :func:`apply_gradients`
+  update the parameters and overwrite the state. Evaluation changes nothing.
 
   Nothing else overwrites the state. ``optimizer.update(model, grads)`` trains
   the parameters and leaves the state as it was, without an error: a density
@@ -45,7 +44,7 @@ class Harmonize(nnx.Module):
     ...   return optax.softmax_cross_entropy_with_integer_labels(
     ...     model(x), labels
     ...   ).mean()
-    >>> grads = nnx.grad(loss, argnums=ghm_nnx.differentiable)(model)
+    >>> _, grads = ghm_nnx.value_and_grad(loss)(model)
     >>> ghm_nnx.apply_gradients(optimizer, model, grads)
     >>> float(model.layers[1].state.get_value().histogram.sum())
     4.0

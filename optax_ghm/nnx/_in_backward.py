@@ -15,7 +15,7 @@ class InBackward(nnx.Module):
   """:func:`optax_ghm.in_backward` as a module.
 
   The state of ``tx`` is an :class:`OverwriteWithGradient` variable.
-  Differentiate with ``nnx.grad(..., argnums=differentiable)``;
+  Differentiate with :func:`optax_ghm.nnx.value_and_grad`;
   :func:`optax_ghm.nnx.apply_gradients` then replaces the state by its gradient.
   ``optimizer.update(model, grads)`` leaves the state as it was, without an
   error.

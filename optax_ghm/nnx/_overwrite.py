@@ -21,20 +21,36 @@ class OverwriteWithGradient(nnx.Variable[Any]):
   """
 
 
-differentiable: nnx.DiffState = nnx.DiffState(
-  0, nnx.Any(nnx.Param, OverwriteWithGradient)
-)
-"""What ``nnx.grad(..., argnums=differentiable)`` differentiates a model by.
+def differentiable(path: Any, variable: Any) -> bool:
+  """Whether a variable learns: parameters and states of the backward pass do.
 
-These are the parameters and the states of the backward pass.
-"""
+  It is a filter of NNX, and what :func:`value_and_grad` differentiates by.
+
+  Args:
+    path: where in the model the variable is.
+    variable: the variable.
+
+  Returns:
+    Whether it is a ``nnx.Param`` or an :class:`OverwriteWithGradient`.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import optax_ghm.nnx as ghm_nnx
+    >>> model = nnx.Sequential(
+    ...   nnx.BatchNorm(2, rngs=nnx.Rngs(0)), ghm_nnx.Harmonize()
+    ... )
+    >>> graph, learning, others = nnx.split(model, ghm_nnx.differentiable, ...)
+    >>> [path for path, _ in nnx.to_flat_state(learning)]
+    [('layers', 0, 'bias'), ('layers', 0, 'scale'), ('layers', 1, 'state')]
+  """
+  return nnx.Any(nnx.Param, OverwriteWithGradient)(path, variable)
 
 
 def apply_gradients(
   optimizer: nnx.Optimizer[Any],
   model: nnx.Module,
-  gradients: nnx.State[Any, Any],
-  **extra_args: Any,
+  gradients: Any,
+  **extra_args,
 ) -> None:
   """Updates the parameters and the backward states of a model, in place.
 
@@ -44,7 +60,8 @@ def apply_gradients(
   Args:
     optimizer: an ``nnx.Optimizer`` of ``model`` with ``wrt=nnx.Param``.
     model: the model.
-    gradients: from ``nnx.grad(..., argnums=differentiable)``.
+    gradients: those by the variables of :func:`differentiable`, from
+      :func:`value_and_grad`.
     **extra_args: passed to the optimizer's ``update``.
 
   Raises:
@@ -59,18 +76,18 @@ def apply_gradients(
     >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     >>> def loss(model):
     ...   return model(jnp.ones(2)).sum()
-    >>> grads = nnx.grad(loss, argnums=ghm_nnx.differentiable)(model)
+    >>> _, grads = ghm_nnx.value_and_grad(loss)(model)
     >>> ghm_nnx.apply_gradients(optimizer, model, grads)
     >>> momentum = model.state.get_value().floats.trace
     >>> momentum.tolist()
     [1.0, 1.0]
   """
-  states, params = nnx.split_state(gradients, OverwriteWithGradient, ...)
+  states, params = nnx.state(gradients, OverwriteWithGradient, ...)
   old = nnx.state(model, OverwriteWithGradient)
   if jax.tree.structure(old) != jax.tree.structure(states):
     raise ValueError(
       'gradients must include those of the states of the backward pass: take'
-      ' them with nnx.grad(..., argnums=optax_ghm.nnx.differentiable).'
+      ' them with optax_ghm.nnx.value_and_grad.'
     )
   optimizer.update(model, params, **extra_args)
   nnx.update(

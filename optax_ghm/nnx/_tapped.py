@@ -12,7 +12,7 @@ from flax import nnx
 
 from optax_ghm._core import arrays
 from optax_ghm.flow import _tap, _taps
-from optax_ghm.nnx import _subclass
+from optax_ghm.nnx import _overwrite, _subclass, _value_and_grad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,11 @@ class Tapped:
       )
 
   def value_and_grad(
-    self, loss_fn: Callable[..., Any], argnums: Any = 0, has_aux: bool = False
+    self,
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    wrt: Any = _overwrite.differentiable,
   ) -> Callable[..., tuple[Any, Any, _taps.Taps]]:
     """A function that returns the value, the gradients and the taps of a loss.
 
@@ -80,14 +84,15 @@ class Tapped:
 
     Args:
       loss_fn: the loss. The model is its first argument.
-      argnums: what to differentiate, as in ``nnx.value_and_grad``.
+      argnums: the position, or positions, of what to differentiate by.
       has_aux: whether the loss returns a pair (loss, auxiliary data).
+      wrt: filter of the variables by which models are differentiated.
 
     Returns:
       A function of the arguments of ``loss_fn`` that returns (value, gradients,
       filled taps). With ``has_aux`` the value is (loss, auxiliary data). Value
-      and gradients are those of ``nnx.value_and_grad``. The function raises
-      ``ValueError`` if there is no module to tap.
+      and gradients are those of :func:`optax_ghm.nnx.value_and_grad`. The
+      function raises ``ValueError`` if there is no module to tap.
     """
     several = isinstance(argnums, Sequence)
     numbers = tuple(argnums) if several else (argnums,)
@@ -97,7 +102,7 @@ class Tapped:
       return self.apply(*args, taps=taps, method=loss_fn)
 
     def value_and_grad(*args, **kwargs):
-      # By position, as nnx.value_and_grad wants them: the taps are the last.
+      # By position, so that the taps are the last.
       bound = inspect.signature(loss_fn).bind(*args, **kwargs)
       if bound.kwargs:
         raise TypeError(
@@ -105,8 +110,8 @@ class Tapped:
         )
       args = bound.args
       empty = self.init(*args, method=loss_fn)
-      value, (*grads, taps) = nnx.value_and_grad(
-        with_taps, argnums=(*numbers, len(args)), has_aux=has_aux
+      value, (*grads, taps) = _value_and_grad.value_and_grad(
+        with_taps, argnums=(*numbers, len(args)), wrt=wrt, has_aux=has_aux
       )(*args, empty)
       return value, tuple(grads) if several else grads[0], taps
 

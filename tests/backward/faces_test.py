@@ -139,15 +139,68 @@ def test_nnx_trains_with_an_optimizer(face):
     model = nnx.Sequential(dense, FACES[face][1]())
     start = {'kernel': dense.kernel[...], 'bias': dense.bias[...]}
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
-    grad = nnx.grad(
-      lambda m: cross_entropy(m(X)), argnums=optax_ghm.nnx.differentiable
-    )
+    grad = optax_ghm.nnx.value_and_grad(lambda m: cross_entropy(m(X)))
     for _ in range(STEPS):
-      optax_ghm.nnx.apply_gradients(optimizer, model, grad(model))
+      _, grads = grad(model)
+      optax_ghm.nnx.apply_gradients(optimizer, model, grads)
     after = {'kernel': dense.kernel[...], 'bias': dense.bias[...]}
     return start, after, model.layers[1].state.get_value()
 
   assert_as_plain(*training(), face)
+
+
+def test_nnx_gradients_by_several_arguments():
+  """Two models, of which one changes, an array, and keywords."""
+
+  @jax.jit
+  def program(x):
+    rngs = nnx.Rngs(0)
+    normed = nnx.Sequential(
+      nnx.Linear(4, 3, rngs=rngs),
+      nnx.BatchNorm(3, rngs=rngs),
+      nnx.Dropout(0.5, rngs=rngs),
+    )
+    head = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), FACES['harmonize'][1]())
+
+    def loss_fn(head, x, normed, *, scale):
+      logits = head(normed(scale * x))
+      return cross_entropy(logits), logits
+
+    graphs, learning, others = zip(
+      *(
+        nnx.split(nnx.clone(model), optax_ghm.nnx.differentiable, ...)
+        for model in (head, normed)
+      ),
+      strict=True,
+    )
+
+    def by_hand(head, x, normed):
+      models = [
+        nnx.merge(*parts, copy=True)
+        for parts in zip(graphs, (head, normed), others, strict=True)
+      ]
+      loss, logits = loss_fn(models[0], x, models[1], scale=2.0)
+      return loss, (logits, nnx.as_pure(nnx.state(models[1])))
+
+    expected = jax.value_and_grad(by_hand, (0, 1, 2), has_aux=True)(
+      learning[0], x, learning[1]
+    )
+    found = optax_ghm.nnx.value_and_grad(
+      loss_fn, argnums=(2, 0, 1), has_aux=True
+    )(head, x, normed, scale=2.0)
+    return nnx.as_pure((expected, found, nnx.state(normed)))
+
+  ((loss, (logits, after)), by), (value, grads), changed = program(X)
+  chex.assert_trees_all_equal(value, (loss, logits))
+  chex.assert_trees_all_equal(grads, (by[2], by[0], by[1]))
+  chex.assert_trees_all_equal(changed, after)
+
+
+def test_nnx_filters_are_given_as_wrt():
+  with pytest.raises(TypeError, match='given as wrt'):
+    optax_ghm.nnx.value_and_grad(
+      cross_entropy, argnums=nnx.DiffState(0, nnx.Param)
+    )
 
 
 def test_nnx_without_gradients_of_the_states_is_named():
@@ -157,10 +210,12 @@ def test_nnx_without_gradients_of_the_states_is_named():
       nnx.Linear(4, 3, rngs=nnx.Rngs(0)), FACES['harmonize'][1]()
     )
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
-    grads = nnx.grad(lambda m: cross_entropy(m(X)))(model)
+    _, grads = optax_ghm.nnx.value_and_grad(
+      lambda m: cross_entropy(m(X)), wrt=nnx.Param
+    )(model)
     optax_ghm.nnx.apply_gradients(optimizer, model, grads)
 
-  with pytest.raises(ValueError, match='differentiable'):
+  with pytest.raises(ValueError, match='value_and_grad'):
     step()
 
 

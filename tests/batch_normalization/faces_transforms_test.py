@@ -1,5 +1,7 @@
 """Batch norm modules update once per step, under any transformation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +118,9 @@ def nnx_step(around, x):
   else:
     model = nnx.vmap(NnxLayer)(jax.random.split(key, count))
   kernel = model.dense.kernel[...]
-  grads = nnx.grad(lambda m, x: jnp.sum(jnp.sin(call(m, x))))(model, x)
+  _, grads = optax_ghm.nnx.value_and_grad(
+    lambda m, x: jnp.sum(jnp.sin(call(m, x)))
+  )(model, x)
   return kernel, (
     {name: getattr(model.norm, name)[...] for name in ('mean', 'weight')},
     model.norm.stats.get_value().numbers,
@@ -137,6 +141,65 @@ def test_updates_once_per_step(step, around, x):
     means = means_in_turn(x, kernel if around == 'scan' else kernel[None])
     means = means if around == 'scan' else means[0]
   assert_updated_once(found, means)
+
+
+def call(norm, x):
+  return norm(x)
+
+
+OVER_DATA = {'in_axes': (None, 0)}
+SHARED = {
+  'nnx.eval_shape': functools.partial(nnx.eval_shape, call),
+  'nnx.remat': nnx.remat(call),
+  'nnx.vmap': nnx.vmap(call, **OVER_DATA, axis_name='i'),
+  'nnx.vmap of nnx.vmap': nnx.vmap(
+    nnx.vmap(call, **OVER_DATA, axis_name='j'), **OVER_DATA, axis_name='i'
+  ),
+  'nnx.scan': nnx.scan(
+    lambda norm, x: (norm, norm(x)),
+    in_axes=(nnx.Carry, 0),
+    out_axes=(nnx.Carry, 0),
+  ),
+}
+SHARED['evaluated nnx.scan'] = SHARED['nnx.scan']
+AXIS_NAMES = {'nnx.vmap': 'i', 'nnx.vmap of nnx.vmap': ('i', 'j')}
+
+
+@pytest.mark.parametrize('around', SHARED)
+def test_one_nnx_module_under_a_transformation(around, rng):
+  """Flax's issues 4734, 4760, 3319, 2052 and 3602."""
+  x = rng.normal(3, 2, size=(2, 4, 5, 3)).astype(np.float32)
+
+  @jax.jit
+  def program(x):
+    norm = optax_ghm.nnx.BatchNorm(
+      3, **OPTIONS, axis_name=AXIS_NAMES.get(around), rngs=nnx.Rngs(0)
+    )
+    if around == 'evaluated nnx.scan':
+      norm.eval()
+    for _ in range(2):  # the variables are whole after the first call
+      y = SHARED[around](norm, x)
+    if 'scan' in around:
+      _, y = y
+    elif around == 'nnx.eval_shape':
+      y = jnp.zeros(y.shape, y.dtype)
+    return y, {name: getattr(norm, name)[...] for name in ('mean', 'weight')}
+
+  y, found = jax.device_get(program(x))
+  assert y.shape == x.shape
+  calls = {'nnx.scan': 4, 'nnx.eval_shape': 0, 'evaluated nnx.scan': 0}
+  calls = calls.get(around, 2)
+  close(found['weight'], np.full(3, 1 - MOMENTUM**calls))
+  parts = x if around == 'nnx.scan' else [x]
+  mean = np.zeros(3)
+  for part in [*parts, *parts][:calls]:
+    mean += (1 - MOMENTUM) * (part.reshape(-1, 3).mean(0) - mean)
+  if calls:
+    close(found['mean'], mean / found['weight'])
+    axes = (1, 2) if around == 'nnx.scan' else (0, 1, 2)
+    centered = x - x.mean(axes, keepdims=True)
+    expected = centered / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    close(y, expected, 1e-4, 1e-5)
 
 
 @both

@@ -14,6 +14,7 @@ import optax_ghm
 import optax_ghm.linen
 import optax_ghm.nnx
 from tests.support.faces_batch_norm import Linen, Nnx, both, start
+from tests.support.nnx_mode import graph_mode
 from tests.support.oracles_batch_norm import (
   assert_is,
   by_numpy,
@@ -123,7 +124,9 @@ class NnxShared(nnx.Module):
     return self.same(2 * x[:2])
 
 
-@pytest.mark.parametrize('model', [Linen(Shared()), Nnx(NnxShared)])
+@pytest.mark.parametrize(
+  'model', [Linen(Shared()), pytest.param(Nnx(NnxShared), marks=graph_mode)]
+)
 def test_a_module_that_is_called_twice_counts_both(model, batches):
   found = model.recalibrate(start(model, batches[0]), batches)
   wanted = by_numpy([*batches, *(2 * x[:2] for x in batches)])

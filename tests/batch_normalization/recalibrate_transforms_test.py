@@ -9,6 +9,7 @@ from flax import linen as nn, nnx
 import optax_ghm.linen
 import optax_ghm.nnx
 from tests.support.faces_batch_norm import Linen, Nnx, face_of, start
+from tests.support.nnx_mode import TREE, graph_mode
 from tests.support.oracles_batch_norm import assert_is, by_numpy, seen_in_turn
 
 PROGRAMS = 65
@@ -70,7 +71,7 @@ class NnxStack(nnx.Module):
 
 class NnxSide(NnxStack):
   def __call__(self, x):
-    axes = nnx.StateAxes({nnx.Param: 0, nnx.BatchStat: 0})
+    axes = 0 if TREE else nnx.StateAxes({nnx.Param: 0, nnx.BatchStat: 0})
     call = nnx.vmap(NnxBlock.__call__, in_axes=(axes, None))
     return call(self.blocks, x)
 
@@ -156,7 +157,8 @@ class NoPytree(nnx.BatchNorm, pytree=False):
   pass
 
 
-def test_modules_that_are_no_pytrees(batches):
+@graph_mode
+def test_nnx_modules_that_are_no_pytrees(batches):
   model = NoPytree(3, rngs=nnx.Rngs(0))
   optax_ghm.nnx.recalibrate(lambda m, x: m(x), model, batches)
   assert_is(nnx.to_pure_dict(nnx.state(model)), by_numpy(batches))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import errors, nnx
 
-from optax_ghm.nnx import Tapped
+from optax_ghm.nnx import Tapped, value_and_grad
+from tests.support.nnx_mode import graph_mode
 from tests.support.oracles_flow import (
   assert_bit_for_bit,
   assert_statistics,
@@ -66,7 +67,9 @@ def test_names_are_the_paths_of_nnx_in_the_order_of_returns():
   assert taps['count'].calls == 0
 
 
-@pytest.mark.parametrize('model', ['mlp', 'normed', 'scan'])
+@pytest.mark.parametrize(
+  'model', ['mlp', pytest.param('normed', marks=graph_mode), 'scan']
+)
 def test_the_gradient_of_nnx_under_its_jit(model):
   face, tapped = Nnx(model), Tapped()
   one, other, third = (face.build() for _ in range(3))
@@ -82,7 +85,9 @@ def test_the_gradient_of_nnx_under_its_jit(model):
     return plain, (value, grads), taps
 
   plain, same, taps = step(one, other, empty)
-  assert_bit_for_bit(*(nnx.to_pure_dict(grads) for _, grads in (same, plain)))
+  assert_bit_for_bit(
+    *(nnx.to_pure_dict(nnx.state(grads)) for _, grads in (same, plain))
+  )
   assert same[0] == plain[0]
   assert_bit_for_bit(*map(jax.jit(face.after), (other, one)))
   assert about(other) == about(third)
@@ -131,6 +136,7 @@ def test_the_model_is_as_before_also_when_the_call_raised(model, where):
   assert about(model) == before
 
 
+@graph_mode
 def test_another_axis_leaves_the_model_as_before():
   model = Nnx('scan along axis 1').build()
   before = about(model)
@@ -239,18 +245,20 @@ def test_a_jitted_function_is_traced_once_for_all_tapped_calls(model):
 # In one line.
 
 
-def test_what_is_differentiated_is_chosen_as_in_nnx():
+def test_what_is_differentiated_is_chosen_as_without_taps():
   face = Nnx('mlp')
-  argnums = (nnx.DiffState(0, nnx.All(nnx.Param, nnx.PathContains('head'))), 1)
+  of_head = {'wrt': nnx.All(nnx.Param, nnx.PathContains('head'))}
 
   def loss_fn(model, x, scale=1.0):
     return wavy(scale * model(x))
 
   @jax.jit
   def program(state, x):
-    plain = nnx.grad(loss_fn, argnums=argnums)(face.build(state), x, scale=2.0)
-    in_one_line = Tapped().value_and_grad(loss_fn, argnums)
-    _, grads, taps = in_one_line(face.build(state), x, scale=2.0)
+    plain, in_one_line = (
+      f(loss_fn, argnums=(0, 1), **of_head)(face.build(state), x, scale=2.0)
+      for f in (value_and_grad, Tapped().value_and_grad)
+    )
+    (_, plain), (_, grads, taps) = plain, in_one_line
     return face.pure(plain), face.pure(grads), taps
 
   plain, grads, taps = program(face.state, X)
@@ -275,6 +283,16 @@ def test_a_compiled_step_is_traced_once(model):
     step(model, i + X, rngs)
     assert rngs.default.count[...] == i + 1
   assert len(traces) == 2  # to find the layers, and to differentiate
+
+
+def test_the_shapes_of_a_step_cost_no_step():
+  model = Nnx('normed').build()
+  before = np.asarray(model.norm.mean[...])
+  step = Tapped().value_and_grad(lambda model, x: wavy(model(x)))
+  value, grads, taps = nnx.eval_shape(step, model, X)
+  assert value.shape == () and grads['head']['kernel'].shape == (WIDTH, 2)
+  assert list(taps) == ['dense', 'norm', 'drop', 'head', '']
+  np.testing.assert_array_equal(model.norm.mean[...], before)
 
 
 @pytest.mark.parametrize('where', [nnx.Sequential(), 'first'])

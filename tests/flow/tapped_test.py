@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.nnx_mode import graph_mode
 from tests.support.oracles_flow import (
   assert_bit_for_bit,
   assert_statistics,
@@ -86,7 +87,7 @@ def test_half_precision(face, model):
     (Linen, 'scan of jit'),
     (Nnx, 'scan'),
     (Nnx, 'scan of remat'),
-    (Nnx, 'scan of the axes of states'),
+    pytest.param(Nnx, 'scan of the axes of states', marks=graph_mode),
   ],
 )
 def test_scanned_layers_have_taps_of_their_own(face, model):
@@ -175,7 +176,10 @@ def test_the_branch_not_taken_has_no_calls(face, model, choice):
   assert_statistics(taps['one' if choice else 'other'])
 
 
-@pytest.mark.parametrize(('face', 'axis'), [(Linen, 1), (Linen, -1), (Nnx, 1)])
+@pytest.mark.parametrize(
+  ('face', 'axis'),
+  [(Linen, 1), (Linen, -1), pytest.param(Nnx, 1, marks=graph_mode)],
+)
 def test_layers_stacked_along_another_axis_are_an_error_or_left_out(face, axis):
   model = face(f'scan along axis {axis}', X)
   with pytest.raises(ValueError, match='stacked along leading axes'):

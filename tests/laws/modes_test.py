@@ -375,9 +375,7 @@ def _nnx(make, *args):
       y = model(given.x, *(getattr(given, name) for name in args))
       return jnp.sum(y * given.x), y
 
-    gradients, y = nnx.grad(loss, argnums=ghm_nnx.differentiable, has_aux=True)(
-      model
-    )
+    (_, y), gradients = ghm_nnx.value_and_grad(loss, has_aux=True)(model)
     return y, nnx.as_pure(gradients), nnx.as_pure(nnx.state(model))
 
   return f
@@ -398,9 +396,8 @@ class Linear(nnx.Module):
 def _nnx_harmonize(given):
   model = Linear(nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-  gradients = nnx.grad(
-    lambda model: jnp.mean(jnp.square(model(given.x))),
-    argnums=ghm_nnx.differentiable,
+  _, gradients = ghm_nnx.value_and_grad(
+    lambda model: jnp.mean(jnp.square(model(given.x)))
   )(model)
   ghm_nnx.apply_gradients(optimizer, model, gradients)
   return nnx.as_pure(nnx.state(model))
@@ -562,7 +559,8 @@ CASES = [
   ),
   Case('nnx.GradientReversal', _nnx(lambda rngs: ghm_nnx.GradientReversal())),
   Case(
-    'nnx.Harmonize nnx.apply_gradients nnx.OverwriteWithGradient',
+    'nnx.Harmonize nnx.apply_gradients nnx.OverwriteWithGradient'
+    ' nnx.differentiable nnx.value_and_grad',
     _nnx_harmonize,
   ),
   Case(

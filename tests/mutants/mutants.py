@@ -942,6 +942,12 @@ _NNX = [
     'params',
   ),
   Mutant(
+    'nnx value_and_grad: differentiates by the parameters alone',
+    'nnx/_value_and_grad.py',
+    'nnx.split(args[i], wrt, ...)',
+    'nnx.split(args[i], nnx.Param, ...)',
+  ),
+  Mutant(
     'nnx recalibrate: every batch has the same dropout',
     'nnx/_recalibrate.py',
     'nnx.Any(_Moments, nnx.RngState)',

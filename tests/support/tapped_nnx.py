@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_ghm.nnx import Tapped
+from tests.support.nnx_mode import TREE
 from tests.support.oracles_flow import inexact_leaves, wavy
 from tests.support.tapped import DEPTH, WIDTH, weights
 
@@ -34,10 +35,12 @@ class Pair(nnx.Module):
 
   def __init__(self, rngs):
     self.dense = linear(rngs)
-    self.same = self.dense
+    if not TREE:
+      self.same = self.dense
 
   def __call__(self, x):
-    y = self.same(nnx.tanh(self.dense(x)))
+    same = self.dense if TREE else self.same
+    y = same(nnx.tanh(self.dense(x)))
     return y, (jnp.sum(x, 1), jnp.arange(2))
 
 
