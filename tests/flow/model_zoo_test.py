@@ -8,7 +8,7 @@ import pytest
 from optax_ghm import flow
 from tests.support import model_zoo_trainings as zoo
 
-PROGRAMS = 90
+PROGRAMS = 110
 SEEDS = range(5)
 
 

@@ -71,8 +71,8 @@ def test_the_profile_is_of_layers_with_a_kernel_that_were_reached():
     (falling(4, 2.0), []),  # too few layers
     (falling(5, 2.0), ['vanishing']),
     (falling(8, 2.0, kernels=[True] * 4 + [False] * 4), []),
-    (falling(30, 0.10), []),  # 2.9 in all, but few per layer
-    (falling(30, 0.12), ['vanishing']),
+    (falling(50, 0.055), []),  # 2.7 in all, but few per layer
+    (falling(50, 0.065), ['vanishing']),
     (falling(17, 0.12), []),  # 1.9 in all
     (falling(18, 0.12), ['vanishing']),  # 2.04
     (falling(30, -0.10), []),
