@@ -2,7 +2,7 @@
 
   python benchmarks/device.py [--quick] [--only NAME] [--save NAME]
 
-It needs no more than JAX, Flax and Optax; with matplotlib, it draws a picture.
+It needs JAX, Flax, Optax and ``rich``; with matplotlib, it draws a picture.
 First come the laws of laws.py. Then, at the sizes of an accelerator: the losses
 with up to 10 million examples, crowded in one region of the norms or spread
 over all of them, and ways to count them beside the one that the library takes;

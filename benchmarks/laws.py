@@ -114,25 +114,31 @@ def counted():
   logits, labels = examples()
   norms = np.abs(1 / (1 + np.exp(-logits.astype(np.float64))) - labels)
   bins = 30
-  expected = np.bincount(
-    np.minimum((norms * bins).astype(int), bins - 1), minlength=bins
-  )
+  at = np.minimum((norms * bins).astype(int), bins - 1)
+  counts = np.bincount(at, minlength=bins)
   weighting = dataclasses.replace(ghm.GHM, density=ghm.BinnedDensity(bins=bins))
   weights, _ = jax.jit(
     lambda x: harmonization.harmony_weights(x, weighting=weighting)
   )(norms.astype(np.float32))
-  by_bin = 1 / expected[np.minimum((norms * bins).astype(int), bins - 1)]
-  inside = np.abs(norms * bins - np.round(norms * bins)) > 1e-3
-  return apart(weights[inside], (by_bin / by_bin.mean())[inside])
+  expected = 1 / counts[at]
+  expected /= expected.mean()
+  inside = np.abs(norms * bins - np.round(norms * bins)) > 1e-3  # off the edges
+  return apart(weights[inside], expected[inside])
 
 
 def reversed_gradient():
+  """The gradient behind ``reverse_gradient`` is -0.3 times that without it."""
   logits, _ = examples()
-  f = lambda x: jnp.sum(jnp.tanh(x))  # noqa: E731
-  reverse = lambda x: f(ghm.reverse_gradient(x, 0.3))  # noqa: E731
-  same, grad = jax.jit(jax.value_and_grad(reverse))(logits)
-  value, expected = jax.jit(jax.value_and_grad(f))(logits)
-  return apart((same, grad), (value, -0.3 * expected))
+
+  def loss(x):
+    return jnp.sum(jnp.tanh(x))
+
+  def behind(x):
+    return loss(ghm.reverse_gradient(x, 0.3))
+
+  value, expected = jax.jit(jax.value_and_grad(loss))(logits)
+  found = jax.jit(jax.value_and_grad(behind))(logits)
+  return apart(found, (value, -0.3 * expected))
 
 
 def inside_backward():

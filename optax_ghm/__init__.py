@@ -1,6 +1,6 @@
 """optax_ghm: shape and watch gradients, with Optax and JAX.
 
-The packages are loaded when the first name of them is used, so that importing
+A package in it is loaded when one of its names is first used, so that importing
 this one takes no time.
 """
 

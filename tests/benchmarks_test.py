@@ -100,6 +100,7 @@ def test_the_command_for_accelerators_runs_here(tmp_path):
       assert all(row['peak_bytes'] > 0 for row in rows.values())
 
 
+@pytest.mark.usefixtures('as_users_run_jax')
 def test_all_programs_for_accelerators_can_be_traced():
   device = importlib.import_module('device')
   harness = importlib.import_module('harness')
@@ -108,15 +109,11 @@ def test_all_programs_for_accelerators_can_be_traced():
     for case in suite.values():
       growth = isinstance(case, harness.Growth)
       cases += case.cases.values() if growth else [case]
-  with (
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    for case in filter(lambda case: case.quick, cases):
-      data = jax.eval_shape(case.data)
-      for name, program in case.programs.items():
-        if case.init:
-          carried = jax.eval_shape(functools.partial(case.init, name), data)
-          jax.eval_shape(program, carried, *data)
-        elif not isinstance(program, harness.Eager):
-          jax.eval_shape(program, *data)
+  for case in filter(lambda case: case.quick, cases):
+    data = jax.eval_shape(case.data)
+    for name, program in case.programs.items():
+      if case.init:
+        carried = jax.eval_shape(functools.partial(case.init, name), data)
+        jax.eval_shape(program, carried, *data)
+      elif not isinstance(program, harness.Eager):
+        jax.eval_shape(program, *data)

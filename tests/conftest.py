@@ -70,5 +70,12 @@ def few_programs(request):
 
 
 @pytest.fixture
+def as_users_run_jax():
+  """Without the strictness: Flax and Optax mix dtypes, and Flax mixes ranks."""
+  with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
+    yield
+
+
+@pytest.fixture
 def rng():
   return np.random.default_rng(0)

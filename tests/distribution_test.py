@@ -15,6 +15,7 @@ import yaml
 from packaging.metadata import Metadata
 
 import optax_ghm
+from tests.readme_test import BLOCKS
 
 ROOT = pathlib.Path(__file__).parent.parent
 VERSION = optax_ghm.__version__
@@ -41,21 +42,12 @@ def built(tmp_path_factory):
   return wheel, source
 
 
-READER = """
-import importlib.metadata, pathlib, re, sys
+INSTALLED = """
+import pathlib, sys
 import optax_ghm
 home, checkout = map(pathlib.Path, sys.argv[1:])
 assert home in pathlib.Path(optax_ghm.__file__).parents
 assert not any(checkout == pathlib.Path(path) for path in sys.path)
-text = importlib.metadata.metadata('optax_ghm').get_payload()
-blocks = re.findall(r'^```(python|diff)\\n(.*?)^```', text, re.S | re.M)
-assert len(blocks) > 3
-session = {}
-for kind, block in blocks:
-  if kind == 'diff':
-    lines = [u[1:] for u in block.splitlines() if not u.startswith('-')]
-    block = chr(10).join(lines)
-  exec(block, session)
 """
 
 
@@ -70,7 +62,8 @@ def test_the_wheel_runs_its_readme_without_the_checkout(built, tmp_path):
   # The dependencies; a path in a .pth file has no .pth files of its own, so
   # that an editable installation beside them is not seen.
   (packages / 'rest.pth').write_text(sysconfig.get_path('purelib'))
-  run(python, '-I', '-c', READER, env, ROOT, cwd=tmp_path)
+  code = '\n'.join([INSTALLED, *BLOCKS])
+  run(python, '-I', '-c', code, env, ROOT, cwd=tmp_path)
 
 
 @pytest.mark.slow

@@ -40,22 +40,19 @@ def of_code(page):
   return BLOCK.findall(PAGES[page])
 
 
+@pytest.mark.usefixtures('as_users_run_jax')
 @pytest.mark.parametrize('page', list(filter(of_code, PAGES)))
 def test_python_blocks_run_and_print_what_the_page_says(
   page, tmp_path, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)  # where pages write files
   session = {}
-  with (  # Optax's Adam needs the first, Flax's users have both
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    for code, output in of_code(page):
-      printed = io.StringIO()
-      with contextlib.redirect_stdout(printed):
-        exec(code, session)
-      if output:
-        assert printed.getvalue() == output
+  for code, output in of_code(page):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+      exec(code, session)
+    if output:
+      assert printed.getvalue() == output
 
 
 def test_every_block_of_python_is_found():

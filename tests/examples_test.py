@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-PROGRAMS = 300  # as users run JAX
+PROGRAMS = 300  # not under jit
+pytestmark = pytest.mark.usefixtures('as_users_run_jax')
 EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
 
 
@@ -18,15 +19,6 @@ def load(name):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_jax():
-  with (
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    yield
 
 
 @pytest.mark.slow

@@ -3,10 +3,10 @@
 import pathlib
 import re
 
-import jax
 import pytest
 
 PROGRAMS = 120  # as a reader would run them, not under jit
+pytestmark = pytest.mark.usefixtures('as_users_run_jax')
 README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
 FENCED = re.findall(r'```(python|diff)\n(.*?)```', README, re.DOTALL)
 
@@ -22,12 +22,8 @@ BLOCKS = [side(code, '+') if kind == 'diff' else code for kind, code in FENCED]
 
 def run(blocks):
   session = {}
-  with (
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    for block in blocks:
-      exec(block, session)
+  for block in blocks:
+    exec(block, session)
   return session
 
 

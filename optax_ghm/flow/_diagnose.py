@@ -17,11 +17,12 @@ from optax_ghm.flow import (
 def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
   """Says what is wrong with the gradients of a training, if anything.
 
-  Verdicts are about the last 20 recorded steps. Some of them need evidence: 5
-  layers with kernels for a trend over depth; 10 recorded steps for updates,
-  dead units, losses and running averages; 10 earlier steps for a spike. A
-  record with only taps, or only a watched optimizer, gets the verdicts that its
-  statistics allow.
+  Verdicts are about the last 20 recorded steps; spikes, numbers that are not
+  finite and a loss that diverges are found at any step. Some verdicts need
+  evidence: 5 layers with kernels for a trend over depth; 10 recorded steps for
+  updates, dead units, losses in conflict and batch norms; 10 earlier steps for
+  a spike. A record with only taps, or only a watched optimizer, gets the
+  verdicts that its statistics allow.
 
   Args:
     record: of the training, with one step or more.

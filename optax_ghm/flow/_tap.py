@@ -257,7 +257,7 @@ def _tap(static, cotangent, stats):
 
 @identity
 def _share(static, filled):
-  """All arrays of one call have the same statistics: they are merged."""
+  """Merges what the arrays of one call have filled; JAX would add it."""
   del static
   used = [stats for stats in filled if stats.numbers is not None]
   return ([functools.reduce(_merge, used), *[None] * (len(filled) - 1)],)

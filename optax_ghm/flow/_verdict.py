@@ -30,7 +30,7 @@ class Verdict:
       ``'losses in conflict'``, ``'constant features'`` or
       ``'running averages'``.
     severity: from 0.5, where a figure is at the limit of its rule, to 1, where
-      nothing gets through: 1 - limit / (2 figure), with ratios in decades.
+      nothing gets through: 1 - limit / (2 figure) for most kinds.
     layers: names of the affected layers, parameters or losses.
     since: number of the first recorded step from which on it has been wrong
       without interruption. For spikes, non-finite numbers and a loss that

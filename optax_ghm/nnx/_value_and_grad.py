@@ -38,7 +38,7 @@ def value_and_grad(
     tuple. With ``has_aux`` the value is (loss, auxiliary data).
 
   Raises:
-    TypeError: if ``argnums`` are not integers.
+    TypeError: if ``argnums`` are not integers of 0 or more.
 
   Examples:
     >>> from flax import nnx
@@ -59,10 +59,10 @@ def value_and_grad(
   """
   several = isinstance(argnums, Sequence)
   numbers = tuple(argnums) if several else (argnums,)
-  if not all(isinstance(number, int) for number in numbers):
+  if not all(isinstance(number, int) and number >= 0 for number in numbers):
     raise TypeError(
-      f'argnums must be positions, got {argnums}. A filter of variables, as in'
-      ' nnx.DiffState, is given as wrt.'
+      f'argnums must be positions, counted from 0, got {argnums}. A filter of'
+      ' variables, as in nnx.DiffState, is given as wrt.'
     )
 
   def value_and_grad(*args, **kwargs):

@@ -196,11 +196,10 @@ def test_nnx_gradients_by_several_arguments():
   chex.assert_trees_all_equal(changed, after)
 
 
-def test_nnx_filters_are_given_as_wrt():
-  with pytest.raises(TypeError, match='given as wrt'):
-    optax_ghm.nnx.value_and_grad(
-      cross_entropy, argnums=nnx.DiffState(0, nnx.Param)
-    )
+@pytest.mark.parametrize('argnums', [nnx.DiffState(0, nnx.Param), (0, -1)])
+def test_nnx_argnums_are_positions_and_filters_are_given_as_wrt(argnums):
+  with pytest.raises(TypeError, match=r'counted from 0, got .* given as wrt'):
+    optax_ghm.nnx.value_and_grad(cross_entropy, argnums=argnums)
 
 
 def test_nnx_without_gradients_of_the_states_is_named():

@@ -15,6 +15,7 @@ from flax import linen as nn, nnx, serialization
 import optax_ghm.linen
 import optax_ghm.nnx
 
+pytestmark = pytest.mark.usefixtures('as_users_run_jax')
 BatchNorm: Any = None
 """The name that the models below import: the module of Flax or ours."""
 
@@ -29,12 +30,6 @@ def use(monkeypatch):
   return functools.partial(
     monkeypatch.setattr, sys.modules[__name__], 'BatchNorm'
   )
-
-
-@pytest.fixture(autouse=True)
-def flax_promotes():
-  with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
-    yield
 
 
 @pytest.fixture

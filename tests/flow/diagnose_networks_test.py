@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,15 +9,7 @@ from optax_ghm import flow
 from tests.support import trainings
 
 SEEDS = range(2)
-
-
-@pytest.fixture(autouse=True)
-def flax_mixes_dtypes_and_ranks():
-  with (
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    yield
+pytestmark = pytest.mark.usefixtures('as_users_run_jax')
 
 
 def kinds(record):

@@ -70,7 +70,7 @@ def test_steps_that_are_not_measured_hide_nothing(offset, every):
     assert spike.kind == 'spikes' and spike.since == 583
 
 
-def test_the_gravest_comes_first():
+def test_causes_come_before_their_consequences():
   params = {f'layer {i}': {'kernel': kernel()} for i in range(8)}
   row = {'update_norm': 1e-8, 'dead_units': 5}
   step = {

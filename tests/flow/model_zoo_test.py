@@ -9,16 +9,8 @@ from optax_ghm import flow
 from tests.support import model_zoo_trainings as zoo
 
 PROGRAMS = 110
+pytestmark = pytest.mark.usefixtures('as_users_run_jax')
 SEEDS = range(5)
-
-
-@pytest.fixture(autouse=True)
-def flax_mixes_dtypes_and_ranks():
-  with (
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    yield
 
 
 @pytest.mark.parametrize('name', zoo.ZOO)

@@ -1,15 +1,12 @@
 """What type checkers accept also runs."""
 
-import jax
+import pytest
 
 from tests.typing import user_ok
 
-PROGRAMS = 500  # as users run JAX
+PROGRAMS = 500  # not under jit
 
 
+@pytest.mark.usefixtures('as_users_run_jax')
 def test_the_script_of_a_user_runs():
-  with (
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    assert user_ok.train() == []
+  assert user_ok.train() == []
