@@ -69,11 +69,6 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
   kinds = {verdict.kind for verdict in verdicts}
   if 'no gradient' in kinds:  # the reason for small updates
     verdicts = [v for v in verdicts if v.kind != 'small updates']
-  for nan in [v for v in verdicts if v.kind == 'not finite']:
-    if nan.severity == 1:  # it has remained: NaN is off in every ReLU
-      verdicts = [
-        v for v in verdicts if v.kind != 'no gradient' or v.since < nan.since
-      ]
   both = watched.having('tapped')
   if len(both) and not kinds & {'not finite', 'no gradient'}:
     verdicts += _rules_finite.contradiction(both)

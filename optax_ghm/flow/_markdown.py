@@ -80,12 +80,15 @@ def _blocks(name: str, record: _record.Record) -> Iterator[str]:
   if verdicts:
     yield '\n'.join(
       f'- **{verdict.kind}** since step {verdict.since}, severity'
-      f' {verdict.severity:.2f} (0.5 at the limit, 1 at the worst):'
-      f' {_text(verdict.evidence)}.\n  Try: {_text(verdict.suggestion)}\n'
+      f' {verdict.severity:.2f}: {_text(verdict.evidence)}.\n'
+      f'  Try: {_text(verdict.suggestion)}\n'
       f'  Source: {_text(verdict.source)}.'
       for verdict in verdicts
     )
-    yield f'What the verdicts mean: <{MEANINGS}>'
+    yield (
+      'A severity is 0.5 at the limit of its rule, and 1 at the worst. What the'
+      f' verdicts mean: <{MEANINGS}>'
+    )
   else:
     well = _diagnose.without_verdict(record)
     yield f'{_text(well[:1].upper() + well[1:])}.'

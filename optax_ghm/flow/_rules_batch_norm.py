@@ -23,7 +23,7 @@ def batch_norms(record: _record.Record) -> list[_verdict.Verdict]:
       MAX_CONSTANT_SHARE,
       {
         'constant': lambda share: (
-          f'half or more of the features have a variance below epsilon,'
+          'more than half of the features have a variance below epsilon,'
           f' {share:.0%} at the worst: they are no longer normalized'
         )
       },

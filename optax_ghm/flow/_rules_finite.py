@@ -148,9 +148,10 @@ def may_start_at_zero(record):
 
 def no_gradient(record):
   """Finds layers whose gradient arrives, but is exactly 0."""
-  if may_start_at_zero(record):
-    return []
   stats = record.layer_stats
+  # NaN is off in every ReLU, so that it is 0 before it.
+  if may_start_at_zero(record) or (stats['non_finite'][-1] > 0).any():
+    return []
   recent = slice(-_verdict.RECENT_STEPS, None)
   reached = ~(stats['calls'][recent] == 0).all(0)
   only_zeros = (

@@ -88,7 +88,7 @@ def test_what_an_nnx_step_leaves_is_named_by_the_module():
 @pytest.mark.parametrize(
   ('column', 'kind', 'said'),
   [
-    ('constant', 'constant features', 'at bad, half or more of the features'),
+    ('constant', 'constant features', 'at bad, more than half of the features'),
     ('mean_drift', 'running averages', 'at bad, the means of the batches'),
     ('std_drift', 'running averages', 'at bad, the standard deviations of'),
   ],

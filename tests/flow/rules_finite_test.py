@@ -121,6 +121,7 @@ ALMOST = tapped(stats(1e-30, zeros=99), 1.0)
     ([ON, *[OFF] * 19], None, None),
     ([ON, *[OFF] * 20], 'no gradient', 1),
     ([*[OFF] * 20, ON], None, None),
+    ([tapped(0.0, np.nan)] * 20, 'not finite', 0),  # NaN is off in a ReLU
     (
       [OFF, {'loss': 1.0}, *[OFF] * 4],
       'no gradient',
