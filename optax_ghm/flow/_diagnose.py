@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from optax_ghm._core import counters
 from optax_ghm.flow import (
   _record,
   _rules_batch_norm,
@@ -31,6 +32,9 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     The verdicts, causes before their consequences, or an empty list if nothing
     is wrong.
 
+  Raises:
+    TypeError: if ``record`` is not one record.
+
   Examples:
     >>> import jax
     >>> import jax.numpy as jnp
@@ -48,6 +52,7 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     vanishing: the norm falls by 0.30 decades per layer towards the input,
     2.1 over 8 layers (R² 1.00): 2 at layer 7, 0.016 at layer 0
   """
+  counters.check_type('record', record, _record.Record)
   tapped, watched = record.having('tapped'), record.having('watched')
   losses = record.having('losses')
   verdicts = []
@@ -61,6 +66,7 @@ def diagnose(record: _record.Record) -> list[_verdict.Verdict]:
     (_rules_updates.dead_units, watched),
     (_rules_updates.update_sizes, watched),
     (_rules_updates.spikes, watched if len(watched) else tapped),
+    (_rules_updates.frozen_by_optimizer, watched),
     (_rules_conflict.losses_in_conflict, losses),
     (_rules_batch_norm.batch_norms, record),
   ):
@@ -88,4 +94,4 @@ def without_verdict(record: _record.Record) -> str:
   steps = f'{len(record)} recorded step{"s" if len(record) > 1 else ""}'
   if not found:
     return f'nothing was measured in {steps}, so that nothing is known'
-  return f'nothing is wrong in {steps} ({", ".join(found)})'
+  return f'nothing was found in {steps} ({", ".join(found)})'

@@ -45,7 +45,7 @@ def write_markdown(
     <BLANKLINE>
     Recorded steps: 1, from 0 to 0.
     <BLANKLINE>
-    Nothing is wrong in 1 recorded step (1 with taps).
+    Nothing was found in 1 recorded step (1 with taps).
     <BLANKLINE>
     ## Gradients at the layers
     <BLANKLINE>

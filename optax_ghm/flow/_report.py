@@ -75,7 +75,9 @@ def _print_record(name, record, console):
   for caption, columns, rows in tables(record):
     table = rich_table(title=rich_text(printable(title + caption)))
     for i, column in enumerate(columns):
-      table.add_column(column, justify='right' if i else 'left')
+      table.add_column(
+        column, justify='right' if i else 'left', overflow='fold'
+      )
     for row in rows:
       table.add_row(*(rich_text(printable(cell)) for cell in row))
     console.print(table)

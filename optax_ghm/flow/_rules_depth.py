@@ -15,6 +15,12 @@ had 0.06 and two decades the other way."""
 MIN_DECADES, MIN_R2, MIN_LAYERS = 2.0, 0.7, 5
 
 
+BRANCH, MIN_TRUNK = 1.0, 0.6
+"""Decades below the line, from which on a layer is on a side branch, and the
+share of layers that are not: queries and keys have much smaller gradients than
+the trunk of a transformer."""
+
+
 class DepthProfile(NamedTuple):
   """The gradient's norm over depth, at every recorded step.
 
@@ -81,14 +87,35 @@ def depth_profile(record: _record.Record) -> DepthProfile:
       layers, np.zeros((len(record), 0)), missing, missing, missing
     )
   norms = np.maximum(stats['norm'][:, layers], _verdict.SMALLEST_FLOAT32)
-  log_norms = np.log10(norms)
-  depth = np.arange(len(layers)) - (len(layers) - 1) / 2
+  return _fitted(layers, np.log10(norms), np.arange(len(layers)))
+
+
+def _fitted(layers, log_norms, depth):
+  """The line over depth, at every step."""
+  centered_depth = depth - depth.mean()
   with np.errstate(invalid='ignore', divide='ignore'):
     centered = log_norms - log_norms.mean(1, keepdims=True)
-    slope = centered @ depth / max((depth**2).sum(), 1)
-    explained = ((slope[:, None] * depth) ** 2).sum(1)
+    slope = centered @ centered_depth / max((centered_depth**2).sum(), 1)
+    explained = ((slope[:, None] * centered_depth) ** 2).sum(1)
     r2 = explained / (centered**2).sum(1)
-  return DepthProfile(layers, log_norms, slope, slope * (len(layers) - 1), r2)
+  decades = slope * (depth[-1] - depth[0])
+  return DepthProfile(layers, log_norms, slope, decades, r2)
+
+
+def _trunk(profile, recent):
+  """The profile without side branches, whose norms are far below the line."""
+  depth = np.arange(len(profile.layers))
+  norms = np.median(profile.log_norms[recent], axis=0)
+  kept, branches = depth >= 0, depth < 0
+  while True:
+    kept &= ~branches
+    if kept.sum() < MIN_TRUNK * len(depth):
+      return profile
+    slope, start = np.polyfit(depth[kept], norms[kept], 1)
+    branches = kept & (norms < start + slope * depth - BRANCH)
+    if not branches.any():
+      break
+  return _fitted(profile.layers[kept], profile.log_norms[:, kept], depth[kept])
 
 
 def trend_over_depth(record: _record.Record) -> list[_verdict.Verdict]:
@@ -98,6 +125,9 @@ def trend_over_depth(record: _record.Record) -> list[_verdict.Verdict]:
   if len(profile.layers) < MIN_LAYERS or not finite.any():
     return []
   recent = np.flatnonzero(finite)[-_verdict.RECENT_STEPS :]
+  profile = _trunk(profile, recent)
+  if len(profile.layers) < MIN_LAYERS:
+    return []
   slope, decades, r2 = (
     float(np.median(values[recent]))
     for values in (profile.slope, profile.decades, profile.r2)

@@ -31,7 +31,8 @@ def not_finite(record):
   suggestion = (
     'look there for a division, root, logarithm or power at 0, also in the'
     ' branch of a where that is not taken (give that branch a safe argument),'
-    ' and for 16-bit overflow; optax_ghm.calibrated leaves out such steps.'
+    ' for 16-bit overflow, and for NaN in the inputs of this step;'
+    ' optax_ghm.calibrated leaves out such steps.'
   )
   if bad_params[t].any():
     names = _names(record, bad_params[t])
@@ -52,7 +53,11 @@ def not_finite(record):
     names = _names(record, bad_leaves[t])
     where = f'the gradients of {len(names)} of {len(record.leaves)} parameters'
     if record.layers and not np.isnan(layers['non_finite'][t]).any():
-      where += ', while it was finite at the outputs of all layers'
+      where += (
+        ', while it was finite at the outputs of all layers: what came into'
+        ' these layers was not finite'
+      )
+      suggestion = 'look at the inputs of this step; ' + suggestion
   elif bad_updates[t].any():
     names = _names(record, bad_updates[t])
     where = (
@@ -176,8 +181,9 @@ def no_gradient(record):
         f'the gradient at the output of {_verdict.listed(names)} is exactly'
         f' 0{where}',
         'the layers after it are off for every example (dead ReLUs, a gate or'
-        ' a mask that is 0, a saturated float), or a kernel there is 0: look'
-        ' at its biases and learning rate, try a leaky activation.',
+        ' a mask that is 0, a saturated float), or a kernel there is 0 or so'
+        ' small that the gradient underflows: look at its initialization, its'
+        ' biases and the learning rate, try a leaky activation.',
         'Lu et al., Dying ReLU and Initialization, 2019',
       )
     )

@@ -59,8 +59,9 @@ def diverging(record: _record.Record) -> list[_verdict.Verdict]:
       f' it rose to {peak:.3g} and is {now:.3g} now (median of {len(recent)}'
       ' recorded steps)',
       'divide the learning rate by 10, or warm it up, and begin anew:'
-      ' optax_ghm.learning_rate_range_test finds where it diverges. What is'
-      ' said of this record besides may follow from it.',
+      ' optax_ghm.learning_rate_range_test finds where it diverges. If the data'
+      ' changed at this step, as in batches sorted by class, shuffle it. What'
+      ' else is said of this record may follow from it.',
       'Smith 2017 (range test); Goyal et al. 2017 (warm-up)',
     )
   ]

@@ -61,7 +61,9 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
       min,
       MIN_RATIO,
       ratio < MIN_RATIO,
-      'raise the learning rate, of these parameters at least.',
+      'raise the learning rate, of these parameters at least; if their'
+      ' gradients are tiny, look at their initialization and at that of the'
+      ' layers after them.',
     ),
     (
       'large',
@@ -77,6 +79,7 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
     at = list(found[size])
     names = tuple(record.leaves[i].name for i in at)
     worst, how = worst_of(found[size].values(), key=lambda u: u[0])
+    extent = f'as {"little" if size == "small" else "much"} as ' * (len(at) > 1)
     holds = (usable & bad)[:, at].any(1) | ~usable[:, at].any(1)
     verdicts.append(
       _verdict.Verdict(
@@ -84,8 +87,8 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
         _verdict.severity(np.log10(worst / TYPICAL), np.log10(limit / TYPICAL)),
         names,
         _verdict.since(record, holds),
-        f'a step changes {_verdict.listed(names)} by {worst:.1e} of its norm'
-        f' ({how}); 1e-3 is typical',
+        f'a step changes {_verdict.listed(names)} by {extent}{worst:.1e} of its'
+        f' norm ({how}); 1e-3 is typical',
         suggestion,
         'Karpathy, CS231n notes, "Ratio of weights:updates"',
       )
@@ -93,12 +96,45 @@ def update_sizes(record: _record.Record) -> list[_verdict.Verdict]:
   return verdicts
 
 
+def frozen_by_optimizer(record: _record.Record) -> list[_verdict.Verdict]:
+  """Finds parameters with a gradient that never move, while others do."""
+  stats = {
+    name: record.leaf_stats[name][-_verdict.RECENT_STEPS :]
+    for name in ('gradient_norm', 'update_norm')
+  }
+  moves = stats['update_norm'] > 0
+  stepped = moves.any(1)  # not so between those of MultiSteps
+  if stepped.sum() < _verdict.MIN_STEPS:
+    return []
+  has_gradient = (stats['gradient_norm'][stepped] > 0).all(0)
+  frozen = np.flatnonzero(has_gradient & (stats['update_norm'] == 0).all(0))
+  if not len(frozen):
+    return []
+  names = tuple(record.leaves[i].name for i in frozen)
+  return [
+    _verdict.Verdict(
+      'conflict',
+      0.5,
+      names,
+      _verdict.since(
+        record, ~(record.leaf_stats['update_norm'][:, frozen] > 0).any(1)
+      ),
+      f'{_verdict.listed(names)} has a gradient, but no update changes it,'
+      ' while others move',
+      'the optimizer leaves it out (optax.masked, set_to_zero, a learning rate'
+      ' of 0): if it is not meant to be frozen, look at labels and masks.',
+      'optax.partition, optax.masked',
+    )
+  ]
+
+
 def judged(record: _record.Record) -> np.ndarray:
   """Where the size of an update says something, (steps, leaves)."""
   stats = record.leaf_stats
   kernels = np.array([_is_kernel(leaf) for leaf in record.leaves], bool)
   usable = np.isfinite(stats['update_ratio']) & kernels
-  usable &= stats['update_norm'] > 0
+  # Without a gradient, an update is weight decay alone.
+  usable &= (stats['update_norm'] > 0) & (stats['gradient_norm'] > 0)
   usable[:MOSTLY_UPDATES] &= ~_start_near_zero(stats, kernels)
   return usable
 
@@ -150,7 +186,8 @@ def dead_units(record: _record.Record) -> list[_verdict.Verdict]:
       f'half or more of the units of {_verdict.listed(names)} have had no'
       f' gradient for 10 measured steps: {stats["dead_units"][-1, worst]:.0f}'
       f' of {stats["units"][-1, worst]:.0f} by {record.leaves[worst].name}',
-      'their activation is off for all examples: lower the learning rate,'
+      'their activation was off for all examples of these steps, which are few'
+      ' with small batches: lower the learning rate,'
       ' start biases at 0, try a leaky activation or normalization.',
       'Maas et al. 2013; Lu et al., Dying ReLU and Initialization, 2019',
     )
@@ -192,7 +229,8 @@ def spikes(record: _record.Record) -> list[_verdict.Verdict]:
       f' more than {SPIKE_RATIO:.0f} times the median of the'
       f' {_verdict.RECENT_STEPS} before, far beyond their variation, up to'
       f' {max(found.values()):.0f} times, the last time at step {at[-1]}',
-      'look at the batches of these steps; clip by what the steps before were'
+      'look at the batches of these steps, and lower the learning rate if the'
+      ' loss rises with them; clip by what the steps before were'
       ' (optax_ghm.calibrated, clip_by_zscore) or leave them out'
       ' (optax_ghm.skip_spikes).',
       'Pascanu et al. 2013; Chowdhery et al., PaLM, 2022',

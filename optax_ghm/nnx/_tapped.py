@@ -109,6 +109,8 @@ class Tapped:
           f'arguments of the loss must not be keyword-only: {bound.kwargs}'
         )
       args = bound.args
+      if not args:
+        raise TypeError('the model must be the first argument of the loss.')
       empty = self.init(*args, method=loss_fn)
       value, (*grads, taps) = _value_and_grad.value_and_grad(
         with_taps, argnums=(*numbers, len(args)), wrt=wrt, has_aux=has_aux

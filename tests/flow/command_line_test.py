@@ -62,7 +62,7 @@ def test_several_records_are_compared_on_one_page(saved, capsys):
   text = one.with_suffix('.html').read_text()
   assert text.index('<h2>one</h2>') < text.index('<h2>two</h2>')
   assert not two.with_suffix('.html').exists()
-  assert 'two: nothing is wrong' in capsys.readouterr().out
+  assert 'two: nothing was found' in capsys.readouterr().out
 
 
 def test_records_of_one_name_in_two_folders_are_both_shown(saved):
@@ -70,7 +70,7 @@ def test_records_of_one_name_in_two_folders_are_both_shown(saved):
   assert command_line.main(['report', str(one), str(two)]) == 0
   text = one.with_suffix('.html').read_text()
   assert text.count('<section>') == 2
-  assert 'disconnected' in text and 'Nothing is wrong' in text
+  assert 'disconnected' in text and 'Nothing was found' in text
 
 
 @pytest.mark.filterwarnings('ignore::ResourceWarning')

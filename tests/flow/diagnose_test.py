@@ -101,3 +101,8 @@ def test_no_gradient_is_the_reason_for_small_updates():
   ):
     step = {**tapped(norm, 1.0), **small}
     assert kinds(record_of(*[step] * 12, params=KERNEL)) == expected
+
+
+def test_several_records_are_diagnosed_one_by_one():
+  with pytest.raises(TypeError, match='record must be a Record, got {'):
+    flow.diagnose({'one': record_of()})

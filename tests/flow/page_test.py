@@ -143,7 +143,7 @@ def test_it_shows_the_verdicts_and_every_picture(tmp_path):
     assert f'{found} {verdict.since}' in text
     for part in (verdict.evidence, verdict.suggestion, verdict.source):
       assert part in text
-  assert 'Nothing is wrong' not in text
+  assert 'Nothing was found' not in text
   assert '5 recorded steps, 0 to 40' in text
   assert page.headings() == [
     'Loss',
@@ -189,7 +189,7 @@ def test_it_is_the_same_each_time_and_in_any_style(drawn, tmp_path):
 
 def test_where_nothing_is_wrong_it_says_so(tmp_path):
   text = page_of(record_of(tapped(1.0)), tmp_path).text()
-  assert 'Nothing is wrong in 1 recorded step (1 with taps).' in text
+  assert 'Nothing was found in 1 recorded step (1 with taps).' in text
 
 
 def test_magnitudes_are_shown_of_the_first_a_middle_and_the_last_layer():

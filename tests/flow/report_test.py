@@ -107,7 +107,7 @@ def test_all_verdicts_are_printed_with_what_to_try_and_why():
     assert f' since step 4: {verdict.evidence}' in text
     assert f'{verdict.kind} ({verdict.severity:.2f}) since' in text
     assert f'try: {verdict.suggestion} ({verdict.source})' in text
-  assert 'nothing is wrong' not in text
+  assert 'nothing was found' not in text
 
 
 def test_several_records_go_by_their_names():
@@ -116,7 +116,7 @@ def test_several_records_go_by_their_names():
     {'good [1]': healthy, 'ill': full_record(), 'empty [2]': flow.Record()}
   )
   assert 'good [1]: gradients at the layers' in text
-  assert 'good [1]: nothing is wrong in 1 recorded step' in text
+  assert 'good [1]: nothing was found in 1 recorded step' in text
   assert 'ill: parameters' in text
   assert 'ill: disconnected' in text
   assert 'empty [2]: nothing is recorded' in text

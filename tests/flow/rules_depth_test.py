@@ -86,6 +86,18 @@ def test_a_trend_is_enough_per_layer_and_in_all_and_a_line(step, expected):
   assert kinds(record_of(step)) == expected
 
 
+def test_side_branches_do_not_hide_the_trend_of_the_trunk():
+  """As queries and keys of a transformer, two of six layers of a block."""
+  trunk = 10.0 ** (0.2 * (np.arange(24) - 24))
+  branches = np.isin(np.arange(24) % 6, (0, 1))
+  norms = np.where(branches, 1e-4 * trunk, trunk)
+  assert flow.depth_profile(record_of(tapped(*norms))).r2 < 0.7
+  verdict = only(record_of(tapped(*norms)), 'vanishing')
+  assert '0.20 decades per layer' in verdict.evidence
+  flat = np.where(branches, 1e-4 * trunk, 1.0)
+  assert kinds(record_of(tapped(*flat))) == []
+
+
 @pytest.mark.parametrize(
   ('sign', 'kind', 'evidence'),
   [

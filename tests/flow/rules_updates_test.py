@@ -75,7 +75,8 @@ def test_the_most_extreme_ratio_is_told(sizes, kind, told):
   step = {'opt_state': watched(*[{'update_norm': u} for u in sizes])}
   verdict = only(record_of(*[step] * 10, params=KERNELS), kind)
   assert verdict.layers == ('a', 'b')
-  assert f'changes a, b by {told}' in verdict.evidence
+  extent = 'little' if kind == 'small updates' else 'much'
+  assert f'changes a, b by as {extent} as {told}' in verdict.evidence
 
 
 def test_half_of_the_units_dead_is_a_verdict():
@@ -184,3 +185,28 @@ def test_a_kernel_that_starts_at_zero_consists_of_updates():
   large = {'opt_state': watched({}, {'update_norm': 1, 'parameter_norm': 4})}
   record = record_of(*started, *[large] * 10, params=params)
   assert only(record, 'large updates').layers == ('b',)
+
+
+def test_a_parameter_that_the_optimizer_leaves_out_is_named():
+  """One that gets zeros while others move; not so if it has no gradient."""
+  still = {'update_norm': 0.0}
+
+  def kinds_of(*rows, steps=10):
+    step = {'opt_state': watched(*rows)}
+    return kinds(record_of(*[step] * steps, params=KERNELS))
+
+  assert kinds_of({}, still, {}) == ['conflict']
+  assert kinds_of({}, still, {}, steps=9) == []
+  assert kinds_of({}, {**still, 'gradient_norm': 0.0}, {}) == []
+  assert kinds_of(still, still, still) == []
+  # As with optax.MultiSteps, where nothing moves at most of the steps.
+  moving, waiting = (
+    {'opt_state': watched(row, row, row)} for row in ({}, still)
+  )
+  steps = [moving, waiting] * 20
+  assert kinds(record_of(*steps, params=KERNELS)) == []
+
+
+def test_weight_decay_alone_is_no_small_update():
+  decayed = {'update_norm': 1e-7, 'gradient_norm': 0.0}
+  assert kinds(watching(*[decayed] * 20)) == []
