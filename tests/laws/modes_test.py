@@ -590,6 +590,7 @@ ON_HOST = {
   'flow.print_report',
   'flow.tensorboard_writer',
   'flow.wandb_writer',
+  'flow.write_markdown',
   'flow.write_page',
 }
 """These compute with NumPy alone."""
