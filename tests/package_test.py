@@ -48,9 +48,9 @@ def test_use_loads_neither_flax_nor_plots():
 
 
 def test_python_can_say_which_name_was_meant():
-  with pytest.raises(AttributeError, match="no attribute 'harmonise'") as error:
-    getattr(optax_ghm, 'harmonise')  # noqa: B009
-  assert (error.value.name, error.value.obj) == ('harmonise', optax_ghm)
+  with pytest.raises(AttributeError, match="no attribute 'harmonze'") as error:
+    getattr(optax_ghm, 'harmonze')  # noqa: B009
+  assert (error.value.name, error.value.obj) == ('harmonze', optax_ghm)
   assert 'harmonize' in dir(optax_ghm)
   assert not hasattr(optax_ghm, 'ClipState')  # it is in its package only
 

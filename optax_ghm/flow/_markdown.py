@@ -53,10 +53,7 @@ def write_markdown(
     | :-- | --: | --: | --: | --: | --: |
     | hidden | 4.00e+00 | 2.00e+00 | 2.00e+00 | 0% | 0 |
   """
-  if isinstance(records, _record.Record):
-    records = {'': records}
-  if not records:
-    raise ValueError('there is no record to show.')
+  records = _report.by_name(records)
   blocks = [f'# {_text(title)}']
   for name, record in records.items():
     if name:
@@ -73,8 +70,6 @@ def write_markdown(
 def _blocks(name: str, record: _record.Record) -> Iterator[str]:
   """The paragraphs and tables of one record."""
   steps = record.steps
-  if not len(steps):
-    raise ValueError(f'nothing is recorded{f" in {name}" if name else ""}.')
   yield f'Recorded steps: {len(steps)}, from {steps[0]} to {steps[-1]}.'
   verdicts = _diagnose.diagnose(record)
   if verdicts:

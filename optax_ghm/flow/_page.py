@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 
 from optax_ghm._core import optional
-from optax_ghm.flow import _diagnose, _plot, _record
+from optax_ghm.flow import _diagnose, _plot, _record, _report
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1d1d22;
@@ -87,10 +87,7 @@ def write_page(
     >>> '<svg' in path.read_text()
     True
   """
-  if isinstance(records, _record.Record):
-    records = {'': records}
-  if not records:
-    raise ValueError('there is no record to show.')
+  records = _report.by_name(records)
   sections = ''.join(_section(name, record) for name, record in records.items())
   policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
   page = (
@@ -108,8 +105,6 @@ def write_page(
 
 def _section(name, record):
   steps = record.steps
-  if not len(steps):
-    raise ValueError(f'nothing is recorded{f" in {name}" if name else ""}.')
   parts = [f'<section><h2>{html.escape(name)}</h2>' if name else '<section>']
   parts.append(
     f'<p><small>{len(steps)} recorded steps, {steps[0]} to {steps[-1]}</small>'

@@ -93,6 +93,24 @@ def _print_record(name, record, console):
     show((f'  try: {verdict.suggestion} ', ''), (f'({verdict.source})', 'dim'))
 
 
+def by_name(
+  records: _record.Record | Mapping[str, _record.Record],
+) -> Mapping[str, _record.Record]:
+  """The records by name, of which a single one has none.
+
+  Raises:
+    ValueError: if there is no record, or nothing is recorded in one.
+  """
+  if isinstance(records, _record.Record):
+    records = {'': records}
+  if not records:
+    raise ValueError('there is no record to show.')
+  for name, record in records.items():
+    if not len(record):
+      raise ValueError(f'nothing is recorded{f" in {name}" if name else ""}.')
+  return records
+
+
 def tables(
   record: _record.Record,
 ) -> Iterator[tuple[str, Sequence[str], list[list[str]]]]:

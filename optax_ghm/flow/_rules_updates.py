@@ -5,7 +5,8 @@ import numpy as np
 from optax_ghm.flow import _record, _verdict
 
 MIN_RATIO, TYPICAL, MAX_RATIO = 1e-5, 1e-3, 1e-1
-"""The range of healthy ratios of a kernel's update to the kernel, in norm."""
+"""The least, the typical and the largest healthy ratio of a kernel's update to
+the kernel, in norm."""
 
 
 MAX_RATIO_OF_ONE_STEP = 10.0
