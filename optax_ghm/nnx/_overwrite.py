@@ -50,7 +50,7 @@ def apply_gradients(
   optimizer: nnx.Optimizer[Any],
   model: nnx.Module,
   gradients: Any,
-  **extra_args,
+  **extra_args: Any,
 ) -> None:
   """Updates the parameters and the backward states of a model, in place.
 
